@@ -1,0 +1,9 @@
+"""A PyTorch optimizer whose update rule was itself learned."""
+
+from learned_optim.optimizer import LearnedOptimizer
+from learned_optim.rules import UpdateRule, build_rule
+from learned_optim.weights import Weights, available_weights
+
+__version__ = "0.1.0"
+
+__all__ = ["LearnedOptimizer", "UpdateRule", "Weights", "__version__", "available_weights", "build_rule"]

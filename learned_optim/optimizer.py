@@ -1,0 +1,352 @@
+"""``LearnedOptimizer``: a ``torch.optim.Optimizer`` around a learned update rule.
+
+It owns parameter groups, state and serialisation. The numerics live in ``rules``, their execution in ``backends``, and the
+meta-parameters come from ``weights``.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from os import PathLike
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from learned_optim.backends import StepItem, apply_reference
+from learned_optim.rules import UpdateRule
+from learned_optim.weights import Weights, resolve_weights
+
+WeightsLike = str | PathLike[str] | UpdateRule | Weights
+"""A bundled name, ``owner/repo@revision`` on the Hub, a file, a rule, or loaded weights."""
+
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BACKENDS = ("auto", "reference")
+
+
+class LearnedOptimizer(Optimizer):
+    r"""Update every coordinate with a pretrained LSTM whose memory is optimizer state.
+
+    For each coordinate, with gradient :math:`g_t`, memory :math:`h_t` and meta-parameters :math:`\phi`::
+
+        u_t, h_{t+1} = m_phi(g_t, h_t)
+        theta_{t+1}  = (1 - 1e-3 * lr * weight_decay) * theta_t + lr * u_t
+
+    There is no rate to tune: ``lr`` is a factor on the learned update, 1 by default. The memory advances once per ``step``
+    for every parameter that has a gradient. Coordinates that never had a non-zero gradient do not move; coordinates whose
+    gradient is NaN or Inf are skipped for that step and keep their memory.
+
+    Args:
+        params: Parameters, named parameters, or dicts defining groups. A group may have its own ``weights``.
+        lr: Factor on the update; a float or a one-element tensor. 0 moves nothing.
+        weights: A bundled name (:func:`~learned_optim.available_weights`), ``"owner/repo"`` or ``"owner/repo@revision"`` on
+            the Hugging Face Hub, a ``.safetensors`` file, or an :class:`~learned_optim.rules.UpdateRule`.
+        weight_decay: Decoupled. Each step multiplies parameters by ``1 - 1e-3 * lr * weight_decay``, so that the value
+            means what it means to AdamW at its usual rate of 1e-3.
+        maximize: Ascend instead of descend.
+        state_dtype: ``torch.float32`` (default) or ``torch.bfloat16`` for the LSTM memory. float64 parameters keep float64.
+        backend: ``"auto"`` or the name of a backend.
+        capturable: Keep step counts on the parameters' device, as CUDA graph capture needs.
+        foreach: Accepted for compatibility; small tensors are always processed together.
+        fused: Accepted for compatibility; True is refused, choose a ``backend`` instead.
+        differentiable: Refused if True: ``step`` builds no graph.
+        revision: Hub revision, if not given in ``weights``.
+        token: Hub token.
+        cache_dir: Hub cache.
+        local_files_only: Never use the network.
+
+    Raises:
+        ValueError: If a value is out of range or ``weights`` is unknown or unreadable; the message says what to do.
+        RuntimeError: If ``fused`` or ``differentiable`` is True.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1)
+        >>> opt = LearnedOptimizer(model.parameters())
+        >>> model(torch.ones(2, 3)).square().mean().backward()
+        >>> opt.step()
+
+    References:
+        Andrychowicz et al. 2016, arXiv:1606.04474, equation 3 (there :math:`g_t` is the update).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        weights: WeightsLike = "default",
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        backend: str = "auto",
+        capturable: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        differentiable: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        if fused:
+            raise RuntimeError("`fused=True` is not an option of LearnedOptimizer; choose a kernel with `backend=`")
+        if differentiable:
+            raise RuntimeError("LearnedOptimizer is not differentiable; to meta-train a rule see `meta_train`")
+        if backend not in BACKENDS:
+            raise ValueError(f"Invalid backend: {backend!r}; choose one of {', '.join(BACKENDS)}")
+        self.backend = backend
+        self._hub_options: dict[str, Any] = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+        }
+        loaded = resolve_weights(weights, **self._hub_options)
+        self._weights: dict[str, Weights] = {loaded.fingerprint: loaded}
+        defaults = {
+            "lr": lr,
+            "weights": loaded.name,
+            "fingerprint": loaded.fingerprint,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "state_dtype": _dtype_name(state_dtype),
+            "capturable": capturable,
+            "foreach": foreach,
+            "fused": None,
+            "differentiable": False,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with their own options if given; they start with fresh memory.
+
+        Args:
+            param_group: ``{"params": ...}`` and any of ``lr``, ``weights``, ``weight_decay``, ``maximize``, ``state_dtype``.
+
+        Raises:
+            ValueError: If an option is out of range or its weights cannot be loaded.
+        """
+        if isinstance(param_group, dict):
+            param_group = dict(param_group)
+            if "weights" in param_group:
+                loaded = resolve_weights(param_group["weights"], **self._hub_options)
+                self._weights[loaded.fingerprint] = loaded
+                param_group |= {"weights": loaded.name, "fingerprint": loaded.fingerprint}
+            if "state_dtype" in param_group:
+                param_group["state_dtype"] = _dtype_name(param_group["state_dtype"])
+            _check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one inner step.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss; called once, with gradients enabled.
+
+        Returns:
+            The closure's loss, or None without a closure.
+
+        Raises:
+            RuntimeError: If a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            weights = self._weights[group["fingerprint"]]
+            for (device, dtype), items in self._items(group, weights).items():
+                lr = group["lr"]
+                apply_reference(
+                    weights.rule_on(device, dtype),
+                    items,
+                    lr=lr.to(device).reshape(()) if isinstance(lr, Tensor) else lr,
+                    weight_decay=group["weight_decay"],
+                    maximize=group["maximize"],
+                )
+        return loss
+
+    def _items(
+        self, group: dict[str, Any], weights: Weights
+    ) -> dict[tuple[torch.device, torch.dtype], list[StepItem]]:
+        """Collect the parameters to step, by device and compute dtype, and count the step."""
+        items: dict[tuple[torch.device, torch.dtype], list[StepItem]] = defaultdict(list)
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            if param.grad.is_sparse:
+                raise RuntimeError(
+                    "LearnedOptimizer does not support sparse gradients; build the embedding with sparse=False"
+                )
+            state = self.state[param]
+            if not state:
+                state.update(self._initial_state(param, group, weights.rule))
+            state["step"] += 1
+            if param.numel() == 0:
+                continue
+            dtype = compute_dtype(param.dtype)
+            rule = weights.rule_on(param.device, dtype)
+            scale = rule.tensor_scale(_as_real(param))
+            items[param.device, dtype].append(
+                StepItem(
+                    param=_local(_as_real(param)),
+                    grad=_local(_as_real(param.grad)),
+                    memory={name: _local(value) for name, value in state.items() if name != "step"},
+                    step=state["step"],
+                    scale=None if scale is None else _whole(scale),
+                )
+            )
+        return items
+
+    def _initial_state(self, param: Tensor, group: dict[str, Any], rule: UpdateRule) -> dict[str, Tensor]:
+        """Return memory at rest: moments of the parameter's shape, LSTM memory with its width behind that shape."""
+        dtype = compute_dtype(param.dtype)
+        memory_dtype = dtype if dtype == torch.float64 else STATE_DTYPES[group["state_dtype"]]
+        like = _as_real(param)
+        state = {"step": torch.zeros((), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")}
+        for name in rule.moment_names:
+            state[name] = _zeros(like, (), dtype)
+        for name in ("hidden", "cell"):
+            state[name] = _zeros(like, (rule.memory_width,), memory_dtype)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint exactly: every tensor keeps its own dtype and is copied.
+
+        The base class would cast the memory to the parameter's dtype and alias the caller's tensors.
+
+        Args:
+            state_dict: From :meth:`state_dict`. Not modified, not aliased.
+
+        Raises:
+            ValueError: If the checkpoint was made by another optimizer or with other weights, or does not fit the
+                parameters. Nothing is changed then.
+        """
+        seen: list[dict[str, Any]] = []
+
+        def check(_: Optimizer, hooked: dict[str, Any]) -> None:
+            self._check_checkpoint(hooked)
+            seen.append(hooked)
+
+        # Runs after the user's pre-hooks, so that what they return is what is checked and kept.
+        handle = self.register_load_state_dict_pre_hook(check)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        for index, (param, group) in enumerate(_params_with_groups(self.param_groups)):
+            saved_index = _saved_indices(seen[0])[index]
+            for name, value in seen[0]["state"].get(saved_index, {}).items():
+                value = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float32)
+                on_cpu = name == "step" and not group["capturable"]
+                self.state[param][name] = value.detach().clone().to("cpu" if on_cpu else param.device)
+
+    def _check_checkpoint(self, state_dict: dict[str, Any]) -> None:
+        groups = state_dict["param_groups"]
+        if len(groups) != len(self.param_groups):
+            return  # The base class explains this one.
+        for saved, live in zip(groups, self.param_groups, strict=True):
+            if "fingerprint" not in saved:
+                raise ValueError(
+                    "the checkpoint was not made by LearnedOptimizer: its parameter groups name no weights; "
+                    "start the optimizer fresh or load the checkpoint into the optimizer that made it"
+                )
+            if saved["fingerprint"] != live["fingerprint"]:
+                raise ValueError(
+                    f"the checkpoint was made with weights {saved['weights']!r} ({saved['fingerprint'][:12]}), this "
+                    f"optimizer uses {live['weights']!r} ({live['fingerprint'][:12]}); an LSTM's memory means nothing "
+                    f"to another LSTM, so construct it with weights={saved['weights']!r}"
+                )
+        for index, (param, _) in enumerate(_params_with_groups(self.param_groups)):
+            indices = _saved_indices(state_dict)
+            hidden = state_dict["state"].get(indices[index], {}).get("hidden") if index < len(indices) else None
+            if hidden is not None and tuple(hidden.shape[:-1]) != tuple(_as_real(param).shape):
+                raise ValueError(
+                    f"parameter {index} has shape {tuple(param.shape)}, but the checkpoint's memory is for shape "
+                    f"{tuple(hidden.shape[:-1])}; give the optimizer the same parameters in the same order"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep what a copy needs and nothing else: schedulers and hooks patch attributes that must not travel."""
+        return {**super().__getstate__(), "backend": self.backend, "_weights": self._weights}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, filling in options that an older version did not have."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("_hub_options", {})
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype a rule computes in for parameters of ``dtype``: float64 for double precision, else float32."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    lr, weight_decay = options["lr"], options["weight_decay"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+    if not lr >= 0:
+        raise ValueError(f"Invalid learning rate: {lr}; it multiplies the learned update, 1.0 is the default")
+    if not weight_decay >= 0:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}; it must not be negative")
+
+
+def _dtype_name(dtype: torch.dtype | str | None) -> str:
+    """Name a memory dtype; a name, unlike a dtype, survives every checkpoint format."""
+    name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    if name not in STATE_DTYPES:
+        raise ValueError(f"Invalid state_dtype: {dtype!r}; choose one of {', '.join(STATE_DTYPES)}")
+    return name
+
+
+def _params_with_groups(groups: Iterable[dict[str, Any]]) -> list[tuple[Tensor, dict[str, Any]]]:
+    return [(param, group) for group in groups for param in group["params"]]
+
+
+def _saved_indices(state_dict: dict[str, Any]) -> list[int]:
+    return [index for group in state_dict["param_groups"] for index in group["params"]]
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a DTensor, any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportCallIssue]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return the full value of a DTensor, any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore[reportCallIssue]
+
+
+def _zeros(like: Tensor, trailing: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return contiguous zeros of shape ``(*like.shape, *trailing)``, sharded as ``like`` is."""
+    local = _local(like)
+    zeros = torch.zeros((*local.shape, *trailing), dtype=dtype, device=local.device)
+    if local is like:
+        return zeros
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size((*like.shape, *trailing))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        zeros,
+        like.device_mesh,  # pyright: ignore[reportAttributeAccessIssue]
+        like.placements,  # pyright: ignore[reportAttributeAccessIssue]
+        run_check=False,
+        shape=shape,
+        stride=stride,
+    )

@@ -1,0 +1,131 @@
+"""The default family: a small LSTM that modulates a nominal Adam step.
+
+Inputs and output are scale-free, so neither the scale of the loss nor that of a layer matters; the output is bounded, so
+no state of the LSTM can make a step explode; with a zero readout the rule *is* Adam with a step relative to the tensor.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from learned_optim.rules.rule import Encoded, Memory, RuleConfig, UpdateRule
+
+
+@dataclass(frozen=True)
+class AdamModulationConfig(RuleConfig):
+    """Configuration of :class:`AdamModulationRule`.
+
+    Args:
+        hidden_size: Units per LSTM layer.
+        num_layers: LSTM layers.
+        fast_decay: Decay of the fast momentum, which is also the nominal direction.
+        slow_decay: Decay of the slow momentum.
+        second_moment_decay: Decay of the mean squared gradient.
+        time_scales: Inner steps; each gives an input ``tanh(t / scale - 1)``. Empty: the rule sees no time.
+        step_size: Size of a nominal step relative to the root mean square of the tensor.
+        min_scale: Floor of that root mean square, for tensors that start at zero.
+        max_scale: Its ceiling.
+        log_gain: Bound on the logarithm of the modulation: steps lie within ``e^+-log_gain`` of the nominal size.
+    """
+
+    hidden_size: int = 8
+    num_layers: int = 1
+    fast_decay: float = 0.9
+    slow_decay: float = 0.99
+    second_moment_decay: float = 0.999
+    time_scales: tuple[float, ...] = ()
+    step_size: float = 3e-3
+    min_scale: float = 1e-2
+    max_scale: float = 1.0
+    log_gain: float = 3.0
+
+    def __post_init__(self) -> None:
+        """Refuse values with no meaning.
+
+        Raises:
+            ValueError: If a decay lies outside [0, 1), or a scale, step size or gain is not positive.
+        """
+        super().__post_init__()
+        object.__setattr__(self, "time_scales", tuple(float(scale) for scale in self.time_scales))
+        for name in ("fast_decay", "slow_decay", "second_moment_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        for name in ("step_size", "min_scale", "max_scale", "log_gain"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if any(not scale > 0 for scale in self.time_scales):
+            raise ValueError(f"time_scales must be positive, got {self.time_scales}")
+
+
+class AdamModulationRule(UpdateRule):
+    r"""A bounded, learned modulation of Adam's direction plus a bounded learned direction.
+
+    With ``m``, ``n`` the fast and slow momentum and ``v`` the mean squared gradient, all bias-corrected::
+
+        inputs  = (g, m, n) / sqrt(v),  log(g^2 / v),  tanh(t / tau - 1) for each time scale
+        a, b    = linear(LSTM(inputs))
+        update  = -step_size * scale * exp(c tanh(a / c)) * (m / sqrt(v) + tanh(b)),       c = log_gain
+
+    ``scale`` is the root mean square of the whole parameter tensor, clamped. A coordinate with ``v = 0`` does not move.
+
+    Args:
+        config: Decays, scales and bounds.
+
+    References:
+        Inputs after RNNprop (Lv et al. 2017, arXiv:1703.03633); a nominal step under a magnitude head after STAR (Harrison
+        et al. 2022, arXiv:2209.11208), here bounded; scale by the tensor's size after VeLO (arXiv:2211.09760).
+    """
+
+    family: ClassVar[str] = "adam-modulation"
+    moment_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_slow", "exp_avg_sq")
+    config: AdamModulationConfig
+
+    def __init__(self, config: AdamModulationConfig) -> None:
+        super().__init__(config, num_inputs=4 + len(config.time_scales), num_outputs=2)
+        # Start as the nominal optimizer: an untrained modulation is worse than none.
+        nn.init.zeros_(self.readout.weight)
+        nn.init.zeros_(self.readout.bias)
+
+    def tensor_scale(self, param: Tensor, batch_dims: int = 0) -> Tensor:
+        """Return the clamped root mean square of each tensor, summed in float64 so that sharding cannot change it."""
+        dims = tuple(range(batch_dims, param.dim()))
+        norm = torch.linalg.vector_norm(param.detach(), dim=dims if dims else None, dtype=torch.float64)
+        count = max(param.shape[batch_dims:].numel(), 1)
+        rms = (norm if dims else param.detach().abs().double()) / count**0.5
+        return rms.clamp(self.config.min_scale, self.config.max_scale).to(self.readout.weight.dtype)
+
+    def encode(self, grad: Tensor, memory: Memory, step: Tensor, scale: Tensor | None) -> Encoded:
+        """Update the moments and normalise gradient and momenta by the root of the second moment."""
+        config = self.config
+        finite = grad.isfinite()
+        grad = torch.where(finite, grad, 0.0)
+        moments = {}
+        for name, decay, value in (
+            ("exp_avg", config.fast_decay, grad),
+            ("exp_avg_slow", config.slow_decay, grad),
+            ("exp_avg_sq", config.second_moment_decay, grad * grad),
+        ):
+            moments[name] = torch.where(finite, torch.lerp(value, memory[name], decay), memory[name])
+        active = finite & (moments["exp_avg_sq"] > 0)
+
+        second_moment = moments["exp_avg_sq"] / (1 - config.second_moment_decay**step)
+        inverse_root = torch.where(active, second_moment, 1.0).rsqrt()
+        normalised = grad * inverse_root
+        fast = moments["exp_avg"] / (1 - config.fast_decay**step) * inverse_root
+        slow = moments["exp_avg_slow"] / (1 - config.slow_decay**step) * inverse_root
+        log_ratio = 0.1 * torch.log(normalised * normalised + 1e-8)
+        features = [normalised.clamp(-5.0, 5.0), fast, slow, log_ratio]
+        features += [torch.tanh(step / tau - 1).to(grad.dtype).expand_as(grad) for tau in config.time_scales]
+        amplitude = active * (-config.step_size * scale)
+        context = torch.stack((fast, amplitude.to(grad.dtype)), -1)
+        return Encoded(torch.stack(features, -1), context, active, moments)
+
+    def decode(self, hidden: Tensor, context: Tensor) -> Tensor:
+        """Return the modulated Adam step plus the bounded learned direction, zero where inactive."""
+        magnitude, direction = self.readout(hidden).unbind(-1)
+        nominal, amplitude = context.unbind(-1)
+        bound = self.config.log_gain
+        return amplitude * torch.exp(bound * torch.tanh(magnitude / bound)) * (nominal + torch.tanh(direction))
+

@@ -1,0 +1,181 @@
+"""What an update rule is: three stages that every caller shares.
+
+``LearnedOptimizer.step`` runs the stages for one inner step without a graph; the meta-gradient records the first and the
+last and replays the middle for a whole truncation; the fast backends fuse all three and are tested against them. A rule
+knows nothing of optimizers, files or tasks.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from learned_optim.rules.lstm import Carry, lstm_sequence, lstm_step
+
+Memory = dict[str, Tensor]
+"""Per-coordinate memory by name: moments ``(N,)``, and ``hidden`` and ``cell`` ``(N, L * H)``."""
+
+
+@dataclass(frozen=True)
+class RuleConfig:
+    """Everything that is needed, beside the meta-parameters, to rebuild a rule.
+
+    Args:
+        hidden_size: Units per LSTM layer, H.
+        num_layers: LSTM layers, L.
+    """
+
+    hidden_size: int = 20
+    num_layers: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuse sizes no LSTM can have.
+
+        Raises:
+            ValueError: If ``hidden_size`` or ``num_layers`` is below 1.
+        """
+        for name in ("hidden_size", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain Python values, ready for JSON."""
+        return asdict(self)
+
+
+class Encoded(NamedTuple):
+    """What :meth:`UpdateRule.encode` makes of one gradient.
+
+    ``inputs`` ``(N, F)`` go to the LSTM. ``context`` ``(N, C)`` is what :meth:`UpdateRule.decode` needs beside the hidden
+    state. ``active`` ``(N,)`` is true where a coordinate may move and its LSTM memory advances. ``moments`` are the new
+    moments, each ``(N,)``.
+    """
+
+    inputs: Tensor
+    context: Tensor
+    active: Tensor
+    moments: Memory
+
+
+class UpdateRule(nn.Module, ABC):
+    """A coordinatewise LSTM that turns a gradient into an update, which is *added* to the parameter.
+
+    Every coordinate of every parameter runs the same network with its own memory (Andrychowicz et al. 2016,
+    arXiv:1606.04474, section 2.1).
+
+    A coordinate that has never had a non-zero gradient is at rest: its memory is exactly zero and it does not move. A
+    coordinate whose gradient is not finite is skipped for that step: it does not move and keeps its memory.
+
+    Args:
+        config: The rule's typed configuration.
+        num_inputs: Input features per coordinate, F.
+        num_outputs: Numbers read out of the top hidden state.
+    """
+
+    family: ClassVar[str]
+    moment_names: ClassVar[tuple[str, ...]] = ()
+    config: RuleConfig
+
+    def __init__(self, config: RuleConfig, num_inputs: int, num_outputs: int) -> None:
+        super().__init__()
+        self.config = config
+        self.lstm = nn.LSTM(num_inputs, config.hidden_size, config.num_layers)
+        self.readout = nn.Linear(config.hidden_size, num_outputs)
+
+    @property
+    def memory_width(self) -> int:
+        """Numbers in each of ``hidden`` and ``cell`` for one coordinate, ``L * H``."""
+        return self.config.num_layers * self.config.hidden_size
+
+    def initial_memory(self, num_coordinates: int, like: Tensor) -> Memory:
+        """Return memory at rest for ``num_coordinates``, with the dtype and device of ``like``."""
+        memory = {name: like.new_zeros(num_coordinates) for name in self.moment_names}
+        memory["hidden"] = like.new_zeros(num_coordinates, self.memory_width)
+        memory["cell"] = like.new_zeros(num_coordinates, self.memory_width)
+        return memory
+
+    def tensor_scale(self, param: Tensor, batch_dims: int = 0) -> Tensor | None:
+        """Return the one statistic a rule may take over a whole tensor, or None where it takes none.
+
+        It is computed before a tensor is cut into chunks or shards, so neither changes the update.
+
+        Args:
+            param: A parameter tensor.
+            batch_dims: Leading dimensions that index independent optimizees, each with a scale of its own.
+
+        Returns:
+            A tensor of shape ``param.shape[:batch_dims]``, or None.
+        """
+        return None
+
+    @abstractmethod
+    def encode(self, grad: Tensor, memory: Memory, step: Tensor, scale: Tensor | None) -> Encoded:
+        """Turn a gradient into LSTM inputs and update the moments.
+
+        Args:
+            grad: ``(N,)``, in the rule's dtype. May hold NaN or Inf; those coordinates become inactive.
+            memory: The memory before this step. Not modified.
+            step: Inner steps including this one (1 for the first), 0-dim or ``(N,)``.
+            scale: :meth:`tensor_scale` of each coordinate's tensor, 0-dim or ``(N,)``; None where the rule takes none.
+
+        Returns:
+            Inputs, context, active mask and new moments.
+        """
+
+    @abstractmethod
+    def decode(self, hidden: Tensor, context: Tensor) -> Tensor:
+        """Read the update out of the top hidden state.
+
+        Args:
+            hidden: ``(..., N, H)``; leading dimensions are inner steps.
+            context: ``(..., N, C)`` from :meth:`encode`; zero where a coordinate is inactive, so that the update is zero.
+
+        Returns:
+            The update, ``(..., N)``.
+        """
+
+    def recur(self, inputs: Tensor, carry: Carry, *, fused: bool = False) -> tuple[Tensor, Carry]:
+        """Run the LSTM over a sequence of inputs.
+
+        Args:
+            inputs: ``(K, N, F)``.
+            carry: Hidden and cell before the first step, each ``(N, L * H)``.
+            fused: Call ``nn.LSTM`` (faster, not traceable by ``torch.compile``) instead of K matmul cells.
+
+        Returns:
+            Top hidden states ``(K, N, H)`` and the carry after the last step.
+        """
+        if fused:
+            return lstm_sequence(self.lstm, inputs, carry)
+        hiddens = []
+        for step_inputs in inputs:
+            hidden, carry = lstm_step(self.lstm, step_inputs, carry)
+            hiddens.append(hidden)
+        return torch.stack(hiddens), carry
+
+    def forward(
+        self, grad: Tensor, memory: Memory, step: Tensor, scale: Tensor | None, *, fused: bool = False
+    ) -> tuple[Tensor, Memory, Encoded]:
+        """Take one inner step: encode, recur with K = 1, decode.
+
+        Args:
+            grad: ``(N,)``.
+            memory: The memory before this step. Not modified.
+            step: Inner steps including this one, 0-dim or ``(N,)``.
+            scale: :meth:`tensor_scale` of each coordinate's tensor, or None.
+            fused: See :meth:`recur`.
+
+        Returns:
+            The update ``(N,)``, the new memory, and the encoded gradient for a caller that records it.
+        """
+        encoded = self.encode(grad, memory, step, scale)
+        carry = (memory["hidden"], memory["cell"])
+        hidden, new_carry = self.recur(encoded.inputs.unsqueeze(0), carry, fused=fused)
+        update = self.decode(hidden.squeeze(0), encoded.context)
+        held = ~encoded.active.unsqueeze(-1)
+        memory = dict(encoded.moments)
+        memory["hidden"] = torch.where(held, carry[0], new_carry[0])
+        memory["cell"] = torch.where(held, carry[1], new_carry[1])
+        return update, memory, encoded
