@@ -1,0 +1,1 @@
+"""Meta-training: make weights for ``learned_optim``, judge them, publish them."""

@@ -1,0 +1,257 @@
+r"""The meta-gradient: one sequence pass, and no graph through the optimizee.
+
+The paper drops second derivatives: gradients enter the rule as constants. With updates u_s, meta-loss
+``L = sum_t w_t f(theta_t)`` and ``theta_t = theta_0 + sum_{s<t} u_s`` that leaves::
+
+    dL/dphi = sum_s < G_s , d u_s / dphi >,      G_s = sum_{t>s} w_t grad f(theta_t)
+
+So :func:`roll_out` takes K inner steps without any graph and records what the rule saw and the gradients that the inner loop
+computes anyway; :func:`backpropagate` forms G by a reverse cumulative sum and runs the recorded inputs through the LSTM as
+one sequence. This is exact, and because coordinates are independent it may be done for a random part of them, unbiased.
+:func:`unroll` is the plain way, step by step through autograd: the reference in tests, and the only way to keep second
+derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learned_optim.rules import Memory, UpdateRule
+from meta_train.tasks.task import Optimizee
+
+Objective = Callable[[Tensor, Tensor], Tensor]
+"""From losses ``(K, P)`` of a truncation and initial losses ``(P,)`` to weights w_t ``(K, P)``, constants."""
+
+
+@dataclass
+class Carry:
+    """Where an episode stands between two truncations; everything is detached.
+
+    Args:
+        params: Flat optimizee parameters ``(P, D)``.
+        memory: The rule's memory for all P * D coordinates.
+        step: Inner steps taken.
+        loss: ``(P,)`` at ``params``.
+        grad: ``(P, D)`` at ``params``; the next inner step uses it.
+        initial_loss: ``(P,)`` at the start of the episode.
+    """
+
+    params: Tensor
+    memory: Memory
+    step: int
+    loss: Tensor
+    grad: Tensor
+    initial_loss: Tensor
+
+
+@dataclass
+class RollOut:
+    """What one truncation recorded, for ``M`` of the ``P * D`` coordinates.
+
+    Args:
+        losses: ``(K, P)``, after each inner step.
+        grads: ``(K, M)``, after each inner step.
+        inputs: ``(K, M, F)`` that the LSTM read.
+        contexts: ``(K, M, C)``.
+        active: ``(K, M)``.
+        start: Hidden and cell before the first step, each ``(M, L * H)``.
+        problem: ``(M,)``, the problem each coordinate belongs to.
+        fraction: ``M / (P * D)``.
+    """
+
+    losses: Tensor
+    grads: Tensor
+    inputs: Tensor
+    contexts: Tensor
+    active: Tensor
+    start: tuple[Tensor, Tensor]
+    problem: Tensor
+    fraction: float
+
+
+def start_episode(rule: UpdateRule, optimizee: Optimizee, params: Tensor | None = None) -> Carry:
+    """Return the carry of a fresh optimizee: memory at rest, first loss and gradient evaluated.
+
+    Args:
+        rule: Gives dtype, device and the shape of the memory.
+        optimizee: Freshly sampled.
+        params: Start here ``(P, D)`` instead of at the optimizee's initial parameters.
+
+    Returns:
+        The carry at inner step 0.
+    """
+    like = rule.readout.weight.detach()
+    params = (optimizee.flat_params() if params is None else params).to(like)
+    loss, grad = loss_and_grad(optimizee, params)
+    return Carry(params, rule.initial_memory(params.numel(), like), 0, loss, grad, loss)
+
+
+def loss_and_grad(optimizee: Optimizee, params: Tensor) -> tuple[Tensor, Tensor]:
+    """Evaluate the next minibatch.
+
+    Args:
+        optimizee: Draws the minibatch.
+        params: ``(P, D)``.
+
+    Returns:
+        Losses ``(P,)`` and the gradient ``(P, D)`` of their sum, both detached.
+    """
+    params = params.detach().requires_grad_()
+    with torch.enable_grad():
+        losses = optimizee.losses(optimizee.unflatten(params))
+        (grad,) = torch.autograd.grad(losses.sum(), params)
+    return losses.detach(), grad
+
+
+def coordinate_scales(rule: UpdateRule, optimizee: Optimizee, params: Tensor) -> Tensor | None:
+    """Return the rule's ``tensor_scale`` of each coordinate's tensor, ``(P * D,)``, or None where the rule takes none."""
+    scales = []
+    for value in optimizee.unflatten(params.detach()).values():
+        scale = rule.tensor_scale(value, batch_dims=1)
+        if scale is None:
+            return None
+        scales.append(scale.unsqueeze(1).expand(-1, value[0].numel()))
+    return torch.cat(scales, 1).flatten()
+
+
+@torch.no_grad()
+def roll_out(
+    rule: UpdateRule, optimizee: Optimizee, carry: Carry, truncation: int, coordinates: Tensor | None = None
+) -> tuple[RollOut, Carry]:
+    """Take K inner steps without a graph.
+
+    Args:
+        rule: The rule being meta-trained.
+        optimizee: Its minibatches advance.
+        carry: Where to start.
+        truncation: Inner steps, K.
+        coordinates: Indices ``(M,)`` into the ``P * D`` coordinates to record; None records all.
+
+    Returns:
+        The record and the carry after the last step.
+    """
+    params, memory, grad, loss = carry.params, carry.memory, carry.grad, carry.loss
+    pick = (lambda x: x) if coordinates is None else (lambda x: x[coordinates])
+    losses, grads, inputs, contexts, active = [], [], [], [], []
+    for step in range(carry.step + 1, carry.step + truncation + 1):
+        scale = coordinate_scales(rule, optimizee, params)
+        update, memory, encoded = rule(grad.flatten(), memory, params.new_tensor(float(step)), scale)
+        params = params + update.view_as(params)
+        loss, grad = loss_and_grad(optimizee, params)
+        losses.append(loss)
+        grads.append(pick(grad.flatten()))
+        inputs.append(pick(encoded.inputs))
+        contexts.append(pick(encoded.context))
+        active.append(pick(encoded.active))
+    size = params.shape[1]
+    index = torch.arange(params.numel(), device=params.device) if coordinates is None else coordinates
+    record = RollOut(
+        losses=torch.stack(losses),
+        grads=torch.stack(grads),
+        inputs=torch.stack(inputs),
+        contexts=torch.stack(contexts),
+        active=torch.stack(active),
+        start=(pick(carry.memory["hidden"]), pick(carry.memory["cell"])),
+        problem=index // size,
+        fraction=index.numel() / params.numel(),
+    )
+    return record, Carry(params, memory, carry.step + truncation, loss, grad, carry.initial_loss)
+
+
+def backpropagate(rule: UpdateRule, record: RollOut, weights: Tensor, discount: float = 1.0) -> None:
+    """Add the meta-gradient of a recorded truncation to the ``.grad`` of the rule's meta-parameters.
+
+    Args:
+        rule: The rule that made the record.
+        record: From :func:`roll_out`.
+        weights: w_t of the meta-loss, ``(K, P)``.
+        discount: Factor per step between an update and the gradients it is held responsible for; 1 is exact.
+    """
+    weighted = record.grads * weights[:, record.problem]
+    future = _suffix_sum(weighted, discount) / record.fraction
+    whole = record.active.all(0)
+    # The fused LSTM cannot hold a coordinate at rest, so those that wake or are skipped on the way go step by step.
+    for chosen, stepwise in ((whole, False), (record.active.any(0) & ~whole, True)):
+        if not chosen.any():
+            continue
+        every = bool(chosen.all())
+        inputs, contexts, active, directions = (
+            tensor if every else tensor[:, chosen]
+            for tensor in (record.inputs, record.contexts, record.active, future)
+        )
+        start = record.start if every else (record.start[0][chosen], record.start[1][chosen])
+        if stepwise:
+            hiddens = _recur_holding(rule, inputs, start, active)
+        else:
+            hiddens, _ = rule.recur(inputs, start, fused=True)
+        (directions * rule.decode(hiddens, contexts)).sum().backward()
+
+
+def _suffix_sum(values: Tensor, discount: float) -> Tensor:
+    """Return ``sum_{t>=s} discount^(t-s) values_t`` along the first dimension; entry s is gradient s+1 of the docstring."""
+    if discount == 1.0:
+        return values.flip(0).cumsum(0).flip(0)
+    total = torch.zeros_like(values[0])
+    sums = []
+    for value in values.flip(0):
+        total = discount * total + value
+        sums.append(total)
+    return torch.stack(sums[::-1])
+
+
+def _recur_holding(rule: UpdateRule, inputs: Tensor, carry: tuple[Tensor, Tensor], active: Tensor) -> Tensor:
+    hiddens = []
+    for step_inputs, moves in zip(inputs, active.unsqueeze(-1), strict=True):
+        hidden, (new_hidden, new_cell) = rule.recur(step_inputs.unsqueeze(0), carry)
+        carry = (torch.where(moves, new_hidden, carry[0]), torch.where(moves, new_cell, carry[1]))
+        hiddens.append(hidden.squeeze(0))
+    return torch.stack(hiddens)
+
+
+def unroll(
+    rule: UpdateRule,
+    optimizee: Optimizee,
+    carry: Carry,
+    truncation: int,
+    objective: Objective,
+    *,
+    second_derivatives: bool = False,
+) -> tuple[Tensor, Carry]:
+    """Add the meta-gradient of K inner steps by plain autograd, step by step.
+
+    The reference that :func:`backpropagate` is tested against, and the way to keep second derivatives, which the one-pass
+    form cannot.
+
+    Args:
+        rule: The rule being meta-trained; its ``.grad`` is added to.
+        optimizee: Its minibatches advance. Its losses must be twice differentiable for second derivatives.
+        carry: Where to start.
+        truncation: Inner steps, K.
+        objective: Gives the weights w_t, which are constants.
+        second_derivatives: Differentiate through the optimizee's gradients too.
+
+    Returns:
+        Losses ``(K, P)`` and the carry after the last step.
+    """
+    params, memory = carry.params.detach(), carry.memory
+    grad, losses = carry.grad, []
+    for step in range(carry.step + 1, carry.step + truncation + 1):
+        scale = coordinate_scales(rule, optimizee, params)
+        update, memory, _ = rule(grad.flatten(), memory, params.new_tensor(float(step)), scale)
+        params = params + update.view_as(params)
+        loss = optimizee.losses(optimizee.unflatten(params))
+        losses.append(loss)
+        (grad,) = torch.autograd.grad(loss.sum(), params, retain_graph=True, create_graph=second_derivatives)
+        if not second_derivatives:
+            grad = grad.detach()
+    stacked = torch.stack(losses)
+    (objective(stacked.detach(), carry.initial_loss) * stacked).sum().backward()
+    memory = {name: value.detach() for name, value in memory.items()}
+    last = losses[-1].detach()
+    return stacked.detach(), Carry(
+        params.detach(), memory, carry.step + truncation, last, grad.detach(), carry.initial_loss
+    )

@@ -1,0 +1,274 @@
+"""Meta-training as a generator of outer steps. It prints nothing and writes no files; whoever iterates decides that."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learned_optim.rules import UpdateRule
+from meta_train.meta_gradient import Carry, Objective, backpropagate, roll_out, start_episode, unroll
+from meta_train.recipe import OuterLoop, Recipe
+from meta_train.tasks import Optimizee, Task
+
+
+@dataclass(frozen=True)
+class OuterStep:
+    """What one outer step did.
+
+    Args:
+        step: Outer steps so far, from 1.
+        meta_loss: Mean over episodes: of the losses, or of ``log(loss / initial loss)``, as the objective says.
+        grad_norm: Norm of the meta-gradient before clipping.
+        lr: Rate used.
+        validation: Validation figure, where this step validated; lower is better.
+        is_best: Whether that figure is the best so far.
+    """
+
+    step: int
+    meta_loss: float
+    grad_norm: float
+    lr: float
+    validation: float | None = None
+    is_best: bool = False
+
+
+@dataclass
+class Episode:
+    """One optimizee on its way from start to horizon.
+
+    Args:
+        seed: Of the optimizee, and of the horizon.
+        horizon: Inner steps to take.
+        optimizee: Sampled from ``seed``.
+        carry: Where it stands.
+    """
+
+    seed: int
+    horizon: int
+    optimizee: Optimizee
+    carry: Carry
+
+
+class MetaTraining:
+    """The state of a meta-training run, complete enough to go on bit for bit.
+
+    Args:
+        recipe: What to do.
+        task: Draw optimizees from here instead of from the recipe's task: any object with ``sample(seed)``.
+    """
+
+    def __init__(self, recipe: Recipe, task: Task | None = None) -> None:
+        self.recipe = recipe
+        self.task: Task = recipe.task if task is None else task
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(recipe.seed, "meta-parameters"))
+            self.rule = recipe.build_rule()
+        self.average: UpdateRule = copy.deepcopy(self.rule)
+        self.outer_optimizer = torch.optim.Adam(self.rule.parameters(), lr=recipe.outer.lr)
+        self.step = 0
+        self.episodes_started = 0
+        self.episodes: list[Episode | None] = [None] * recipe.outer.episodes
+        self.best_validation = math.inf
+        self.best: UpdateRule = copy.deepcopy(self.rule)
+
+    def __iter__(self) -> Iterator[OuterStep]:
+        """Take outer steps until the recipe's number is reached, from wherever this run stands.
+
+        Yields:
+            A record of each step. The run may be checkpointed whenever it has yielded.
+        """
+        while self.step < self.recipe.outer.steps:
+            yield self._outer_step()
+
+    def _outer_step(self) -> OuterStep:
+        outer = self.recipe.outer
+        objective = OBJECTIVES[outer.objective](outer)
+        self.outer_optimizer.zero_grad()
+        meta_losses = [self._truncation(slot, objective) for slot in range(outer.episodes)]
+        for parameter in self.rule.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= outer.episodes
+        norm = torch.nn.utils.clip_grad_norm_(self.rule.parameters(), outer.clip)
+        lr = outer.lr * cosine(self.step / outer.steps, outer.final_lr)
+        for group in self.outer_optimizer.param_groups:
+            group["lr"] = lr
+        if norm.isfinite():
+            self.outer_optimizer.step()
+        self.step += 1
+        with torch.no_grad():
+            for average, parameter in zip(self.average.parameters(), self.rule.parameters(), strict=True):
+                average.lerp_(parameter, 1 - outer.averaging)
+        validation = self._validate()
+        is_best = validation is not None and validation <= self.best_validation
+        if is_best and validation is not None:
+            self.best_validation = validation
+            self.best = copy.deepcopy(self.average)
+        return OuterStep(self.step, sum(meta_losses) / len(meta_losses), float(norm), lr, validation, is_best)
+
+    def _truncation(self, slot: int, objective: Objective) -> float:
+        """Advance one episode by a truncation, adding its meta-gradient; return its meta-loss."""
+        episode = self.episodes[slot] or self._start()
+        outer, carry = self.recipe.outer, episode.carry
+        length = min(self.recipe.inner.truncation, episode.horizon - carry.step)
+        if outer.second_derivatives:
+            losses, episode.carry = unroll(
+                self.rule, episode.optimizee, carry, length, objective, second_derivatives=True
+            )
+        else:
+            chosen = self._coordinates(episode)
+            record, episode.carry = roll_out(self.rule, episode.optimizee, carry, length, chosen)
+            losses = record.losses
+            if losses.isfinite().all():
+                backpropagate(self.rule, record, objective(losses, carry.initial_loss), outer.discount)
+        finished = episode.carry.step >= episode.horizon or not bool(losses.isfinite().all())
+        self.episodes[slot] = None if finished else episode
+        return meta_loss(outer, losses, carry.initial_loss)
+
+    def _start(self) -> Episode:
+        seed = derive_seed(self.recipe.seed, "train", self.episodes_started)
+        self.episodes_started += 1
+        shortest, longest = self.recipe.inner.horizon
+        horizon = round(math.exp(random.Random(seed).uniform(math.log(shortest), math.log(longest))))
+        optimizee = self.task.sample(seed)
+        return Episode(seed, horizon, optimizee, start_episode(self.rule, optimizee))
+
+    def _coordinates(self, episode: Episode) -> Tensor | None:
+        total, wanted = episode.carry.params.numel(), self.recipe.outer.coordinates
+        if not 0 < wanted < total:
+            return None
+        generator = torch.Generator().manual_seed(derive_seed(episode.seed, "coordinates", episode.carry.step))
+        return torch.randperm(total, generator=generator)[:wanted]
+
+    def _validate(self) -> float | None:
+        if self.step % self.recipe.validation.every and self.step != self.recipe.outer.steps:
+            return None
+        return validate(self.average, self.recipe.validation.task or self.task, self.recipe)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to go on bit for bit, as tensors and plain values."""
+        return {
+            "rule": self.rule.state_dict(),
+            "average": self.average.state_dict(),
+            "best": self.best.state_dict(),
+            "outer_optimizer": self.outer_optimizer.state_dict(),
+            "step": self.step,
+            "episodes_started": self.episodes_started,
+            "best_validation": self.best_validation,
+            "episodes": [
+                None
+                if episode is None
+                else {
+                    "seed": episode.seed,
+                    "horizon": episode.horizon,
+                    "generator": episode.optimizee.generator.get_state(),
+                    "carry": vars(episode.carry),
+                }
+                for episode in self.episodes
+            ],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict` of the same recipe.
+
+        Args:
+            state: The saved state.
+        """
+        self.rule.load_state_dict(state["rule"])
+        self.average.load_state_dict(state["average"])
+        self.best.load_state_dict(state["best"])
+        self.outer_optimizer.load_state_dict(state["outer_optimizer"])
+        self.step = state["step"]
+        self.episodes_started = state["episodes_started"]
+        self.best_validation = state["best_validation"]
+        for slot, saved in enumerate(state["episodes"]):
+            if saved is None:
+                self.episodes[slot] = None
+                continue
+            optimizee = self.task.sample(saved["seed"])
+            optimizee.generator.set_state(saved["generator"])
+            self.episodes[slot] = Episode(saved["seed"], saved["horizon"], optimizee, Carry(**saved["carry"]))
+
+
+def validate(rule: UpdateRule, task: Task, recipe: Recipe) -> float:
+    """Return the recipe's validation figure over whole episodes of fixed optimizees.
+
+    With the mean objective that is the mean loss. With the others it is the mean of ``log(loss / initial loss)`` around a
+    fifth of the horizon and at its end: a rule must be good early and late.
+
+    Args:
+        rule: The rule to judge.
+        task: Where optimizees come from.
+        recipe: Says how many, for how long, and what the objective is.
+
+    Returns:
+        Mean over optimizees; infinite if any diverges. Lower is better.
+    """
+    total, horizon = 0.0, recipe.validation.horizon
+    for index in range(recipe.validation.optimizees):
+        optimizee = task.sample(derive_seed(0, "validation", index))
+        carry = start_episode(rule, optimizee)
+        record, _ = roll_out(rule, optimizee, carry, horizon, torch.zeros(0, dtype=torch.long))
+        losses = record.losses
+        if recipe.outer.objective != "mean":
+            early, late = (losses[int(0.9 * end) : end] for end in (max(horizon // 5, 1), horizon))
+            losses = torch.stack((early.mean(0), late.mean(0)))
+        total += meta_loss(recipe.outer, losses, carry.initial_loss)
+    return total / recipe.validation.optimizees if math.isfinite(total) else math.inf
+
+
+def meta_loss(outer: OuterLoop, losses: Tensor, initial: Tensor) -> float:
+    """Return the scalar that an objective's weights are the derivative of.
+
+    Args:
+        outer: Names the objective.
+        losses: ``(K, P)``.
+        initial: ``(P,)``.
+
+    Returns:
+        The mean loss, or the mean of ``log(loss / initial loss)``.
+    """
+    if outer.objective == "mean":
+        return float(losses.mean())
+    ratio = losses / initial
+    return float(ratio.clamp(min=max(outer.loss_floor, 1e-12)).log().mean())
+
+
+def _mean_objective(outer: OuterLoop) -> Objective:
+    return lambda losses, initial: torch.full_like(losses, 1 / losses.numel())
+
+
+def _log_objective(outer: OuterLoop) -> Objective:
+    def weights(losses: Tensor, initial: Tensor) -> Tensor:
+        return 1 / (losses.clamp(min=1e-12).maximum(outer.loss_floor * initial) * losses.numel())
+
+    return weights
+
+
+def _relative_objective(outer: OuterLoop) -> Objective:
+    def weights(losses: Tensor, initial: Tensor) -> Tensor:
+        level = losses.mean(0, keepdim=True).clamp(min=1e-12).maximum(outer.loss_floor * initial)
+        return (1 / (level * losses.numel())).expand_as(losses)
+
+    return weights
+
+
+OBJECTIVES = {"mean": _mean_objective, "log": _log_objective, "relative": _relative_objective}
+
+
+def cosine(progress: float, final: float) -> float:
+    """Return the factor of a cosine decay from 1 to ``final`` as ``progress`` goes from 0 to 1."""
+    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def derive_seed(seed: int, purpose: str, index: int = 0) -> int:
+    """Derive an independent seed, so that training, validation and evaluation never share an optimizee."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
+    return int.from_bytes(digest[:7], "little")

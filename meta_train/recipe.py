@@ -1,0 +1,157 @@
+"""A recipe: the complete, typed description of one meta-training run, kept as TOML beside the weights it makes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from learned_optim.rules import UpdateRule, build_rule
+from meta_train.tasks import TaskRecipe
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class InnerLoop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How an episode runs.
+
+    Args:
+        horizon: Shortest and longest episode in inner steps; each episode draws its own, log-uniformly.
+        truncation: Inner steps backpropagated through at once, K.
+    """
+
+    horizon: tuple[Count, Count]
+    truncation: Count = 20
+
+
+class OuterLoop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How meta-parameters are trained.
+
+    Args:
+        steps: Outer steps; each takes one truncation of every concurrent episode.
+        lr: Rate of the outer optimizer (Adam) at the start.
+        final_lr: Share of ``lr`` left at the end of a cosine decay.
+        clip: Largest norm of the meta-gradient.
+        episodes: Concurrent episodes.
+        objective: Weights of the losses: ``"mean"`` of the losses, or ``"log"`` of each, or ``"relative"`` to their mean
+            over the truncation.
+        coordinates: Coordinates of each episode to backpropagate through; 0 for all.
+        discount: Factor per inner step in the meta-gradient; 1 is exact.
+        loss_floor: Losses below this share of the initial loss weigh no more than it (log and relative objectives).
+        averaging: Decay of the running average of the meta-parameters that is validated and published; 0 is none.
+        second_derivatives: Keep them, at many times the cost.
+    """
+
+    steps: Count
+    lr: Positive
+    final_lr: float = 0.02
+    clip: Positive = 1.0
+    episodes: Count = 1
+    objective: Literal["mean", "log", "relative"] = "mean"
+    coordinates: int = 0
+    discount: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    loss_floor: float = 0.0
+    averaging: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    second_derivatives: bool = False
+
+
+class Validation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the best meta-parameters are chosen.
+
+    Args:
+        every: Outer steps between validations.
+        optimizees: Fixed optimizees, of seeds never used elsewhere.
+        horizon: Inner steps.
+        task: Draw them from here; by default from the task that is trained on.
+    """
+
+    every: Count
+    optimizees: Count
+    horizon: Count
+    task: TaskRecipe | None = None
+
+
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One meta-training run.
+
+    Args:
+        rule: ``family`` and the fields of its configuration.
+        task: What optimizees are drawn from.
+        inner: How an episode runs.
+        outer: How meta-parameters are trained.
+        validation: How the best are chosen.
+        seed: Decides everything random.
+        schema: Version of this format.
+    """
+
+    rule: dict[str, Any]
+    task: TaskRecipe
+    inner: InnerLoop
+    outer: OuterLoop
+    validation: Validation
+    seed: int = 0
+    schema: Literal[1] = 1
+
+    def build_rule(self) -> UpdateRule:
+        """Build the untrained rule; the caller seeds torch's generator.
+
+        Returns:
+            The rule.
+
+        Raises:
+            ValueError: If the rule's family or an option is unknown.
+        """
+        options = dict(self.rule)
+        if "family" not in options:
+            raise ValueError("the recipe's [rule] names no family; write, for example, family = \"paper\"")
+        return build_rule(options.pop("family"), **options)
+
+
+def parse_recipe(text: str) -> Recipe:
+    """Parse a recipe; a misspelt key is an error.
+
+    Args:
+        text: TOML.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        ValueError: If it is not TOML, or a key or value does not fit; the message names the place.
+    """
+    try:
+        recipe = msgspec.convert(tomllib.loads(text), Recipe)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"the recipe is not valid TOML: {error}") from error
+    except msgspec.ValidationError as error:
+        raise ValueError(f"the recipe does not fit: {error}") from error
+    recipe.build_rule()
+    if recipe.inner.horizon[0] > recipe.inner.horizon[1]:
+        raise ValueError(f"inner.horizon must be [shortest, longest], got {list(recipe.inner.horizon)}")
+    return recipe
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read a recipe file.
+
+    Args:
+        path: A ``.toml`` file.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        ValueError: If it does not parse; the message names the file.
+    """
+    try:
+        return parse_recipe(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

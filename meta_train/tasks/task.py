@@ -1,0 +1,108 @@
+"""What a task is: something that samples optimizees. Any ``nn.Module`` with any loss can be one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+
+Params = dict[str, Tensor]
+"""Optimizee parameters by name, each ``(P, *shape)``: P independent problems side by side."""
+
+LossFunction = Callable[[Params], Tensor]
+"""From parameters to one loss for each problem, ``(P,)``; draws its own next minibatch."""
+
+
+class Optimizee:
+    """P problems of one architecture, to be optimized side by side.
+
+    Args:
+        params: Initial parameters, each ``(P, *shape)``.
+        losses: Returns the P losses at given parameters on the next minibatch, drawn from ``generator``.
+        generator: The only source of randomness after construction, so that its state pins down all later minibatches.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], losses: LossFunction, generator: torch.Generator) -> None:
+        self.params: Params = {name: value.detach().clone() for name, value in params.items()}
+        self.losses = losses
+        self.generator = generator
+
+    @property
+    def num_problems(self) -> int:
+        """Problems side by side, P."""
+        return next(iter(self.params.values())).shape[0]
+
+    def flat_params(self) -> Tensor:
+        """Return the initial parameters as one matrix ``(P, D)``."""
+        return torch.cat([value.flatten(1) for value in self.params.values()], 1)
+
+    def unflatten(self, flat: Tensor) -> Params:
+        """View a matrix ``(P, D)`` as named parameters."""
+        shapes = {name: value.shape for name, value in self.params.items()}
+        pieces = flat.split([shape[1:].numel() for shape in shapes.values()], 1)
+        return {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
+
+
+class Task(Protocol):
+    """A distribution of optimizees."""
+
+    def sample(self, seed: int) -> Optimizee:
+        """Return the optimizee of a seed: same seed, same initial parameters, data and minibatches."""
+        ...
+
+
+def seeded(seed: int) -> torch.Generator:
+    """Return a CPU generator at ``seed``."""
+    return torch.Generator().manual_seed(seed)
+
+
+def module_optimizee(
+    make_module: Callable[[], nn.Module],
+    loss: Callable[[nn.Module, tuple[Tensor, ...]], Tensor],
+    next_batch: Callable[[torch.Generator], tuple[Tensor, ...]],
+    seed: int,
+    num_problems: int = 1,
+) -> Optimizee:
+    """Make optimizees out of an ordinary ``nn.Module`` and an ordinary loss.
+
+    The P copies, each with an initialisation of its own, run under ``torch.func.vmap``; the module needs no change as long
+    as vmap can batch it (no batch-norm running statistics, no ``nn.LSTM``).
+
+    Args:
+        make_module: Builds and initialises one module, from torch's global generator.
+        loss: ``loss(module, batch)`` returns a 0-dim tensor.
+        next_batch: Draws a minibatch from a generator; every tensor has a leading dimension P.
+        seed: Decides initialisations and minibatches.
+        num_problems: Problems side by side, P.
+
+    Returns:
+        An optimizee whose parameters are the stacked parameters of the modules.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        modules = [make_module() for _ in range(num_problems)]
+    params, buffers = stack_module_state(modules)
+    skeleton = modules[0]
+    generator = seeded(seed + 1)
+
+    class _Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = skeleton
+
+        def forward(self, batch: tuple[Tensor, ...]) -> Tensor:
+            return loss(self.module, batch)
+
+    wrapped = _Loss()
+
+    def one(values: Params, fixed: Params, batch: tuple[Tensor, ...]) -> Tensor:
+        named = {f"module.{name}": value for name, value in (*values.items(), *fixed.items())}
+        return functional_call(wrapped, named, (batch,))
+
+    def losses(values: Params) -> Tensor:
+        return vmap(one)(values, buffers, next_batch(generator))
+
+    return Optimizee(params, losses, generator)
