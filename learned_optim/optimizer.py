@@ -1,13 +1,13 @@
 """``LearnedOptimizer``: a ``torch.optim.Optimizer`` around a learned update rule.
 
-It owns parameter groups, state and serialisation. The numerics live in ``rules``, their execution in ``backends``, and the
-meta-parameters come from ``weights``.
+It owns parameter groups, state and serialisation. The numerics live in ``rules``, their execution in ``backends``, and
+the meta-parameters come from ``weights``.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from os import PathLike
 from typing import Any, overload
 
@@ -34,19 +34,22 @@ class LearnedOptimizer(Optimizer):
         u_t, h_{t+1} = m_phi(g_t, h_t)
         theta_{t+1}  = (1 - 1e-3 * lr * weight_decay) * theta_t + lr * u_t
 
-    There is no rate to tune: ``lr`` is a factor on the learned update, 1 by default. The memory advances once per ``step``
-    for every parameter that has a gradient. Coordinates that never had a non-zero gradient do not move; coordinates whose
-    gradient is NaN or Inf are skipped for that step and keep their memory.
+    There is no rate to tune: ``lr`` is a factor on the learned update, 1 by default. The memory advances once per
+    ``step`` for every parameter that has a gradient. Coordinates that never had a non-zero gradient are not updated;
+    coordinates whose gradient is NaN or Inf get no update in that step and keep their memory. Weight decay applies to
+    both.
 
     Args:
         params: Parameters, named parameters, or dicts defining groups. A group may have its own ``weights``.
         lr: Factor on the update; a float or a one-element tensor. 0 moves nothing.
-        weights: A bundled name (:func:`~learned_optim.available_weights`), ``"owner/repo"`` or ``"owner/repo@revision"`` on
-            the Hugging Face Hub, a ``.safetensors`` file, or an :class:`~learned_optim.rules.UpdateRule`.
+        weights: A bundled name (:func:`~learned_optim.available_weights`), ``"owner/repo"`` or
+            ``"owner/repo@revision"`` on the Hugging Face Hub, a ``.safetensors`` file, or an
+            :class:`~learned_optim.rules.UpdateRule`.
         weight_decay: Decoupled. Each step multiplies parameters by ``1 - 1e-3 * lr * weight_decay``, so that the value
             means what it means to AdamW at its usual rate of 1e-3.
         maximize: Ascend instead of descend.
-        state_dtype: ``torch.float32`` (default) or ``torch.bfloat16`` for the LSTM memory. float64 parameters keep float64.
+        state_dtype: ``torch.float32`` (default) or ``torch.bfloat16`` for the LSTM memory. float64 parameters keep
+            float64.
         backend: ``"auto"`` or the name of a backend.
         capturable: Keep step counts on the parameters' device, as CUDA graph capture needs.
         foreach: Accepted for compatibility; small tensors are always processed together.
@@ -123,7 +126,8 @@ class LearnedOptimizer(Optimizer):
         """Add parameters, with their own options if given; they start with fresh memory.
 
         Args:
-            param_group: ``{"params": ...}`` and any of ``lr``, ``weights``, ``weight_decay``, ``maximize``, ``state_dtype``.
+            param_group: ``{"params": ...}`` and any of ``lr``, ``weights``, ``weight_decay``, ``maximize`` and
+                ``state_dtype``.
 
         Raises:
             ValueError: If an option is out of range or its weights cannot be loaded.
@@ -138,6 +142,9 @@ class LearnedOptimizer(Optimizer):
                 param_group["state_dtype"] = _dtype_name(param_group["state_dtype"])
             _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for param in group["params"]:  # Cast the rule now: torch.compile could not trace it.
+            self._weights[group["fingerprint"]].rule_on(param.device, compute_dtype(param.dtype))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -161,6 +168,7 @@ class LearnedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._refuse_sparse_gradients()
         for group in self.param_groups:
             weights = self._weights[group["fingerprint"]]
             for (device, dtype), items in self._items(group, weights).items():
@@ -168,24 +176,26 @@ class LearnedOptimizer(Optimizer):
                 apply_reference(
                     weights.rule_on(device, dtype),
                     items,
-                    lr=lr.to(device).reshape(()) if isinstance(lr, Tensor) else lr,
+                    lr=lr.detach().to(device, dtype).reshape(()) if isinstance(lr, Tensor) else lr,
                     weight_decay=group["weight_decay"],
                     maximize=group["maximize"],
                 )
         return loss
 
-    def _items(
-        self, group: dict[str, Any], weights: Weights
-    ) -> dict[tuple[torch.device, torch.dtype], list[StepItem]]:
+    def _refuse_sparse_gradients(self) -> None:
+        """Refuse before anything is written, so that a caller who catches the error has lost nothing."""
+        for param, _ in _params_with_groups(self.param_groups):
+            if param.grad is not None and param.grad.layout != torch.strided:
+                raise RuntimeError(
+                    "LearnedOptimizer does not support sparse gradients; build the embedding with sparse=False"
+                )
+
+    def _items(self, group: dict[str, Any], weights: Weights) -> dict[tuple[torch.device, torch.dtype], list[StepItem]]:
         """Collect the parameters to step, by device and compute dtype, and count the step."""
         items: dict[tuple[torch.device, torch.dtype], list[StepItem]] = defaultdict(list)
         for param in group["params"]:
             if param.grad is None:
                 continue
-            if param.grad.is_sparse:
-                raise RuntimeError(
-                    "LearnedOptimizer does not support sparse gradients; build the embedding with sparse=False"
-                )
             state = self.state[param]
             if not state:
                 state.update(self._initial_state(param, group, weights.rule))
@@ -198,8 +208,8 @@ class LearnedOptimizer(Optimizer):
             items[param.device, dtype].append(
                 StepItem(
                     param=_local(_as_real(param)),
-                    grad=_local(_as_real(param.grad)),
-                    memory={name: _local(value) for name, value in state.items() if name != "step"},
+                    grad=_local(_placed_like(_as_real(param.grad), _as_real(param))),
+                    memory={name: _local(state[name]) for name in _memory_names(rule)},
                     step=state["step"],
                     scale=None if scale is None else _whole(scale),
                 )
@@ -230,28 +240,27 @@ class LearnedOptimizer(Optimizer):
             ValueError: If the checkpoint was made by another optimizer or with other weights, or does not fit the
                 parameters. Nothing is changed then.
         """
-        seen: list[dict[str, Any]] = []
+        checked: list[dict[str, Any]] = []
 
-        def check(_: Optimizer, hooked: dict[str, Any]) -> None:
-            self._check_checkpoint(hooked)
-            seen.append(hooked)
+        def check(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            self._check_checkpoint(state_dict)
+            checked.append(state_dict)
 
-        # Runs after the user's pre-hooks, so that what they return is what is checked and kept.
-        handle = self.register_load_state_dict_pre_hook(check)
+        # Between the caller's own hooks: after the pre-hooks, which may replace the checkpoint; before the post-hooks,
+        # which may change what was loaded.
+        hooks = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(lambda _: self._restore_state(checked[0]), prepend=True),
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        for index, (param, group) in enumerate(_params_with_groups(self.param_groups)):
-            saved_index = _saved_indices(seen[0])[index]
-            for name, value in seen[0]["state"].get(saved_index, {}).items():
-                value = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float32)
-                on_cpu = name == "step" and not group["capturable"]
-                self.state[param][name] = value.detach().clone().to("cpu" if on_cpu else param.device)
+            for hook in hooks:
+                hook.remove()
 
     def _check_checkpoint(self, state_dict: dict[str, Any]) -> None:
         groups = state_dict["param_groups"]
-        if len(groups) != len(self.param_groups):
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
             return  # The base class explains this one.
         for saved, live in zip(groups, self.param_groups, strict=True):
             if "fingerprint" not in saved:
@@ -260,19 +269,31 @@ class LearnedOptimizer(Optimizer):
                     "start the optimizer fresh or load the checkpoint into the optimizer that made it"
                 )
             if saved["fingerprint"] != live["fingerprint"]:
+                name = saved.get("weights")
                 raise ValueError(
-                    f"the checkpoint was made with weights {saved['weights']!r} ({saved['fingerprint'][:12]}), this "
+                    f"the checkpoint was made with weights {name!r} ({saved['fingerprint'][:12]}), this "
                     f"optimizer uses {live['weights']!r} ({live['fingerprint'][:12]}); an LSTM's memory means nothing "
-                    f"to another LSTM, so construct it with weights={saved['weights']!r}"
+                    f"to another LSTM, so construct it with weights={name!r}"
                 )
-        for index, (param, _) in enumerate(_params_with_groups(self.param_groups)):
-            indices = _saved_indices(state_dict)
-            hidden = state_dict["state"].get(indices[index], {}).get("hidden") if index < len(indices) else None
-            if hidden is not None and tuple(hidden.shape[:-1]) != tuple(_as_real(param).shape):
-                raise ValueError(
-                    f"parameter {index} has shape {tuple(param.shape)}, but the checkpoint's memory is for shape "
-                    f"{tuple(hidden.shape[:-1])}; give the optimizer the same parameters in the same order"
-                )
+        for index, saved, param, group in self._saved_states(state_dict):
+            _check_memory(index, saved, param, self._weights[group["fingerprint"]].rule)
+
+    def _saved_states(self, state_dict: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any], Tensor, dict[str, Any]]]:
+        """Yield index, saved state, parameter and group of every parameter of which the checkpoint holds state."""
+        saved_indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        live = _params_with_groups(self.param_groups)
+        for index, (saved_index, (param, group)) in enumerate(zip(saved_indices, live, strict=True)):
+            if state_dict["state"].get(saved_index):
+                yield index, state_dict["state"][saved_index], param, group
+
+    def _restore_state(self, state_dict: dict[str, Any]) -> None:
+        """Replace the base class's casts and aliases by copies of the checkpoint's tensors, in their own dtypes."""
+        for _, saved, param, group in self._saved_states(state_dict):
+            state = self.state[param]
+            step = torch.as_tensor(saved["step"], dtype=torch.float32)
+            state["step"] = step.to(param.device if group["capturable"] else "cpu", copy=True)
+            for name in _memory_names(self._weights[group["fingerprint"]].rule):
+                state[name] = saved[name].detach().to(param.device, copy=True).contiguous()
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep what a copy needs and nothing else: schedulers and hooks patch attributes that must not travel."""
@@ -310,12 +331,27 @@ def _dtype_name(dtype: torch.dtype | str | None) -> str:
     return name
 
 
+def _memory_names(rule: UpdateRule) -> tuple[str, ...]:
+    return (*rule.moment_names, "hidden", "cell")
+
+
 def _params_with_groups(groups: Iterable[dict[str, Any]]) -> list[tuple[Tensor, dict[str, Any]]]:
     return [(param, group) for group in groups for param in group["params"]]
 
 
-def _saved_indices(state_dict: dict[str, Any]) -> list[int]:
-    return [index for group in state_dict["param_groups"] for index in group["params"]]
+def _check_memory(index: int, saved: dict[str, Any], param: Tensor, rule: UpdateRule) -> None:
+    """Refuse one parameter's saved state if it is not this rule's memory of this parameter."""
+    shape = tuple(_as_real(param).shape)
+    names = _memory_names(rule)
+    if missing := [name for name in ("step", *names) if name not in saved]:
+        raise ValueError(f"the checkpoint lacks {', '.join(missing)} of parameter {index}; was it edited?")
+    for name in names:
+        width = () if name in rule.moment_names else (rule.memory_width,)
+        if tuple(saved[name].shape) != shape + width:
+            raise ValueError(
+                f"parameter {index} has shape {tuple(param.shape)}, but its {name} in the checkpoint has shape "
+                f"{tuple(saved[name].shape)}; give the optimizer the same parameters in the same order"
+            )
 
 
 def _as_real(tensor: Tensor) -> Tensor:
@@ -324,12 +360,19 @@ def _as_real(tensor: Tensor) -> Tensor:
 
 def _local(tensor: Tensor) -> Tensor:
     """Return this rank's shard of a DTensor, any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportCallIssue]
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _whole(tensor: Tensor) -> Tensor:
     """Return the full value of a DTensor, any other tensor as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore[reportCallIssue]
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _placed_like(grad: Tensor, param: Tensor) -> Tensor:
+    """Return a DTensor gradient sharded as its parameter is; tensor parallelism may leave it, say, unreduced."""
+    if getattr(grad, "placements", None) == getattr(param, "placements", None):
+        return grad
+    return grad.redistribute(placements=param.placements)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _zeros(like: Tensor, trailing: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from learned_optim.backends.native_lstm import native_advance, native_sequence, native_supports
 from learned_optim.rules import Memory, UpdateRule
 from meta_train.tasks.task import Optimizee
 
@@ -136,10 +137,11 @@ def roll_out(
     """
     params, memory, grad, loss = carry.params, carry.memory, carry.grad, carry.loss
     pick = (lambda x: x) if coordinates is None else (lambda x: x[coordinates])
+    advance = native_advance(rule.lstm) if native_supports(rule.lstm) else None
     losses, grads, inputs, contexts, active = [], [], [], [], []
     for step in range(carry.step + 1, carry.step + truncation + 1):
         scale = coordinate_scales(rule, optimizee, params)
-        update, memory, encoded = rule(grad.flatten(), memory, params.new_tensor(float(step)), scale)
+        update, memory, encoded = rule(grad.flatten(), memory, params.new_tensor(float(step)), scale, advance)
         params = params + update.view_as(params)
         loss, grad = loss_and_grad(optimizee, params)
         losses.append(loss)
@@ -173,22 +175,17 @@ def backpropagate(rule: UpdateRule, record: RollOut, weights: Tensor, discount: 
     """
     weighted = record.grads * weights[:, record.problem]
     future = _suffix_sum(weighted, discount) / record.fraction
+    if native_supports(rule.lstm):
+        hiddens = native_sequence(rule.lstm, record.inputs, record.start, record.active)
+        (future * rule.decode(hiddens, record.contexts)).sum().backward()
+        return
     whole = record.active.all(0)
-    # The fused LSTM cannot hold a coordinate at rest, so those that wake or are skipped on the way go step by step.
-    for chosen, stepwise in ((whole, False), (record.active.any(0) & ~whole, True)):
-        if not chosen.any():
-            continue
-        every = bool(chosen.all())
-        inputs, contexts, active, directions = (
-            tensor if every else tensor[:, chosen]
-            for tensor in (record.inputs, record.contexts, record.active, future)
-        )
-        start = record.start if every else (record.start[0][chosen], record.start[1][chosen])
-        if stepwise:
-            hiddens = _recur_holding(rule, inputs, start, active)
-        else:
-            hiddens, _ = rule.recur(inputs, start, fused=True)
-        (directions * rule.decode(hiddens, contexts)).sum().backward()
+    # The fused LSTM cannot hold a coordinate's memory, so those that wake or are skipped on the way go step by step.
+    for chosen, replay in ((whole, _replay_fused), (record.active.any(0) & ~whole, _replay_holding)):
+        if chosen.any():
+            start = (record.start[0][chosen], record.start[1][chosen])
+            hiddens = replay(rule, record.inputs[:, chosen], start, record.active[:, chosen])
+            (future[:, chosen] * rule.decode(hiddens, record.contexts[:, chosen])).sum().backward()
 
 
 def _suffix_sum(values: Tensor, discount: float) -> Tensor:
@@ -203,12 +200,15 @@ def _suffix_sum(values: Tensor, discount: float) -> Tensor:
     return torch.stack(sums[::-1])
 
 
-def _recur_holding(rule: UpdateRule, inputs: Tensor, carry: tuple[Tensor, Tensor], active: Tensor) -> Tensor:
+def _replay_fused(rule: UpdateRule, inputs: Tensor, carry: tuple[Tensor, Tensor], active: Tensor) -> Tensor:
+    return rule.recur(inputs, carry, fused=True)[0]
+
+
+def _replay_holding(rule: UpdateRule, inputs: Tensor, carry: tuple[Tensor, Tensor], active: Tensor) -> Tensor:
     hiddens = []
-    for step_inputs, moves in zip(inputs, active.unsqueeze(-1), strict=True):
-        hidden, (new_hidden, new_cell) = rule.recur(step_inputs.unsqueeze(0), carry)
-        carry = (torch.where(moves, new_hidden, carry[0]), torch.where(moves, new_cell, carry[1]))
-        hiddens.append(hidden.squeeze(0))
+    for step_inputs, step_active in zip(inputs, active, strict=True):
+        hidden, carry = rule.advance(step_inputs, carry, step_active)
+        hiddens.append(hidden)
     return torch.stack(hiddens)
 
 

@@ -1,7 +1,7 @@
 """The readable backend: eager PyTorch, in chunks of bounded size.
 
-Coordinates of small tensors are packed together and large tensors are cut, so that time is paid per coordinate and scratch
-memory does not grow with the model. This file knows nothing of parameter groups or of where state is kept.
+Coordinates of small tensors are packed together and large tensors are cut, so that time is paid per coordinate and
+scratch memory does not grow with the model. This file knows nothing of parameter groups or of where state is kept.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,14 +37,31 @@ class StepItem:
 
 @dataclass(frozen=True)
 class _Slice:
+    """Coordinates ``start`` to ``stop`` of an item, whose parameter and gradient were flattened in logical order."""
+
     item: StepItem
     flat_param: Tensor
+    flat_grad: Tensor
     start: int
     stop: int
 
-    def of(self, tensor: Tensor, trailing: int = 0) -> Tensor:
-        """View the slice's coordinates of a contiguous ``tensor`` whose last ``trailing`` dimensions belong to each."""
-        return tensor.view(-1, *tensor.shape[tensor.dim() - trailing :])[self.start : self.stop]
+    @property
+    def param(self) -> Tensor:
+        return self.flat_param[self.start : self.stop]
+
+    @property
+    def grad(self) -> Tensor:
+        return self.flat_grad[self.start : self.stop]
+
+    def memory(self, name: str) -> Tensor:
+        """View the memory of these coordinates, ``(N,)`` or ``(N, width)``."""
+        values = self.item.memory[name]
+        return values.view(-1, *values.shape[self.item.param.dim() :])[self.start : self.stop]
+
+    def write_back(self) -> None:
+        """Copy a parameter that has no flat view back, once its last coordinates are done."""
+        if not self.item.param.is_contiguous() and self.stop == self.flat_param.numel():
+            self.item.param.copy_(self.flat_param.view(self.item.param.shape))
 
 
 def apply_reference(
@@ -59,23 +76,23 @@ def apply_reference(
         weight_decay: Decoupled; parameters shrink by ``1e-3 * lr * weight_decay``.
         maximize: Ascend instead of descend.
     """
-    # A strided parameter has no flat view: work on a copy and write it back.
-    flat = [item.param.view(-1) if item.param.is_contiguous() else item.param.reshape(-1) for item in items]
-    for chunk in _pack(items, flat):
+    for chunk in _pack(items):
         _apply_chunk(rule, chunk, lr, weight_decay, maximize)
-    for item, values in zip(items, flat, strict=True):
-        if not item.param.is_contiguous():
-            item.param.copy_(values.view(item.param.shape))
+        for piece in chunk:
+            piece.write_back()
 
 
-def _pack(items: Sequence[StepItem], flat: Sequence[Tensor]) -> Iterator[list[_Slice]]:
+def _pack(items: Sequence[StepItem]) -> Iterator[list[_Slice]]:
+    """Cut the items, in order, into chunks of ``CHUNK`` coordinates."""
     chunk: list[_Slice] = []
     room = CHUNK
-    for item, values in zip(items, flat, strict=True):
-        start, total = 0, values.numel()
+    for item in items:
+        # `reshape` copies a strided tensor: once for the item, not once for each of its chunks.
+        flat_param, flat_grad = item.param.reshape(-1), item.grad.reshape(-1)
+        start, total = 0, item.param.numel()
         while start < total:
             stop = min(total, start + room)
-            chunk.append(_Slice(item, values, start, stop))
+            chunk.append(_Slice(item, flat_param, flat_grad, start, stop))
             room -= stop - start
             start = stop
             if room == 0:
@@ -90,30 +107,22 @@ def _apply_chunk(
 ) -> None:
     dtype = rule.readout.weight.dtype
     sizes = [piece.stop - piece.start for piece in chunk]
-    grad = _join([piece.of(piece.item.grad.reshape(-1)) for piece in chunk]).to(dtype)
-    memory = {
-        name: _join([piece.of(piece.item.memory[name], trailing) for piece in chunk]).to(dtype)
-        for name, trailing in _memory_layout(rule)
-    }
-    step = _spread([piece.item.step.to(grad.device) for piece in chunk], sizes)
-    scales = [piece.item.scale for piece in chunk]
-    scale = None if scales[0] is None else _spread([s for s in scales if s is not None], sizes)
+    grad = _join([piece.grad for piece in chunk]).to(dtype)
+    memory = {name: _join([piece.memory(name) for piece in chunk]).to(dtype) for name in chunk[0].item.memory}
+    step = _spread([piece.item.step.to(grad.device, dtype) for piece in chunk], sizes)
+    scales = [piece.item.scale for piece in chunk if piece.item.scale is not None]
+    scale = _spread(scales, sizes) if scales else None
 
     update, new_memory, _ = rule(-grad if maximize else grad, memory, step, scale)
 
-    for name, trailing in _memory_layout(rule):
-        for piece, values in zip(chunk, new_memory[name].split(sizes), strict=True):
-            piece.of(piece.item.memory[name], trailing).copy_(values)
-    for piece, values in zip(chunk, update.split(sizes), strict=True):
-        param = piece.flat_param[piece.start : piece.stop]
-        decayed = param.to(dtype)
+    for name, values in new_memory.items():
+        for piece, new in zip(chunk, values.split(sizes), strict=True):
+            piece.memory(name).copy_(new)
+    for piece, change in zip(chunk, update.split(sizes), strict=True):
+        param = piece.param.to(dtype)
         if weight_decay != 0:
-            decayed = decayed * (1 - lr * 1e-3 * weight_decay)
-        param.copy_(decayed + lr * values)
-
-
-def _memory_layout(rule: UpdateRule) -> list[tuple[str, int]]:
-    return [*((name, 0) for name in rule.moment_names), ("hidden", 1), ("cell", 1)]
+            param = param * (1 - lr * 1e-3 * weight_decay)
+        piece.param.copy_(param + lr * change)
 
 
 def _join(pieces: list[Tensor]) -> Tensor:

@@ -1,7 +1,8 @@
 """The default family: a small LSTM that modulates a nominal Adam step.
 
-Inputs and output are scale-free, so neither the scale of the loss nor that of a layer matters; the output is bounded, so
-no state of the LSTM can make a step explode; with a zero readout the rule *is* Adam with a step relative to the tensor.
+Inputs and output are scale-free, so neither the scale of the loss nor that of a layer matters; the output is bounded,
+so no state of the LSTM can make a step explode; with a zero readout the rule *is* Adam with a step relative to the
+tensor.
 """
 
 from dataclasses import dataclass
@@ -74,8 +75,9 @@ class AdamModulationRule(UpdateRule):
         config: Decays, scales and bounds.
 
     References:
-        Inputs after RNNprop (Lv et al. 2017, arXiv:1703.03633); a nominal step under a magnitude head after STAR (Harrison
-        et al. 2022, arXiv:2209.11208), here bounded; scale by the tensor's size after VeLO (arXiv:2211.09760).
+        Inputs after RNNprop (Lv et al. 2017, arXiv:1703.03633); a nominal step under a magnitude head after STAR
+        (Harrison et al. 2022, arXiv:2209.11208), here bounded; scale by the tensor's size after VeLO
+        (arXiv:2211.09760).
     """
 
     family: ClassVar[str] = "adam-modulation"
@@ -99,7 +101,7 @@ class AdamModulationRule(UpdateRule):
     def encode(self, grad: Tensor, memory: Memory, step: Tensor, scale: Tensor | None) -> Encoded:
         """Update the moments and normalise gradient and momenta by the root of the second moment."""
         config = self.config
-        finite = grad.isfinite()
+        finite = (grad * grad).isfinite()  # A second moment of Inf would never recover.
         grad = torch.where(finite, grad, 0.0)
         moments = {}
         for name, decay, value in (
@@ -128,4 +130,3 @@ class AdamModulationRule(UpdateRule):
         nominal, amplitude = context.unbind(-1)
         bound = self.config.log_gain
         return amplitude * torch.exp(bound * torch.tanh(magnitude / bound)) * (nominal + torch.tanh(direction))
-

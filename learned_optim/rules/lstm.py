@@ -1,10 +1,13 @@
 """The coordinatewise LSTM: one inner step written with matmuls, and a whole sequence through ``nn.LSTM``.
 
 Both read the same ``nn.LSTM`` module, so its parameter names (``weight_ih_l0`` ...) and gate order (i, f, g, o) are
-torch's. Memory is kept coordinate-major, ``(N, L * H)`` with layer 0 first, because that is the layout of optimizer state.
+torch's. Memory is kept coordinate-major, ``(N, L * H)`` with layer 0 first, because that is the layout of optimizer
+state.
 
 Letters used throughout: N coordinates, F input features, L layers, H hidden size, K inner steps.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +16,14 @@ Carry = tuple[Tensor, Tensor]
 """Hidden and cell memory, each ``(N, L * H)``."""
 
 
-def lstm_step(lstm: nn.LSTM, inputs: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
+class LSTMTensors(NamedTuple):
+    """The tensors of an ``nn.LSTM`` by its own names, without the module: ``torch.compile`` refuses to look at one."""
+
+    hidden_size: int
+    all_weights: list[list[Tensor]]
+
+
+def lstm_step(lstm: nn.LSTM | LSTMTensors, inputs: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
     """Advance every coordinate's LSTM by one inner step, with plain matmuls.
 
     ``nn.LSTM`` would break ``torch.compile(fullgraph=True)``; two ``addmm`` and five pointwise operations do not.

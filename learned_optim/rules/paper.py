@@ -19,23 +19,26 @@ class PaperRuleConfig(RuleConfig):
         num_layers: LSTM layers.
         inputs: ``"raw"`` feeds the gradient itself, ``"log_and_sign"`` the two numbers of :func:`log_and_sign`.
         preprocess_p: The p of :func:`log_and_sign`; unused with raw inputs.
+        input_scale: Constant factor on raw gradients. A loss that is the mean of M functions has gradients M times smaller
+            than each function's; ``input_scale = M`` gives them back.
         output_scale: Constant factor on the readout.
     """
 
     inputs: Literal["raw", "log_and_sign"] = "raw"
     preprocess_p: float = 10.0
+    input_scale: float = 1.0
     output_scale: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse values with no meaning.
 
         Raises:
-            ValueError: If ``inputs`` is unknown, or ``preprocess_p`` or ``output_scale`` is not positive.
+            ValueError: If ``inputs`` is unknown, or ``preprocess_p`` or a scale is not positive.
         """
         super().__post_init__()
         if self.inputs not in ("raw", "log_and_sign"):
             raise ValueError(f"inputs must be 'raw' or 'log_and_sign', got {self.inputs!r}")
-        for name in ("preprocess_p", "output_scale"):
+        for name in ("preprocess_p", "input_scale", "output_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
@@ -83,8 +86,11 @@ class PaperRule(UpdateRule):
         finite = grad.isfinite()
         grad = torch.where(finite, grad, 0.0)
         active = finite & ((grad != 0) | (memory["cell"] != 0).any(-1))
-        inputs = grad.unsqueeze(-1) if self.config.inputs == "raw" else log_and_sign(grad, self.config.preprocess_p)
-        context = (active * self.config.output_scale).to(grad.dtype).unsqueeze(-1)
+        if self.config.inputs == "raw":
+            inputs = (grad * self.config.input_scale).unsqueeze(-1)
+        else:
+            inputs = log_and_sign(grad, self.config.preprocess_p)
+        context = (active.to(grad.dtype) * self.config.output_scale).unsqueeze(-1)
         return Encoded(inputs, context, active, {})
 
     def decode(self, hidden: Tensor, context: Tensor) -> Tensor:

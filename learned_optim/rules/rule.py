@@ -6,16 +6,20 @@ knows nothing of optimizers, files or tasks.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from learned_optim.rules.lstm import Carry, lstm_sequence, lstm_step
+from learned_optim.rules.lstm import Carry, LSTMTensors, lstm_sequence, lstm_step
 
 Memory = dict[str, Tensor]
 """Per-coordinate memory by name: moments ``(N,)``, and ``hidden`` and ``cell`` ``(N, L * H)``."""
+
+Advance = Callable[[Tensor, Carry, Tensor], tuple[Tensor, Carry]]
+"""From inputs, carry and active mask to top hidden state and held carry: :meth:`UpdateRule.advance` or a kernel."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,14 @@ class UpdateRule(nn.Module, ABC):
         self.config = config
         self.lstm = nn.LSTM(num_inputs, config.hidden_size, config.num_layers)
         self.readout = nn.Linear(config.hidden_size, num_outputs)
+        self._frozen_lstm: LSTMTensors | None = None
+
+    def freeze(self) -> None:
+        """Fix the meta-parameters, their dtype and device, for use without a graph; ``torch.compile`` needs it."""
+        self.requires_grad_(False).eval()
+        self.lstm.flatten_parameters()
+        weights = [[weight.detach() for weight in layer] for layer in self.lstm.all_weights]
+        self._frozen_lstm = LSTMTensors(self.lstm.hidden_size, weights)
 
     @property
     def memory_width(self) -> int:
@@ -149,33 +161,46 @@ class UpdateRule(nn.Module, ABC):
         """
         if fused:
             return lstm_sequence(self.lstm, inputs, carry)
+        lstm = self.lstm if self._frozen_lstm is None else self._frozen_lstm
         hiddens = []
         for step_inputs in inputs:
-            hidden, carry = lstm_step(self.lstm, step_inputs, carry)
+            hidden, carry = lstm_step(lstm, step_inputs, carry)
             hiddens.append(hidden)
         return torch.stack(hiddens), carry
 
+    def advance(self, inputs: Tensor, carry: Carry, active: Tensor) -> tuple[Tensor, Carry]:
+        """Run the LSTM for one inner step; coordinates that are not active keep their memory.
+
+        Args:
+            inputs: ``(N, F)``.
+            carry: Hidden and cell, each ``(N, L * H)``.
+            active: ``(N,)`` bool.
+
+        Returns:
+            The top hidden state ``(N, H)``, not held, and the new carry, held.
+        """
+        hiddens, new_carry = self.recur(inputs.unsqueeze(0), carry)
+        moves = active.unsqueeze(-1)
+        return hiddens.squeeze(0), (torch.where(moves, new_carry[0], carry[0]), torch.where(moves, new_carry[1], carry[1]))
+
     def forward(
-        self, grad: Tensor, memory: Memory, step: Tensor, scale: Tensor | None, *, fused: bool = False
+        self, grad: Tensor, memory: Memory, step: Tensor, scale: Tensor | None, advance: Advance | None = None
     ) -> tuple[Tensor, Memory, Encoded]:
-        """Take one inner step: encode, recur with K = 1, decode.
+        """Take one inner step: encode, advance, decode.
 
         Args:
             grad: ``(N,)``.
             memory: The memory before this step. Not modified.
             step: Inner steps including this one, 0-dim or ``(N,)``.
             scale: :meth:`tensor_scale` of each coordinate's tensor, or None.
-            fused: See :meth:`recur`.
+            advance: A faster equivalent of :meth:`advance`, from ``backends``.
 
         Returns:
             The update ``(N,)``, the new memory, and the encoded gradient for a caller that records it.
         """
         encoded = self.encode(grad, memory, step, scale)
-        carry = (memory["hidden"], memory["cell"])
-        hidden, new_carry = self.recur(encoded.inputs.unsqueeze(0), carry, fused=fused)
-        update = self.decode(hidden.squeeze(0), encoded.context)
-        held = ~encoded.active.unsqueeze(-1)
-        memory = dict(encoded.moments)
-        memory["hidden"] = torch.where(held, carry[0], new_carry[0])
-        memory["cell"] = torch.where(held, carry[1], new_carry[1])
-        return update, memory, encoded
+        hidden, (kept_hidden, kept_cell) = (advance or self.advance)(
+            encoded.inputs, (memory["hidden"], memory["cell"]), encoded.active
+        )
+        update = self.decode(hidden, encoded.context)
+        return update, {**encoded.moments, "hidden": kept_hidden, "cell": kept_cell}, encoded

@@ -41,8 +41,9 @@ def from_bytes(data: bytes, name: str | None = None) -> Weights:
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     spec = json.loads(header["rule"])
-    rule = build_rule(spec.pop("family"), **spec)
-    rule.load_state_dict(load_tensors(data))
+    with torch.device("meta"):  # Neither torch's generator nor its default dtype and device may matter here.
+        rule = build_rule(spec.pop("family"), **spec)
+    rule.load_state_dict(load_tensors(data), assign=True)
     metadata = {key: value for key, value in header.items() if key not in RESERVED}
     return Weights(rule, name or header["name"], header["recipe"], metadata)
 

@@ -90,5 +90,5 @@ _freeze_lock = threading.Lock()
 def _freeze(rule: UpdateRule, device: torch.device, dtype: torch.dtype) -> UpdateRule:
     with _freeze_lock:
         frozen = copy.deepcopy(rule).to(device=device, dtype=dtype)
-    frozen.lstm.flatten_parameters()
-    return frozen.requires_grad_(False).eval()
+    frozen.freeze()
+    return frozen

@@ -68,8 +68,8 @@ def module_optimizee(
 ) -> Optimizee:
     """Make optimizees out of an ordinary ``nn.Module`` and an ordinary loss.
 
-    The P copies, each with an initialisation of its own, run under ``torch.func.vmap``; the module needs no change as long
-    as vmap can batch it (no batch-norm running statistics, no ``nn.LSTM``).
+    One problem (P = 1) works with any module. More run side by side under ``torch.func.vmap``, each copy with an
+    initialisation of its own, as long as vmap can batch the module (no batch-norm running statistics, no ``nn.LSTM``).
 
     Args:
         make_module: Builds and initialises one module, from torch's global generator.
@@ -103,6 +103,10 @@ def module_optimizee(
         return functional_call(wrapped, named, (batch,))
 
     def losses(values: Params) -> Tensor:
-        return vmap(one)(values, buffers, next_batch(generator))
+        batch = next_batch(generator)
+        if num_problems > 1:
+            return vmap(one)(values, buffers, batch)
+        first = ({name: value[0] for name, value in tensors.items()} for tensors in (values, buffers))
+        return one(*first, tuple(value[0] for value in batch)).unsqueeze(0)
 
     return Optimizee(params, losses, generator)

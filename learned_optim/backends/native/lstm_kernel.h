@@ -1,0 +1,428 @@
+/* The LSTM kernels for one vector width. Included by lstm.c once for each instruction set, with LANES and SUFFIX set.
+ *
+ * Coordinates are taken in blocks. Inside a block everything is stored [unit][coordinate], so that every inner loop runs
+ * over coordinates, the weights are broadcast, and the arithmetic is dense vector multiply-adds. Weights come packed as
+ * [layer][unit][input..., hidden..., bias][gate], gates in torch's order i, f, g, o: the four gates of a unit are
+ * computed together and their pointwise part follows at once, while they are in registers.
+ *
+ * A coordinate that is not active keeps its memory. NaN and Inf never reach this file: the caller encodes them away.
+ */
+#define NAME(base) JOIN(base, SUFFIX)
+#define JOIN(base, suffix) JOIN_(base, suffix)
+#define JOIN_(base, suffix) base##suffix
+#define INLINE static inline __attribute__((always_inline))
+
+#define vec NAME(vec)
+#define ivec NAME(ivec)
+#define history NAME(history)
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+#define splat NAME(splat)
+#define select_vec NAME(select_vec)
+#define tanh_vec NAME(tanh_vec)
+#define sigmoid_vec NAME(sigmoid_vec)
+#define layer_inputs NAME(layer_inputs)
+#define layer_weights NAME(layer_weights)
+#define gather NAME(gather)
+#define scatter NAME(scatter)
+#define gather_mask NAME(gather_mask)
+#define scratch NAME(scratch)
+#define step_block NAME(step_block)
+#define history_vectors NAME(history_vectors)
+#define lay_out NAME(lay_out)
+#define forward_block NAME(forward_block)
+#define backward_block NAME(backward_block)
+#define sum_lanes NAME(sum_lanes)
+#define weight_gradient NAME(weight_gradient)
+#define packed_size NAME(packed_size)
+
+INLINE vec splat(float x) { return x - (vec){0}; }
+
+INLINE vec select_vec(ivec mask, vec a, vec b) {
+  return (vec)(((ivec)a & mask) | ((ivec)b & ~mask));
+}
+
+/* Rational approximation of tanh on [-7.9, 7.9], saturated outside; relative error about 3e-7 everywhere, also near 0. */
+INLINE vec tanh_vec(vec x) {
+  const vec limit = splat(7.90531110763549805f);
+  x = select_vec(x > limit, limit, x);
+  x = select_vec(x < -limit, -limit, x);
+  vec s = x * x;
+  vec p = s * -2.76076847742355e-16f + 2.00018790482477e-13f;
+  p = p * s + -8.60467152213735e-11f;
+  p = p * s + 5.12229709037114e-08f;
+  p = p * s + 1.48572235717979e-05f;
+  p = p * s + 6.37261928875436e-04f;
+  p = p * s + 4.89352455891786e-03f;
+  vec q = s * 1.19825839466702e-06f + 1.18534705686654e-04f;
+  q = q * s + 2.26843463243900e-03f;
+  q = q * s + 4.89352518554385e-03f;
+  return x * p / q;
+}
+
+INLINE vec sigmoid_vec(vec x) { return tanh_vec(x * 0.5f) * 0.5f + 0.5f; }
+
+/* Gate pre-activations of one unit for W vectors of coordinates: bias + W_ih x + W_hh h. */
+#define GATES(W, weights, below, below_size, hidden, H, acc)                  \
+  do {                                                                        \
+    const float *w_ = (weights);                                              \
+    const float *bias_ = w_ + 4 * ((below_size) + (H));                       \
+    for (int g_ = 0; g_ < 4; g_++)                                            \
+      for (int v_ = 0; v_ < (W); v_++) acc[g_][v_] = splat(bias_[g_]);        \
+    for (int k_ = 0; k_ < (below_size); k_++, w_ += 4)                        \
+      for (int v_ = 0; v_ < (W); v_++) {                                      \
+        vec x_ = (below)[k_ * (W) + v_];                                      \
+        for (int g_ = 0; g_ < 4; g_++) acc[g_][v_] += w_[g_] * x_;            \
+      }                                                                       \
+    for (int k_ = 0; k_ < (H); k_++, w_ += 4)                                 \
+      for (int v_ = 0; v_ < (W); v_++) {                                      \
+        vec x_ = (hidden)[k_ * (W) + v_];                                     \
+        for (int g_ = 0; g_ < 4; g_++) acc[g_][v_] += w_[g_] * x_;            \
+      }                                                                       \
+  } while (0)
+
+INLINE int layer_inputs(int layer, int F, int H) { return layer ? H : F; }
+
+INLINE const float *layer_weights(const float *weights, int layer, int F, int H) {
+  return layer ? weights + 4 * H * (F + H + 1) + (size_t)(layer - 1) * 4 * H * (2 * H + 1) : weights;
+}
+
+/* Rows of `source` (one coordinate each, `stride` floats apart) to columns of `block`; missing rows become zero. */
+INLINE void gather(float *block, const float *source, int rows, int columns, size_t stride, int lanes) {
+  if (rows < lanes) memset(block, 0, sizeof(float) * (size_t)columns * lanes);
+  for (int r = 0; r < rows; r++)
+    for (int c = 0; c < columns; c++) block[c * lanes + r] = source[r * stride + c];
+}
+
+INLINE void scatter(float *target, const float *block, int rows, int columns, size_t stride, int lanes) {
+  for (int r = 0; r < rows; r++)
+    for (int c = 0; c < columns; c++) target[r * stride + c] = block[c * lanes + r];
+}
+
+INLINE void gather_mask(int32_t *mask, const uint8_t *active, int rows, int lanes) {
+  for (int r = 0; r < lanes; r++) mask[r] = r < rows && (!active || active[r]) ? -1 : 0;
+}
+
+static float *scratch(size_t floats) {
+  void *memory = NULL;
+  return posix_memalign(&memory, 64, floats * sizeof(float)) ? NULL : memory;
+}
+
+/* ---- one inner step ------------------------------------------------------------------------------------------------ */
+
+#define STEP_W 2 /* 4 gates x 2 vectors of accumulators hide the latency of multiply-add and fit 16 registers */
+#define STEP_LANES (STEP_W * LANES)
+
+static void step_block(int rows, int F, int H, int L, const float *inputs, const float *hidden, const float *cell,
+                       const uint8_t *active, const float *weights, float *new_hidden, float *new_cell, float *top,
+                       float *memory) {
+  size_t width = (size_t)L * H;
+  int widest = F > H ? F : H;
+  vec *x = (vec *)memory, *h = x + (size_t)widest * STEP_W, *c = h + H * STEP_W, *out = c + H * STEP_W;
+  int32_t mask_lanes[STEP_LANES] __attribute__((aligned(64)));
+  const ivec *mask = (const ivec *)mask_lanes;
+  gather_mask(mask_lanes, active, rows, STEP_LANES);
+  gather((float *)x, inputs, rows, F, F, STEP_LANES);
+  for (int layer = 0; layer < L; layer++) {
+    int below = layer_inputs(layer, F, H);
+    const float *w = layer_weights(weights, layer, F, H);
+    gather((float *)h, hidden + layer * H, rows, H, width, STEP_LANES);
+    gather((float *)c, cell + layer * H, rows, H, width, STEP_LANES);
+    for (int unit = 0; unit < H; unit++, w += 4 * (below + H + 1)) {
+      vec acc[4][STEP_W];
+      GATES(STEP_W, w, x, below, h, H, acc);
+      for (int v = 0; v < STEP_W; v++) {
+        vec state = sigmoid_vec(acc[1][v]) * c[unit * STEP_W + v] + sigmoid_vec(acc[0][v]) * tanh_vec(acc[2][v]);
+        out[unit * STEP_W + v] = sigmoid_vec(acc[3][v]) * tanh_vec(state);
+        c[unit * STEP_W + v] = select_vec(mask[v], state, c[unit * STEP_W + v]);
+      }
+    }
+    /* What the layer above reads is the would-be hidden state; what is kept depends on the mask. */
+    for (int i = 0; i < H * STEP_W; i++) {
+      x[i] = out[i];
+      h[i] = select_vec(mask[i % STEP_W], out[i], h[i]);
+    }
+    scatter(new_hidden + layer * H, (float *)h, rows, H, width, STEP_LANES);
+    scatter(new_cell + layer * H, (float *)c, rows, H, width, STEP_LANES);
+  }
+  scatter(top, (float *)x, rows, H, H, STEP_LANES);
+}
+
+/* inputs (N, F); hidden, cell, new_* (N, L*H); active (N) or NULL; top (N, H). Outputs may alias their inputs. */
+static int NAME(lstm_step)(int64_t N, int F, int H, int L, const float *inputs, const float *hidden, const float *cell,
+                            const uint8_t *active, const float *weights, float *new_hidden, float *new_cell, float *top,
+                            int threads) {
+  int failed = 0;
+  size_t width = (size_t)L * H;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    float *memory = scratch((size_t)((F > H ? F : H) + 3 * H) * STEP_LANES);
+    if (!memory) failed = 1;
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < N; n += STEP_LANES) {
+      if (!memory) continue;
+      int rows = N - n < STEP_LANES ? (int)(N - n) : STEP_LANES;
+      step_block(rows, F, H, L, inputs + n * F, hidden + n * width, cell + n * width, active ? active + n : NULL, weights,
+                 new_hidden + n * width, new_cell + n * width, top + n * H, memory);
+    }
+    free(memory);
+  }
+  return failed;
+}
+
+/* ---- a sequence, forward and backward ------------------------------------------------------------------------------ */
+
+#define SEQ_W 2 /* a block's whole history should stay in the second-level cache */
+#define SEQ_LANES (SEQ_W * LANES)
+
+/* What a block remembers of K steps, all [step][unit][coordinate]. Hidden and cell have K + 1 entries, from the start. */
+typedef struct {
+  vec *inputs;       /* K x F */
+  vec *gates[16];    /* per layer K x H x 4, activated; backward overwrites them with gradients of pre-activations */
+  vec *hidden[16];   /* per layer (K+1) x H, as kept */
+  vec *cell[16];     /* per layer (K+1) x H, as kept */
+  vec *would_be[16]; /* per layer K x H, hidden before the mask */
+  vec *tanh_cell[16];
+  ivec *mask; /* K */
+  vec *d_below, *d_hidden[16], *d_cell[16], *d_next;
+} history;
+
+static size_t history_vectors(int K, int F, int H, int L) {
+  size_t per_layer = (size_t)K * H * 4 + 2 * (size_t)(K + 1) * H + 2 * (size_t)K * H + 2 * (size_t)H;
+  return SEQ_W * ((size_t)K * F + L * per_layer + K + 2 * (size_t)(F > H ? F : H));
+}
+
+static void lay_out(history *s, vec *memory, int K, int F, int H, int L) {
+#define TAKE(count) (memory += (size_t)(count) * SEQ_W, memory - (size_t)(count) * SEQ_W)
+  s->inputs = TAKE((size_t)K * F);
+  for (int l = 0; l < L; l++) {
+    s->gates[l] = TAKE((size_t)K * H * 4);
+    s->hidden[l] = TAKE((size_t)(K + 1) * H);
+    s->cell[l] = TAKE((size_t)(K + 1) * H);
+    s->would_be[l] = TAKE((size_t)K * H);
+    s->tanh_cell[l] = TAKE((size_t)K * H);
+    s->d_hidden[l] = TAKE(H);
+    s->d_cell[l] = TAKE(H);
+  }
+  s->mask = (ivec *)TAKE(K);
+  s->d_below = TAKE(F > H ? F : H);
+  s->d_next = TAKE(F > H ? F : H);
+#undef TAKE
+}
+
+static void forward_block(history *s, int rows, int K, int64_t N, int F, int H, int L, const float *inputs,
+                          const float *hidden, const float *cell, const uint8_t *active, const float *weights) {
+  size_t width = (size_t)L * H;
+  for (int l = 0; l < L; l++) {
+    gather((float *)s->hidden[l], hidden + l * H, rows, H, width, SEQ_LANES);
+    gather((float *)s->cell[l], cell + l * H, rows, H, width, SEQ_LANES);
+  }
+  for (int t = 0; t < K; t++) {
+    ivec *mask = s->mask + t * SEQ_W;
+    gather_mask((int32_t *)mask, active ? active + t * N : NULL, rows, SEQ_LANES);
+    gather((float *)(s->inputs + (size_t)t * F * SEQ_W), inputs + (size_t)t * N * F, rows, F, F, SEQ_LANES);
+    for (int l = 0; l < L; l++) {
+      int below = layer_inputs(l, F, H);
+      const vec *x = l ? s->would_be[l - 1] + (size_t)t * H * SEQ_W : s->inputs + (size_t)t * F * SEQ_W;
+      const vec *h = s->hidden[l] + (size_t)t * H * SEQ_W, *c = s->cell[l] + (size_t)t * H * SEQ_W;
+      vec *h_new = s->hidden[l] + (size_t)(t + 1) * H * SEQ_W, *c_new = s->cell[l] + (size_t)(t + 1) * H * SEQ_W;
+      const float *w = layer_weights(weights, l, F, H);
+      for (int unit = 0; unit < H; unit++, w += 4 * (below + H + 1)) {
+        vec acc[4][SEQ_W];
+        GATES(SEQ_W, w, x, below, h, H, acc);
+        for (int v = 0; v < SEQ_W; v++) {
+          int at = unit * SEQ_W + v;
+          vec *gates = s->gates[l] + ((size_t)t * H + unit) * 4 * SEQ_W;
+          vec write = sigmoid_vec(acc[0][v]), forget = sigmoid_vec(acc[1][v]);
+          vec candidate = tanh_vec(acc[2][v]), read = sigmoid_vec(acc[3][v]);
+          vec state = forget * c[at] + write * candidate, squashed = tanh_vec(state), out = read * squashed;
+          gates[v] = write, gates[SEQ_W + v] = forget, gates[2 * SEQ_W + v] = candidate, gates[3 * SEQ_W + v] = read;
+          s->tanh_cell[l][(size_t)t * H * SEQ_W + at] = squashed;
+          s->would_be[l][(size_t)t * H * SEQ_W + at] = out;
+          c_new[at] = select_vec(mask[v], state, c[at]);
+          h_new[at] = select_vec(mask[v], out, h[at]);
+        }
+      }
+    }
+  }
+}
+
+/* Gradients of the pre-activations of every gate, from the last step to the first. They replace the gates. */
+static void backward_block(history *s, int rows, int K, int64_t N, int F, int H, int L, const float *d_top,
+                           const float *weights) {
+  const vec zero = splat(0.0f);
+  for (int l = 0; l < L; l++)
+    for (int i = 0; i < H * SEQ_W; i++) s->d_hidden[l][i] = zero, s->d_cell[l][i] = zero;
+  for (int t = K - 1; t >= 0; t--) {
+    const ivec *mask = s->mask + t * SEQ_W;
+    gather((float *)s->d_below, d_top + (size_t)t * N * H, rows, H, H, SEQ_LANES);
+    for (int l = L - 1; l >= 0; l--) {
+      int below = layer_inputs(l, F, H);
+      const float *w = layer_weights(weights, l, F, H);
+      const vec *c = s->cell[l] + (size_t)t * H * SEQ_W, *squashed = s->tanh_cell[l] + (size_t)t * H * SEQ_W;
+      for (int unit = 0; unit < H; unit++)
+        for (int v = 0; v < SEQ_W; v++) {
+          int at = unit * SEQ_W + v;
+          vec *gates = s->gates[l] + ((size_t)t * H + unit) * 4 * SEQ_W;
+          vec write = gates[v], forget = gates[SEQ_W + v], candidate = gates[2 * SEQ_W + v], read = gates[3 * SEQ_W + v];
+          /* A held coordinate passes the gradient of its memory through and takes none of its own. */
+          vec kept_hidden = s->d_hidden[l][at], kept_cell = s->d_cell[l][at];
+          vec d_hidden = s->d_below[at] + kept_hidden;
+          vec d_cell = kept_cell + d_hidden * read * (1.0f - squashed[at] * squashed[at]);
+          gates[v] = select_vec(mask[v], d_cell * candidate * write * (1.0f - write), zero);
+          gates[SEQ_W + v] = select_vec(mask[v], d_cell * c[at] * forget * (1.0f - forget), zero);
+          gates[2 * SEQ_W + v] = select_vec(mask[v], d_cell * write * (1.0f - candidate * candidate), zero);
+          gates[3 * SEQ_W + v] = select_vec(mask[v], d_hidden * squashed[at] * read * (1.0f - read), zero);
+          s->d_cell[l][at] = select_vec(mask[v], d_cell * forget, kept_cell);
+          s->d_hidden[l][at] = select_vec(mask[v], zero, kept_hidden);
+        }
+      /* Through W_hh to the step before, and through W_ih to the layer below. */
+      for (int part = l ? 0 : 1; part < 2; part++) {
+        int size = H, first = part ? below : 0;
+        vec *target = part ? s->d_hidden[l] : s->d_next;
+        for (int k = 0; k < size; k++) {
+          vec total[SEQ_W];
+          for (int v = 0; v < SEQ_W; v++) total[v] = zero;
+          for (int unit = 0; unit < H; unit++) {
+            const float *row = w + (size_t)unit * 4 * (below + H + 1) + 4 * (first + k);
+            const vec *gates = s->gates[l] + ((size_t)t * H + unit) * 4 * SEQ_W;
+            for (int g = 0; g < 4; g++)
+              for (int v = 0; v < SEQ_W; v++) total[v] += row[g] * gates[g * SEQ_W + v];
+          }
+          for (int v = 0; v < SEQ_W; v++) {
+            vec previous = part ? target[k * SEQ_W + v] : zero;
+            target[k * SEQ_W + v] = previous + total[v];
+          }
+        }
+      }
+      if (l)
+        for (int i = 0; i < H * SEQ_W; i++) s->d_below[i] = s->d_next[i];
+    }
+  }
+}
+
+INLINE float sum_lanes(vec x) {
+  float total = 0.0f;
+  for (int i = 0; i < LANES; i++) total += x[i];
+  return total;
+}
+
+/* One tile of the weight gradient: the four gates of a unit against COUNT columns of what the layer read. */
+#define TILE(COUNT, column, stride, d_row)                                                  \
+  do {                                                                                      \
+    vec acc_[4][COUNT];                                                                     \
+    for (int g_ = 0; g_ < 4; g_++)                                                          \
+      for (int j_ = 0; j_ < (COUNT); j_++) acc_[g_][j_] = splat(0.0f);                      \
+    for (int t_ = 0; t_ < K; t_++) {                                                        \
+      const vec *gates_ = s->gates[l] + ((size_t)t_ * H + unit) * 4 * SEQ_W;                \
+      const vec *x_ = (column) + (size_t)t_ * (stride) * SEQ_W;                             \
+      for (int v_ = 0; v_ < SEQ_W; v_++)                                                    \
+        for (int j_ = 0; j_ < (COUNT); j_++)                                                \
+          for (int g_ = 0; g_ < 4; g_++) acc_[g_][j_] += gates_[g_ * SEQ_W + v_] * x_[j_ * SEQ_W + v_]; \
+    }                                                                                       \
+    for (int j_ = 0; j_ < (COUNT); j_++)                                                    \
+      for (int g_ = 0; g_ < 4; g_++) (d_row)[4 * j_ + g_] += sum_lanes(acc_[g_][j_]);       \
+  } while (0)
+
+static void weight_gradient(const history *s, int K, int F, int H, int L, float *d_weights) {
+  for (int l = 0; l < L; l++) {
+    int below = layer_inputs(l, F, H);
+    float *d_row = d_weights + (layer_weights(d_weights, l, F, H) - d_weights);
+    const vec *x = l ? s->would_be[l - 1] : s->inputs;
+    for (int unit = 0; unit < H; unit++) {
+      int k = 0;
+      for (; k + 4 <= below; k += 4, d_row += 16) TILE(4, x + k * SEQ_W, below, d_row);
+      for (; k < below; k++, d_row += 4) TILE(1, x + k * SEQ_W, below, d_row);
+      for (k = 0; k + 4 <= H; k += 4, d_row += 16) TILE(4, s->hidden[l] + k * SEQ_W, H, d_row);
+      for (; k < H; k++, d_row += 4) TILE(1, s->hidden[l] + k * SEQ_W, H, d_row);
+      vec acc[4];
+      for (int g = 0; g < 4; g++) acc[g] = splat(0.0f);
+      for (int t = 0; t < K; t++)
+        for (int g = 0; g < 4; g++)
+          for (int v = 0; v < SEQ_W; v++) acc[g] += s->gates[l][(((size_t)t * H + unit) * 4 + g) * SEQ_W + v];
+      for (int g = 0; g < 4; g++, d_row++) *d_row += sum_lanes(acc[g]);
+    }
+  }
+}
+
+static size_t packed_size(int F, int H, int L) {
+  return 4 * (size_t)H * (F + H + 1) + (size_t)(L - 1) * 4 * H * (2 * H + 1);
+}
+
+/* inputs (K, N, F); hidden, cell (N, L*H) at the start; active (K, N) or NULL. With d_top (K, N, H) NULL the top hidden
+ * states go to top (K, N, H); otherwise the gradient of sum(d_top * top) is added to d_weights, packed like weights.
+ * Each thread sums its own share of the blocks, and shares are added in order: a result depends on the thread count alone. */
+static int NAME(lstm_sequence)(int K, int64_t N, int F, int H, int L, const float *inputs, const float *hidden,
+                                const float *cell, const uint8_t *active, const float *weights, float *top,
+                                const float *d_top, float *d_weights, int threads) {
+  if (L > 16) return 2;
+  size_t size = packed_size(F, H, L), width = (size_t)L * H, wide = history_vectors(K, F, H, L);
+  int64_t blocks = (N + SEQ_LANES - 1) / SEQ_LANES;
+  float *shares = d_top ? calloc(size * threads, sizeof(float)) : NULL;
+  if (d_top && !shares) return 1;
+  int failed = 0;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static, 1)
+  for (int share = 0; share < threads; share++) {
+    vec *memory = (vec *)scratch(wide * LANES);
+    if (!memory) {
+      failed = 1;
+      continue;
+    }
+    history s;
+    lay_out(&s, memory, K, F, H, L);
+    for (int64_t b = blocks * share / threads; b < blocks * (share + 1) / threads; b++) {
+      int64_t n = b * SEQ_LANES;
+      int rows = N - n < SEQ_LANES ? (int)(N - n) : SEQ_LANES;
+      forward_block(&s, rows, K, N, F, H, L, inputs + n * F, hidden + n * width, cell + n * width,
+                    active ? active + n : NULL, weights);
+      if (d_top) {
+        backward_block(&s, rows, K, N, F, H, L, d_top + n * H, weights);
+        weight_gradient(&s, K, F, H, L, shares + size * share);
+      } else {
+        for (int t = 0; t < K; t++)
+          scatter(top + ((size_t)t * N + n) * H, (float *)(s.would_be[L - 1] + (size_t)t * H * SEQ_W), rows, H, H,
+                  SEQ_LANES);
+      }
+    }
+    free(memory);
+  }
+  if (d_top && !failed)
+    for (int share = 0; share < threads; share++)
+      for (size_t i = 0; i < size; i++) d_weights[i] += shares[size * share + i];
+  free(shares);
+  return failed;
+}
+
+#undef splat
+#undef select_vec
+#undef tanh_vec
+#undef sigmoid_vec
+#undef layer_inputs
+#undef layer_weights
+#undef gather
+#undef scatter
+#undef gather_mask
+#undef scratch
+#undef step_block
+#undef history_vectors
+#undef lay_out
+#undef forward_block
+#undef backward_block
+#undef sum_lanes
+#undef weight_gradient
+#undef packed_size
+#undef vec
+#undef ivec
+#undef history
+#undef NAME
+#undef JOIN
+#undef JOIN_
+#undef INLINE
+#undef GATES
+#undef TILE
+#undef STEP_W
+#undef STEP_LANES
+#undef SEQ_W
+#undef SEQ_LANES
+#undef LANES
+#undef SUFFIX

@@ -1,0 +1,178 @@
+"""The compiled CPU kernels of the LSTM: one inner step, and a whole sequence with its meta-gradient.
+
+The library is optional. It is built by ``pip install`` where there is a C compiler and found beside this file; without it
+:func:`native_available` is false and callers stay with torch. Kernels are float32 and take any layers and hidden size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from learned_optim.rules.lstm import Carry
+from learned_optim.rules.rule import Advance
+
+MAX_LAYERS = 16
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    for path in sorted(Path(__file__).parent.glob("_native*.so")):
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError:
+            continue
+        pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+        library.learned_optim_lstm_step.argtypes = [long, *[integer] * 3, *[pointer] * 8, integer]
+        library.learned_optim_lstm_sequence.argtypes = [integer, long, *[integer] * 3, *[pointer] * 8, integer]
+        return library
+    return None
+
+
+def native_available() -> bool:
+    """Return whether the compiled kernels were built and load."""
+    return _library() is not None
+
+
+def native_supports(lstm: nn.LSTM) -> bool:
+    """Return whether the kernels can run this LSTM: built, on the CPU, float32, not too deep."""
+    weight = lstm.weight_ih_l0
+    return (
+        native_available()
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and lstm.num_layers <= MAX_LAYERS
+        and not torch.compiler.is_compiling()
+    )
+
+
+def pack_weights(lstm: nn.LSTM) -> Tensor:
+    """Pack an LSTM as the kernels read it: ``[layer][unit][inputs, hiddens, bias][gate]``, flat.
+
+    Args:
+        lstm: The weights; differentiable, so that gradients of the packed form flow back.
+
+    Returns:
+        float32 vector.
+    """
+    layers = []
+    for weight_ih, weight_hh, bias_ih, bias_hh in lstm.all_weights:
+        rows = torch.cat((weight_ih, weight_hh, (bias_ih + bias_hh).unsqueeze(1)), 1)
+        layers.append(rows.view(4, lstm.hidden_size, -1).permute(1, 2, 0).flatten())
+    return torch.cat(layers).contiguous()
+
+
+def native_advance(lstm: nn.LSTM) -> Advance:
+    """Return the compiled equivalent of :meth:`UpdateRule.advance` for an LSTM, its weights packed once; no graph.
+
+    Args:
+        lstm: The weights, as they are now.
+
+    Returns:
+        ``advance(inputs, carry, active)``.
+    """
+    packed = pack_weights(lstm).detach()
+    sizes = (lstm.input_size, lstm.hidden_size, lstm.num_layers)
+    return lambda inputs, carry, active: _step(packed, sizes, inputs, carry, active)
+
+
+def _step(
+    packed: Tensor, sizes: tuple[int, int, int], inputs: Tensor, carry: Carry, active: Tensor
+) -> tuple[Tensor, Carry]:
+    library = _library()
+    assert library is not None, "guard calls with native_supports()"
+    inputs, hidden, cell = (tensor.contiguous() for tensor in (inputs, *carry))
+    new_hidden, new_cell = torch.empty_like(hidden), torch.empty_like(cell)
+    count = inputs.shape[0]
+    top = inputs.new_empty(count, sizes[1])
+    _check(
+        library.learned_optim_lstm_step(
+            count,
+            *sizes,
+            *_addresses(inputs, hidden, cell, active.contiguous(), packed, new_hidden, new_cell, top),
+            torch.get_num_threads(),
+        )
+    )
+    return top, (new_hidden, new_cell)
+
+
+def native_sequence(lstm: nn.LSTM, inputs: Tensor, carry: Carry, active: Tensor | None = None) -> Tensor:
+    """Run K inner steps; differentiable with respect to the weights, not to inputs or carry.
+
+    Nothing but the inputs is kept for the backward pass, which recomputes each block of coordinates in cache.
+
+    Args:
+        lstm: The weights.
+        inputs: ``(K, N, F)``.
+        carry: Hidden and cell before the first step, each ``(N, L * H)``.
+        active: ``(K, N)`` bool; coordinates keep their memory where it is false. None means all are active.
+
+    Returns:
+        Top hidden states ``(K, N, H)``. Where a coordinate is inactive its entry is what it would have been, and any
+        gradient that reaches it is ignored.
+    """
+    mask = None if active is None or bool(active.all()) else active.contiguous()
+    sizes = (lstm.input_size, lstm.hidden_size, lstm.num_layers)
+    return _Sequence.apply(pack_weights(lstm), inputs.contiguous(), *(c.contiguous() for c in carry), mask, sizes)
+
+
+class _Sequence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        packed: Tensor,
+        inputs: Tensor,
+        hidden: Tensor,
+        cell: Tensor,
+        mask: Tensor | None,
+        sizes: tuple[int, int, int],
+    ) -> Tensor:
+        top = inputs.new_empty(*inputs.shape[:2], sizes[1])
+        ctx.saved = (packed, inputs, hidden, cell, mask, sizes)
+        _run_sequence(*ctx.saved, top=top)
+        return top
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = torch.zeros_like(ctx.saved[0])
+        _run_sequence(*ctx.saved, d_top=grads[0].contiguous(), d_packed=gradient)
+        return gradient, None, None, None, None, None
+
+
+def _run_sequence(
+    packed: Tensor,
+    inputs: Tensor,
+    hidden: Tensor,
+    cell: Tensor,
+    mask: Tensor | None,
+    sizes: tuple[int, int, int],
+    *,
+    top: Tensor | None = None,
+    d_top: Tensor | None = None,
+    d_packed: Tensor | None = None,
+) -> None:
+    library = _library()
+    assert library is not None, "guard calls with native_supports()"
+    _check(
+        library.learned_optim_lstm_sequence(
+            inputs.shape[0],
+            inputs.shape[1],
+            *sizes,
+            *_addresses(inputs, hidden, cell, mask, packed, top, d_top, d_packed),
+            torch.get_num_threads(),
+        )
+    )
+
+
+def _addresses(*tensors: Tensor | None) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _check(status: int) -> None:
+    if status:
+        raise MemoryError("the LSTM kernel could not allocate its scratch memory")

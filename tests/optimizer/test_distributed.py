@@ -1,0 +1,254 @@
+"""Two gloo processes on CPU: every way of splitting the work gives the numbers of one process.
+
+The processes start once and run every check; each test reads the outcome of its own.
+"""
+
+import os
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from cases import RULE_CASES, assert_identical, copies, draw_gradients, memories, small_rule
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from learned_optim import LearnedOptimizer
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+WORLD = 2
+STEPS = 3
+ALL_CASES = list(RULE_CASES)
+FEW_CASES = ["paper-raw", "adam-modulation-time"]
+
+
+def make_model(rows: int = 8) -> nn.Module:
+    """Draw the same model on every rank; ``rows = 7`` shards as 4 + 3, and the last layer's single row as 1 + 0."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return nn.Sequential(nn.Linear(3, rows), nn.Tanh(), nn.Linear(rows, 1))
+
+
+def inputs_of(step: int) -> Tensor:
+    return torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+
+
+def backward(model: nn.Module, inputs: Tensor) -> None:
+    model.zero_grad()
+    (model(inputs) - inputs.sum(-1, keepdim=True)).square().mean().backward()
+
+
+def full(value: Any) -> Tensor:
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
+
+
+def full_memories(optimizer: LearnedOptimizer, params: list[nn.Parameter]) -> list[dict[str, Tensor]]:
+    return [{name: full(value) for name, value in optimizer.state[param].items()} for param in params]
+
+
+def train_alone(case: str, steps: int, rows: int = 8) -> tuple[nn.Module, LearnedOptimizer]:
+    model = make_model(rows)
+    optimizer = LearnedOptimizer(model.parameters(), weights=small_rule(case))
+    for step in range(steps):
+        backward(model, inputs_of(step))
+        optimizer.step()
+    return model, optimizer
+
+
+def sharded(case: str, rows: int, **options: Any) -> tuple[nn.Module, LearnedOptimizer]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = make_model(rows)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, LearnedOptimizer(model.parameters(), weights=small_rule(case), **options)
+
+
+# The checks; each runs on both ranks
+
+
+def check_ddp(case: str) -> None:
+    model = nn.parallel.DistributedDataParallel(make_model())
+    optimizer = LearnedOptimizer(model.parameters(), weights=small_rule(case))
+    for step in range(STEPS):
+        backward(model, inputs_of(step).chunk(WORLD)[dist.get_rank()])
+        optimizer.step()
+    alone, _ = train_alone(case, STEPS)
+    torch.testing.assert_close(list(model.module.parameters()), list(alone.parameters()), rtol=1e-4, atol=1e-5)
+    for param in model.parameters():
+        both = [torch.empty_like(param) for _ in range(WORLD)]
+        dist.all_gather(both, param.detach())
+        assert_identical(both[0], both[1])
+
+
+def check_fsdp2(case: str, rows: int) -> None:
+    model, optimizer = sharded(case, rows)
+    params = list(model.parameters())
+    for step in range(STEPS):
+        backward(model, inputs_of(step))
+        optimizer.step()
+    alone, reference = train_alone(case, STEPS, rows)
+    assert_identical([full(param) for param in params], copies(alone.parameters()))
+    assert_identical(full_memories(optimizer, params), memories(reference, alone.parameters()))
+    for param in params:
+        hidden = optimizer.state[param]["hidden"]
+        assert hidden.placements == param.placements
+        assert hidden.to_local().shape[:-1] == param.to_local().shape
+
+
+def check_full_checkpoint(case: str) -> None:
+    options = StateDictOptions(full_state_dict=True)
+    model, optimizer = sharded(case, rows=7, weight_decay=0.5)
+    for step in range(2):
+        backward(model, inputs_of(step))
+        optimizer.step()
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+
+    # Full state into an unsharded model.
+    alone = make_model(7)
+    with torch.no_grad():
+        for param, shard in zip(alone.parameters(), model.parameters(), strict=True):
+            param.copy_(full(shard))
+    resumed = LearnedOptimizer(alone.parameters(), weights=small_rule(case))
+    set_optimizer_state_dict(alone, resumed, state)
+    # Full state into a model sharded afresh.
+    again, resharded = sharded(case, rows=7)
+    with torch.no_grad():
+        for param, shard in zip(again.parameters(), model.parameters(), strict=True):
+            param.copy_(shard)
+    set_optimizer_state_dict(again, resharded, state, options=options)
+
+    for net, opt in ((model, optimizer), (alone, resumed), (again, resharded)):
+        backward(net, inputs_of(2))
+        opt.step()
+    expected = copies(alone.parameters())
+    assert_identical([full(param) for param in model.parameters()], expected)
+    assert_identical([full(param) for param in again.parameters()], expected)
+    assert_identical(full_memories(resharded, list(again.parameters())), memories(resumed, list(alone.parameters())))
+
+
+def check_sharded_checkpoint(case: str, flatten: bool, folder: str) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    model, optimizer = sharded(case, rows=7)
+    for step in range(2):
+        backward(model, inputs_of(step))
+        optimizer.step()
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    path = os.path.join(folder, f"{case}-{flatten}")
+    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}, checkpoint_id=path)
+    again, resumed = sharded(case, rows=7)
+    state = {"optimizer": get_optimizer_state_dict(again, resumed, options=options)}
+    dcp.load(state, checkpoint_id=path)
+    set_optimizer_state_dict(again, resumed, state["optimizer"], options=options)
+    assert_identical(
+        full_memories(resumed, list(again.parameters())), full_memories(optimizer, list(model.parameters()))
+    )
+
+
+def check_tensor_parallel_placements(case: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    start = torch.linspace(-1, 1, 12).view(3, 4)
+    plain = nn.Parameter(start.clone())
+    columns = nn.Parameter(distribute_tensor(start.clone(), mesh, [Shard(1)]))
+    replicated = nn.Parameter(distribute_tensor(start.clone(), mesh, [Replicate()]))
+    params = [plain, columns, replicated]
+    optimizers = [LearnedOptimizer([param], weights=small_rule(case)) for param in params]
+    for step in range(STEPS):
+        (gradient,) = draw_gradients([plain], step)
+        plain.grad = gradient
+        columns.grad = distribute_tensor(gradient, mesh, [Shard(1)])
+        # As sequence parallelism leaves it: each rank holds a summand.
+        replicated.grad = DTensor.from_local(gradient / WORLD, mesh, [Partial()], run_check=False)
+        for optimizer in optimizers:
+            optimizer.step()
+    for optimizer, param in zip(optimizers[1:], params[1:], strict=True):
+        # A column shard is packed in another order, which may change the rounding of a matmul.
+        torch.testing.assert_close(full(param), plain.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            full_memories(optimizer, [param]), memories(optimizers[0], [plain]), rtol=1e-5, atol=1e-6
+        )
+
+
+def check_zero_redundancy(case: str) -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = nn.parallel.DistributedDataParallel(make_model())
+    optimizer = ZeroRedundancyOptimizer(
+        model.parameters(), optimizer_class=LearnedOptimizer, weights=small_rule(case), lr=1.0
+    )
+    for step in range(STEPS):
+        backward(model, inputs_of(step))
+        optimizer.step()
+    alone, reference = train_alone(case, STEPS)
+    assert_identical(copies(model.module.parameters()), copies(alone.parameters()))
+    optimizer.consolidate_state_dict(to=0)
+    if dist.get_rank() == 0:
+        assert_identical(dict(optimizer.state_dict()["state"]), dict(reference.state_dict()["state"]))
+
+
+def checks(folder: str) -> dict[str, Callable[[], None]]:
+    named: dict[str, Callable[[], None]] = {}
+    for case in ALL_CASES:
+        named[f"ddp {case}"] = lambda case=case: check_ddp(case)
+        for kind, rows in (("even", 8), ("uneven", 7)):
+            named[f"fsdp2 {kind} {case}"] = lambda case=case, rows=rows: check_fsdp2(case, rows)
+        named[f"tensor parallel {case}"] = lambda case=case: check_tensor_parallel_placements(case)
+        named[f"zero redundancy {case}"] = lambda case=case: check_zero_redundancy(case)
+    for case in FEW_CASES:
+        named[f"full checkpoint {case}"] = lambda case=case: check_full_checkpoint(case)
+        for flatten in (False, True):
+            name = f"sharded checkpoint {'flat' if flatten else 'nested'} {case}"
+            named[name] = lambda case=case, flatten=flatten: check_sharded_checkpoint(case, flatten, folder)
+    return named
+
+
+def run_checks(rank: int, folder: str) -> None:
+    """Run every check on this rank and leave the tracebacks of those that fail."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    store = dist.FileStore(os.path.join(folder, "store"), WORLD)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD, store=store, timeout=timedelta(seconds=20))
+    outcome = dict.fromkeys(checks(folder), "not run: the ranks fell out of step in an earlier check")
+    for name, check in checks(folder).items():
+        try:
+            check()
+            outcome[name] = ""
+        except Exception:
+            outcome[name] = f"rank {rank}: {traceback.format_exc()}"
+        try:
+            dist.barrier()
+        except RuntimeError:
+            break
+    torch.save(outcome, os.path.join(folder, f"outcome-{rank}.pt"))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    folder = tmp_path_factory.mktemp("distributed")
+    mp.spawn(run_checks, (str(folder),), nprocs=WORLD)
+    return [torch.load(Path(folder, f"outcome-{rank}.pt")) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("name", checks(""))
+def test_two_processes_equal_one(name: str, outcomes: list[dict[str, str]]) -> None:
+    failures = [outcome[name] for outcome in outcomes if outcome[name]]
+    assert not failures, "\n".join(failures)
