@@ -110,13 +110,10 @@ def loss_and_grad(optimizee: Optimizee, params: Tensor) -> tuple[Tensor, Tensor]
 
 def coordinate_scales(rule: UpdateRule, optimizee: Optimizee, params: Tensor) -> Tensor | None:
     """Return the rule's ``tensor_scale`` of each coordinate's tensor, ``(P * D,)``, or None where the rule takes none."""
-    scales = []
-    for value in optimizee.unflatten(params.detach()).values():
-        scale = rule.tensor_scale(value, batch_dims=1)
-        if scale is None:
-            return None
-        scales.append(scale.unsqueeze(1).expand(-1, value[0].numel()))
-    return torch.cat(scales, 1).flatten()
+    if not rule.uses_scale:
+        return None
+    mean_squares = params.detach().square() @ optimizee.tensor_means.to(params)
+    return rule.scale_of(mean_squares)[:, optimizee.tensor_index].flatten()
 
 
 @torch.no_grad()

@@ -82,6 +82,7 @@ class AdamModulationRule(UpdateRule):
 
     family: ClassVar[str] = "adam-modulation"
     moment_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_slow", "exp_avg_sq")
+    uses_scale: ClassVar[bool] = True
     config: AdamModulationConfig
 
     def __init__(self, config: AdamModulationConfig) -> None:
@@ -90,13 +91,9 @@ class AdamModulationRule(UpdateRule):
         nn.init.zeros_(self.readout.weight)
         nn.init.zeros_(self.readout.bias)
 
-    def tensor_scale(self, param: Tensor, batch_dims: int = 0) -> Tensor:
-        """Return the clamped root mean square of each tensor, summed in float64 so that sharding cannot change it."""
-        dims = tuple(range(batch_dims, param.dim()))
-        norm = torch.linalg.vector_norm(param.detach(), dim=dims if dims else None, dtype=torch.float64)
-        count = max(param.shape[batch_dims:].numel(), 1)
-        rms = (norm if dims else param.detach().abs().double()) / count**0.5
-        return rms.clamp(self.config.min_scale, self.config.max_scale).to(self.readout.weight.dtype)
+    def scale_of(self, mean_square: Tensor) -> Tensor:
+        """Return the clamped root mean square."""
+        return mean_square.sqrt().clamp(self.config.min_scale, self.config.max_scale)
 
     def encode(self, grad: Tensor, memory: Memory, step: Tensor, scale: Tensor | None) -> Encoded:
         """Update the moments and normalise gradient and momenta by the root of the second moment."""

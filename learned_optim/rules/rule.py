@@ -80,6 +80,7 @@ class UpdateRule(nn.Module, ABC):
 
     family: ClassVar[str]
     moment_names: ClassVar[tuple[str, ...]] = ()
+    uses_scale: ClassVar[bool] = False
     config: RuleConfig
 
     def __init__(self, config: RuleConfig, num_inputs: int, num_outputs: int) -> None:
@@ -111,16 +112,33 @@ class UpdateRule(nn.Module, ABC):
     def tensor_scale(self, param: Tensor, batch_dims: int = 0) -> Tensor | None:
         """Return the one statistic a rule may take over a whole tensor, or None where it takes none.
 
-        It is computed before a tensor is cut into chunks or shards, so neither changes the update.
+        It is computed before a tensor is cut into chunks or shards, so neither changes the update; the sum is taken in
+        float64, so that its order cannot either.
 
         Args:
             param: A parameter tensor.
             batch_dims: Leading dimensions that index independent optimizees, each with a scale of its own.
 
         Returns:
-            A tensor of shape ``param.shape[:batch_dims]``, or None.
+            A tensor of shape ``param.shape[:batch_dims]`` and the rule's dtype, or None.
         """
-        return None
+        if not self.uses_scale:
+            return None
+        dims = tuple(range(batch_dims, param.dim()))
+        param = param.detach()
+        norm = torch.linalg.vector_norm(param, dim=dims, dtype=torch.float64) if dims else param.abs().double()
+        return self.scale_of(norm.square() / max(param.shape[batch_dims:].numel(), 1)).to(self.readout.weight.dtype)
+
+    def scale_of(self, mean_square: Tensor) -> Tensor:
+        """Return the scale of tensors from the mean of their squared entries.
+
+        Args:
+            mean_square: Any shape.
+
+        Returns:
+            A tensor of the same shape.
+        """
+        return mean_square.sqrt()
 
     @abstractmethod
     def encode(self, grad: Tensor, memory: Memory, step: Tensor, scale: Tensor | None) -> Encoded:

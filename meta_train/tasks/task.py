@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -34,6 +35,18 @@ class Optimizee:
     def num_problems(self) -> int:
         """Problems side by side, P."""
         return next(iter(self.params.values())).shape[0]
+
+    @functools.cached_property
+    def tensor_index(self) -> Tensor:
+        """The number of the tensor that each of the D coordinates of a problem belongs to, ``(D,)``."""
+        sizes = torch.tensor([value[0].numel() for value in self.params.values()])
+        return torch.arange(len(sizes)).repeat_interleave(sizes)
+
+    @functools.cached_property
+    def tensor_means(self) -> Tensor:
+        """A matrix ``(D, tensors)`` that takes the mean over each tensor of a problem."""
+        members = torch.nn.functional.one_hot(self.tensor_index, len(self.params)).double()
+        return members / members.sum(0)
 
     def flat_params(self) -> Tensor:
         """Return the initial parameters as one matrix ``(P, D)``."""

@@ -1,0 +1,38 @@
+"""From a finished run to weights that others can use: a file with its recipe beside it, and the Hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from learned_optim.weights import Weights, read_weights, write_weights
+from meta_train.run_dir import BEST, ENVIRONMENT, RECIPE, write_atomically
+
+WEIGHTS_DIR = Path(__file__).parent.parent / "learned_optim" / "weights"
+
+
+def publish(run: str | Path, name: str, to: str | Path = WEIGHTS_DIR) -> Path:
+    """Write the best weights of a run as ``name.safetensors`` beside their recipe ``name.toml``.
+
+    Args:
+        run: A run directory.
+        name: What the weights are called from now on.
+        to: Where to put them; by default among those bundled with the package.
+
+    Returns:
+        The weight file.
+
+    Raises:
+        ValueError: If the run has kept no weights.
+    """
+    run, to = Path(run), Path(to)
+    if not (run / BEST).exists():
+        raise ValueError(f"{run} holds no {BEST}; train it first, or wait for its first checkpoint")
+    weights = read_weights(run / BEST)
+    recipe = (run / RECIPE).read_text()
+    environment = json.loads((run / ENVIRONMENT).read_text())
+    kept = {"processor": environment["processor"], "threads": str(environment["threads"])}
+    target = to / f"{name}.safetensors"
+    write_weights(target, Weights(weights.rule, name, recipe, {**weights.metadata, **kept}))
+    write_atomically(to / f"{name}.toml", recipe.encode())
+    return target
