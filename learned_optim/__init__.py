@@ -2,8 +2,16 @@
 
 from learned_optim.optimizer import LearnedOptimizer
 from learned_optim.rules import UpdateRule, build_rule
-from learned_optim.weights import Weights, available_weights
+from learned_optim.weights import Weights, WeightsError, available_weights
 
 __version__ = "0.1.0"
 
-__all__ = ["LearnedOptimizer", "UpdateRule", "Weights", "__version__", "available_weights", "build_rule"]
+__all__ = [
+    "LearnedOptimizer",
+    "UpdateRule",
+    "Weights",
+    "WeightsError",
+    "__version__",
+    "available_weights",
+    "build_rule",
+]

@@ -122,6 +122,20 @@ class LearnedOptimizer(Optimizer):
         }
         super().__init__(params, defaults)
 
+    @classmethod
+    def from_pretrained(cls, weights: WeightsLike, params: ParamsT, **options: Any) -> LearnedOptimizer:
+        """Construct with named weights first, as model libraries do.
+
+        Args:
+            weights: As in the constructor.
+            params: As in the constructor.
+            **options: Everything else of the constructor.
+
+        Returns:
+            The optimizer.
+        """
+        return cls(params, weights=weights, **options)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with their own options if given; they start with fresh memory.
 

@@ -111,7 +111,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """
         options = dict(self.rule)
         if "family" not in options:
-            raise ValueError("the recipe's [rule] names no family; write, for example, family = \"paper\"")
+            raise ValueError('the recipe\'s [rule] names no family; write, for example, family = "paper"')
         return build_rule(options.pop("family"), **options)
 
 

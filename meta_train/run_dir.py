@@ -156,4 +156,3 @@ def _commit() -> str:
 def _plain(record: OuterStep) -> dict[str, Any]:
     values = {name: value for name, value in vars(record).items() if value is not None}
     return values if record.validation is not None else {k: v for k, v in values.items() if k != "is_best"}
-

@@ -199,7 +199,10 @@ class UpdateRule(nn.Module, ABC):
         """
         hiddens, new_carry = self.recur(inputs.unsqueeze(0), carry)
         moves = active.unsqueeze(-1)
-        return hiddens.squeeze(0), (torch.where(moves, new_carry[0], carry[0]), torch.where(moves, new_carry[1], carry[1]))
+        return hiddens.squeeze(0), (
+            torch.where(moves, new_carry[0], carry[0]),
+            torch.where(moves, new_carry[1], carry[1]),
+        )
 
     def forward(
         self, grad: Tensor, memory: Memory, step: Tensor, scale: Tensor | None, advance: Advance | None = None

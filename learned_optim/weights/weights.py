@@ -8,6 +8,7 @@ import json
 import threading
 import weakref
 from collections.abc import Mapping
+from os import PathLike
 from typing import Any
 
 import torch
@@ -41,6 +42,45 @@ class Weights:
     def shared(cls, weights: Weights) -> Weights:
         """Return the process's one object for these weights, so that a thousand optimizers hold one network."""
         return _shared.setdefault(f"{weights.fingerprint}:{weights.name}", weights)
+
+    @classmethod
+    def from_pretrained(cls, weights: str | PathLike[str], **options: Any) -> Weights:
+        """Load weights by bundled name, file, or Hub id.
+
+        Args:
+            weights: As in :func:`~learned_optim.weights.resolve_weights`.
+            **options: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download`` for the Hub.
+
+        Returns:
+            The weights.
+        """
+        from learned_optim.weights.registry import resolve_weights
+
+        return resolve_weights(weights, **options)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a self-describing ``.safetensors`` file, whole or not at all.
+
+        Args:
+            path: Where.
+        """
+        from learned_optim.weights.file_format import write_weights
+
+        write_weights(path, self)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Publish on the Hugging Face Hub with a model card.
+
+        Args:
+            repo_id: ``"owner/repo"``; created if missing.
+            **options: ``private``, ``token``, ``revision``, ``commit_message``.
+
+        Returns:
+            The commit's hash, to pin as ``"owner/repo@hash"``.
+        """
+        from learned_optim.weights.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
 
     def rule_on(self, device: torch.device, dtype: torch.dtype) -> UpdateRule:
         """Return the rule on a device and in a dtype; cast once and kept."""

@@ -202,7 +202,13 @@ def logistic_regression(rng: random.Random, draw: torch.Generator, seed: int, pr
 def autoencoder(rng: random.Random, draw: torch.Generator, seed: int, problems: int) -> Optimizee:
     """Squeeze digits through a narrow layer."""
     stream = digit_stream(
-        draw, problems, _batch_size(rng, 128), examples=1797, scale=_log_uniform(rng, 0.3, 1), label_noise=0.0, flat=True
+        draw,
+        problems,
+        _batch_size(rng, 128),
+        examples=1797,
+        scale=_log_uniform(rng, 0.3, 1),
+        label_noise=0.0,
+        flat=True,
     )
     width = round(_log_uniform(rng, 8, 24))
     sizes = [64, width, rng.randint(2, 8), width, 64] if rng.random() < 0.6 else [64, width, 64]
@@ -223,9 +229,7 @@ def word_transformer(rng: random.Random, draw: torch.Generator, seed: int, probl
         tokens=rng.choice((2_000, 16_000)),
     )
     width, depth = rng.choice((8, 12, 16)), rng.choice((1, 1, 2))
-    return _optimizee(
-        lambda: TinyTransformer(problems, vocabulary, length, width, 2, depth), _classify, stream, seed
-    )
+    return _optimizee(lambda: TinyTransformer(problems, vocabulary, length, width, 2, depth), _classify, stream, seed)
 
 
 def word_recurrent(rng: random.Random, draw: torch.Generator, seed: int, problems: int) -> Optimizee:

@@ -192,7 +192,9 @@ class TransformerBlock(nn.Module):
         problems, rows, width = x.shape
         split = (problems, rows // length, length, 3, self.heads, width // self.heads)
         query, key, value = self.qkv(self.norm1(x)).view(split).permute(3, 0, 1, 4, 2, 5).unbind(0)
-        mixed = F.scaled_dot_product_attention(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), is_causal=True)
+        mixed = F.scaled_dot_product_attention(
+            query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), is_causal=True
+        )
         x = x + self.out(mixed.transpose(1, 2).reshape(problems, rows, width))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
