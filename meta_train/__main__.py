@@ -130,9 +130,7 @@ def _verify(options: argparse.Namespace) -> int:
     weights = resolve_weights(options.weights)
     name = f"{evaluate.LEARNED} ({weights.name})"
     expected = [row for row in evaluate.read_rows(committed) if row["optimizer"] == name]
-    fresh = evaluate.curves(
-        evaluate.Quadratic(), evaluate.learned_with(weights), max(evaluate.HORIZONS), "evaluation", 20
-    )
+    fresh = evaluate.curves(evaluate.Quadratic(), evaluate.learned_with(weights), max(evaluate.HORIZONS), "evaluation", 20)
     agrees = True
     for row in expected:
         values = evaluate.CRITERIA[row["criterion"]](fresh, int(row["horizon"]))

@@ -140,8 +140,7 @@ def judge(
         curves=list(_curve_rows(chosen, reported, ours)),
         summary=list(_summary_rows(chosen, reported, ours)),
         fixed=[
-            {"optimizer": s.optimizer, "setting": str(s), **_statistics(CRITERIA["sum"](reported[s], 100))}
-            for s in FIXED
+            {"optimizer": s.optimizer, "setting": str(s), **_statistics(CRITERIA["sum"](reported[s], 100))} for s in FIXED
         ],
     )
 

@@ -50,9 +50,7 @@ def learning_curves(rows: Sequence[dict[str, str]], path: Path, *, trained_to: i
             )
             learned = name.startswith("LSTM")
             colour = COLOURS[name.split(" ")[0]]
-            label = (
-                "LSTM (learned)" if learned else f"{name} ({of_name[0]['setting'].replace(' momentum', ', momentum')})"
-            )
+            label = "LSTM (learned)" if learned else f"{name} ({of_name[0]['setting'].replace(' momentum', ', momentum')})"
             axes.plot(steps, mean, color=colour, lw=2.6 if learned else 1.4, ls="-" if learned else "--", label=label)
             low = [m - e for m, e in zip(mean, error, strict=True)]
             high = [m + e for m, e in zip(mean, error, strict=True)]
@@ -109,9 +107,7 @@ def training_process(runs: dict[str, Sequence[dict[str, float]]], path: Path, *,
             window = max(len(records) // 60, 1)
             chunks = [records[i : i + window] for i in range(0, len(records), window)]
             steps = [chunk[-1]["step"] for chunk in chunks]
-            axes.plot(
-                steps, [sum(r["meta_loss"] for r in chunk) / len(chunk) for chunk in chunks], color=colour, alpha=0.4
-            )
+            axes.plot(steps, [sum(r["meta_loss"] for r in chunk) / len(chunk) for chunk in chunks], color=colour, alpha=0.4)
             validated = [record for record in records if "validation" in record]
             axes.plot(*_columns(validated, "step", "validation"), "o-", ms=3, color=colour, label=name)
         _scale(axes, label)

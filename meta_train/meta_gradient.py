@@ -249,6 +249,4 @@ def unroll(
     (objective(stacked.detach(), carry.initial_loss) * stacked).sum().backward()
     memory = {name: value.detach() for name, value in memory.items()}
     last = losses[-1].detach()
-    return stacked.detach(), Carry(
-        params.detach(), memory, carry.step + truncation, last, grad.detach(), carry.initial_loss
-    )
+    return stacked.detach(), Carry(params.detach(), memory, carry.step + truncation, last, grad.detach(), carry.initial_loss)

@@ -119,9 +119,7 @@ class MetaTraining:
         outer, carry = self.recipe.outer, episode.carry
         length = min(self.recipe.inner.truncation, episode.horizon - carry.step)
         if outer.second_derivatives:
-            losses, episode.carry = unroll(
-                self.rule, episode.optimizee, carry, length, objective, second_derivatives=True
-            )
+            losses, episode.carry = unroll(self.rule, episode.optimizee, carry, length, objective, second_derivatives=True)
         else:
             chosen = self._coordinates(episode)
             record, episode.carry = roll_out(self.rule, episode.optimizee, carry, length, chosen)

@@ -81,9 +81,7 @@ def native_advance(lstm: nn.LSTM) -> Advance:
     return lambda inputs, carry, active: _step(packed, sizes, inputs, carry, active)
 
 
-def _step(
-    packed: Tensor, sizes: tuple[int, int, int], inputs: Tensor, carry: Carry, active: Tensor
-) -> tuple[Tensor, Carry]:
+def _step(packed: Tensor, sizes: tuple[int, int, int], inputs: Tensor, carry: Carry, active: Tensor) -> tuple[Tensor, Carry]:
     library = _library()
     assert library is not None, "guard calls with native_supports()"
     inputs, hidden, cell = (tensor.contiguous() for tensor in (inputs, *carry))

@@ -102,9 +102,7 @@ def _pack(items: Sequence[StepItem]) -> Iterator[list[_Slice]]:
         yield chunk
 
 
-def _apply_chunk(
-    rule: UpdateRule, chunk: list[_Slice], lr: Tensor | float, weight_decay: float, maximize: bool
-) -> None:
+def _apply_chunk(rule: UpdateRule, chunk: list[_Slice], lr: Tensor | float, weight_decay: float, maximize: bool) -> None:
     dtype = rule.readout.weight.dtype
     sizes = [piece.stop - piece.start for piece in chunk]
     grad = _join([piece.grad for piece in chunk]).to(dtype)

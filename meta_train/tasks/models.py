@@ -7,6 +7,7 @@ that of the torch module of the same name, each copy its own, from torch's globa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -89,7 +90,7 @@ class Mlp(nn.Module):
         residual: bool = False,
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Linear(problems, a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(Linear(problems, a, b) for a, b in itertools.pairwise(sizes))
         self.norms = nn.ModuleList(_norm(norm, problems, size) for size in sizes[1:-1])
         self.activation = ACTIVATIONS[activation]
         self.residual = residual
@@ -124,7 +125,7 @@ class ConvNet(nn.Module):
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        pairs = list(zip(channels, channels[1:], strict=False))
+        pairs = list(itertools.pairwise(channels))
         self.convs = nn.ModuleList(Linear(problems, 9 * a, b, bias=not batch_norm) for a, b in pairs)
         self.norms = nn.ModuleList(_norm("batch" if batch_norm else "none", problems, b) for _, b in pairs)
         self.activation = ACTIVATIONS[activation]
@@ -192,9 +193,7 @@ class TransformerBlock(nn.Module):
         problems, rows, width = x.shape
         split = (problems, rows // length, length, 3, self.heads, width // self.heads)
         query, key, value = self.qkv(self.norm1(x)).view(split).permute(3, 0, 1, 4, 2, 5).unbind(0)
-        mixed = F.scaled_dot_product_attention(
-            query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), is_causal=True
-        )
+        mixed = F.scaled_dot_product_attention(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(problems, rows, width))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 

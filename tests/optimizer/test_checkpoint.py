@@ -44,9 +44,7 @@ def trained(rule: UpdateRule, **options: Any) -> tuple[LearnedOptimizer, list[nn
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
-def test_resume_is_exact_through_a_weights_only_file(
-    rule: UpdateRule, dtype: torch.dtype, state_dtype: torch.dtype
-) -> None:
+def test_resume_is_exact_through_a_weights_only_file(rule: UpdateRule, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
     optimizer, params = trained(rule, dtype=dtype, state_dtype=state_dtype)
     state = through_a_file(optimizer.state_dict())
     resumed_params = clones(params)

@@ -155,9 +155,7 @@ def check_sharded_checkpoint(case: str, flatten: bool, folder: str) -> None:
     state = {"optimizer": get_optimizer_state_dict(again, resumed, options=options)}
     dcp.load(state, checkpoint_id=path)
     set_optimizer_state_dict(again, resumed, state["optimizer"], options=options)
-    assert_identical(
-        full_memories(resumed, list(again.parameters())), full_memories(optimizer, list(model.parameters()))
-    )
+    assert_identical(full_memories(resumed, list(again.parameters())), full_memories(optimizer, list(model.parameters())))
 
 
 def check_tensor_parallel_placements(case: str) -> None:
@@ -182,9 +180,7 @@ def check_tensor_parallel_placements(case: str) -> None:
     for optimizer, param in zip(optimizers[1:], params[1:], strict=True):
         # A column shard is packed in another order, which may change the rounding of a matmul.
         torch.testing.assert_close(full(param), plain.detach(), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(
-            full_memories(optimizer, [param]), memories(optimizers[0], [plain]), rtol=1e-5, atol=1e-6
-        )
+        torch.testing.assert_close(full_memories(optimizer, [param]), memories(optimizers[0], [plain]), rtol=1e-5, atol=1e-6)
 
 
 def check_zero_redundancy(case: str) -> None:

@@ -23,9 +23,7 @@ def by_hand(rule: UpdateRule, start: Tensor, gradients: list[Tensor]) -> tuple[T
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 65_536])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, EXACT), (torch.float32, {"rtol": 1e-4, "atol": 1e-5})]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, EXACT), (torch.float32, {"rtol": 1e-4, "atol": 1e-5})])
 def test_ten_steps_equal_the_rule_called_by_hand(
     rule: UpdateRule, chunk: int, dtype: torch.dtype, tolerance: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,9 +140,7 @@ def test_sparse_gradients_are_refused_before_anything_changes() -> None:
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
-def test_complex_parameters_step_as_pairs_of_reals(
-    rule: UpdateRule, shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
+def test_complex_parameters_step_as_pairs_of_reals(rule: UpdateRule, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     (param,) = make_params([shape], dtype)
     real = nn.Parameter(torch.view_as_real(param.detach()).clone())
     optimizer, twin = LearnedOptimizer([param], weights=rule), LearnedOptimizer([real], weights=rule)
