@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from learned_optim.backends import StepItem, apply_reference
+from learned_optim.backends import StepItem, advance_with, apply_step, check_backend
 from learned_optim.rules import UpdateRule
 from learned_optim.weights import Weights, resolve_weights
 
@@ -23,7 +23,6 @@ WeightsLike = str | PathLike[str] | UpdateRule | Weights
 """A bundled name, ``owner/repo@revision`` on the Hub, a file, a rule, or loaded weights."""
 
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BACKENDS = ("auto", "reference")
 
 
 class LearnedOptimizer(Optimizer):
@@ -50,7 +49,7 @@ class LearnedOptimizer(Optimizer):
         maximize: Ascend instead of descend.
         state_dtype: ``torch.float32`` (default) or ``torch.bfloat16`` for the LSTM memory. float64 parameters keep
             float64.
-        backend: ``"auto"`` or the name of a backend.
+        backend: ``"auto"`` (the fastest that fits), ``"reference"`` (PyTorch) or ``"native"`` (compiled, on the CPU).
         capturable: Keep step counts on the parameters' device, as CUDA graph capture needs.
         foreach: Accepted for compatibility; small tensors are always processed together.
         fused: Accepted for compatibility; True is refused, choose a ``backend`` instead.
@@ -97,8 +96,7 @@ class LearnedOptimizer(Optimizer):
             raise RuntimeError("`fused=True` is not an option of LearnedOptimizer; choose a kernel with `backend=`")
         if differentiable:
             raise RuntimeError("LearnedOptimizer is not differentiable; to meta-train a rule see `meta_train`")
-        if backend not in BACKENDS:
-            raise ValueError(f"Invalid backend: {backend!r}; choose one of {', '.join(BACKENDS)}")
+        check_backend(backend)
         self.backend = backend
         self._hub_options: dict[str, Any] = {
             "revision": revision,
@@ -187,12 +185,14 @@ class LearnedOptimizer(Optimizer):
             weights = self._weights[group["fingerprint"]]
             for (device, dtype), items in self._items(group, weights).items():
                 lr = group["lr"]
-                apply_reference(
-                    weights.rule_on(device, dtype),
+                rule = weights.rule_on(device, dtype)
+                apply_step(
+                    rule,
                     items,
                     lr=lr.detach().to(device, dtype).reshape(()) if isinstance(lr, Tensor) else lr,
                     weight_decay=group["weight_decay"],
                     maximize=group["maximize"],
+                    advance=advance_with(self.backend, rule),
                 )
         return loss
 
@@ -374,19 +374,19 @@ def _as_real(tensor: Tensor) -> Tensor:
 
 def _local(tensor: Tensor) -> Tensor:
     """Return this rank's shard of a DTensor, any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _whole(tensor: Tensor) -> Tensor:
     """Return the full value of a DTensor, any other tensor as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore[reportAttributeAccessIssue]
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _placed_like(grad: Tensor, param: Tensor) -> Tensor:
     """Return a DTensor gradient sharded as its parameter is; tensor parallelism may leave it, say, unreduced."""
     if getattr(grad, "placements", None) == getattr(param, "placements", None):
         return grad
-    return grad.redistribute(placements=param.placements)  # pyright: ignore[reportAttributeAccessIssue]
+    return grad.redistribute(placements=param.placements)  # type: ignore
 
 
 def _zeros(like: Tensor, trailing: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -401,8 +401,8 @@ def _zeros(like: Tensor, trailing: tuple[int, ...], dtype: torch.dtype) -> Tenso
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
         zeros,
-        like.device_mesh,  # pyright: ignore[reportAttributeAccessIssue]
-        like.placements,  # pyright: ignore[reportAttributeAccessIssue]
+        like.device_mesh,  # type: ignore
+        like.placements,  # type: ignore
         run_check=False,
         shape=shape,
         stride=stride,

@@ -184,9 +184,9 @@ def _curve_rows(
     for optimizer in dict.fromkeys(key[0] for key in chosen):
         setting = chosen[optimizer, "final", HORIZONS[0]]
         named.append((optimizer, str(setting), reported[setting]))
-    for optimizer, setting, losses in named:
+    for optimizer, text, losses in named:
         for step, column in enumerate(losses.T):
-            yield {"optimizer": optimizer, "setting": setting, "inner_step": step, **_statistics(column)}
+            yield {"optimizer": optimizer, "setting": text, "inner_step": step, **_statistics(column)}
 
 
 def _summary_rows(
@@ -199,10 +199,10 @@ def _summary_rows(
             best = min(float(values.mean()) for _, values in results.values())
             for weights, losses in ours.items():
                 results[f"{LEARNED} ({weights.name})"] = ("", measure(losses, end))
-            for name, (setting, values) in results.items():
+            for name, (text, values) in results.items():
                 ratio = _rounded(float(values.mean()) / best)
                 row: dict[str, str | int | float] = {"horizon": end, "criterion": criterion, "optimizer": name}
-                yield {**row, "setting": setting, **_statistics(values), "ratio_to_best_baseline": ratio}
+                yield {**row, "setting": text, **_statistics(values), "ratio_to_best_baseline": ratio}
 
 
 GRADIENTS: dict[str, Callable[[int], float]] = {

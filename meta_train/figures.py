@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -19,7 +20,7 @@ COLOURS = {
 }
 """Okabe-Ito, by optimizer."""
 
-STYLE = {
+STYLE: Any = {
     "svg.hashsalt": "learned-optim",
     "svg.fonttype": "none",
     "font.size": 10,
@@ -91,7 +92,7 @@ def update_probe(rows: Sequence[dict[str, str]], path: Path) -> None:
         _save(figure, path)
 
 
-def training_process(runs: dict[str, Sequence[dict[str, float]]], path: Path, *, label: str) -> None:
+def training_process(runs: Mapping[str, Sequence[dict[str, float]]], path: Path, *, label: str) -> None:
     """Draw meta-loss and validation figure over outer steps.
 
     Args:

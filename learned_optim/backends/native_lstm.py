@@ -47,7 +47,6 @@ def native_supports(lstm: nn.LSTM) -> bool:
         and weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and lstm.num_layers <= MAX_LAYERS
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -1,13 +1,14 @@
 """Update rules: the numerics, one file a family."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from learned_optim.rules.adam_modulation import AdamModulationConfig, AdamModulationRule
 from learned_optim.rules.paper import PaperRule, PaperRuleConfig, log_and_sign
 from learned_optim.rules.rule import Encoded, Memory, RuleConfig, UpdateRule
 
-RULE_FAMILIES: dict[str, tuple[type[UpdateRule], type[RuleConfig]]] = {
+RULE_FAMILIES: dict[str, tuple[Callable[..., UpdateRule], type[RuleConfig]]] = {
     PaperRule.family: (PaperRule, PaperRuleConfig),
     AdamModulationRule.family: (AdamModulationRule, AdamModulationConfig),
 }
@@ -33,7 +34,7 @@ def build_rule(family: str, **config: Any) -> UpdateRule:
     unknown = sorted(set(config) - set(known))
     if unknown:
         raise ValueError(f"rule family {family!r} has no option {', '.join(unknown)}; it has {', '.join(known)}")
-    return rule_class(config_class(**config))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    return rule_class(config_class(**config))
 
 
 __all__ = [

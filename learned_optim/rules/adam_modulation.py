@@ -97,6 +97,7 @@ class AdamModulationRule(UpdateRule):
 
     def encode(self, grad: Tensor, memory: Memory, step: Tensor, scale: Tensor | None) -> Encoded:
         """Update the moments and normalise gradient and momenta by the root of the second moment."""
+        assert scale is not None, "this rule needs tensor_scale() of every tensor"
         config = self.config
         finite = (grad * grad).isfinite()  # A second moment of Inf would never recover.
         grad = torch.where(finite, grad, 0.0)

@@ -119,7 +119,7 @@ def module_optimizee(
         batch = next_batch(generator)
         if num_problems > 1:
             return vmap(one)(values, buffers, batch)
-        first = ({name: value[0] for name, value in tensors.items()} for tensors in (values, buffers))
-        return one(*first, tuple(value[0] for value in batch)).unsqueeze(0)
+        first, fixed = ({name: value[0] for name, value in tensors.items()} for tensors in (values, buffers))
+        return one(first, fixed, tuple(value[0] for value in batch)).unsqueeze(0)
 
     return Optimizee(params, losses, generator)

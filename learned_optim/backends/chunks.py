@@ -1,4 +1,4 @@
-"""The readable backend: eager PyTorch, in chunks of bounded size.
+"""One inner step over many parameters, in chunks of bounded size.
 
 Coordinates of small tensors are packed together and large tensors are cut, so that time is paid per coordinate and
 scratch memory does not grow with the model. This file knows nothing of parameter groups or of where state is kept.
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from learned_optim.rules import UpdateRule
+from learned_optim.rules.rule import Advance
 
 CHUNK = 65_536
 """Coordinates processed at once."""
@@ -64,8 +65,14 @@ class _Slice:
             self.item.param.copy_(self.flat_param.view(self.item.param.shape))
 
 
-def apply_reference(
-    rule: UpdateRule, items: Sequence[StepItem], *, lr: Tensor | float, weight_decay: float, maximize: bool
+def apply_step(
+    rule: UpdateRule,
+    items: Sequence[StepItem],
+    *,
+    lr: Tensor | float,
+    weight_decay: float,
+    maximize: bool,
+    advance: Advance | None = None,
 ) -> None:
     """Apply one inner step in place.
 
@@ -75,9 +82,10 @@ def apply_reference(
         lr: Factor on the update.
         weight_decay: Decoupled; parameters shrink by ``1e-3 * lr * weight_decay``.
         maximize: Ascend instead of descend.
+        advance: A kernel to run the LSTM with, instead of the rule's own matmuls.
     """
     for chunk in _pack(items):
-        _apply_chunk(rule, chunk, lr, weight_decay, maximize)
+        _apply_chunk(rule, chunk, lr, weight_decay, maximize, advance)
         for piece in chunk:
             piece.write_back()
 
@@ -102,7 +110,14 @@ def _pack(items: Sequence[StepItem]) -> Iterator[list[_Slice]]:
         yield chunk
 
 
-def _apply_chunk(rule: UpdateRule, chunk: list[_Slice], lr: Tensor | float, weight_decay: float, maximize: bool) -> None:
+def _apply_chunk(
+    rule: UpdateRule,
+    chunk: list[_Slice],
+    lr: Tensor | float,
+    weight_decay: float,
+    maximize: bool,
+    advance: Advance | None,
+) -> None:
     dtype = rule.readout.weight.dtype
     sizes = [piece.stop - piece.start for piece in chunk]
     grad = _join([piece.grad for piece in chunk]).to(dtype)
@@ -111,7 +126,7 @@ def _apply_chunk(rule: UpdateRule, chunk: list[_Slice], lr: Tensor | float, weig
     scales = [piece.item.scale for piece in chunk if piece.item.scale is not None]
     scale = _spread(scales, sizes) if scales else None
 
-    update, new_memory, _ = rule(-grad if maximize else grad, memory, step, scale)
+    update, new_memory, _ = rule(-grad if maximize else grad, memory, step, scale, advance)
 
     for name, values in new_memory.items():
         for piece, new in zip(chunk, values.split(sizes), strict=True):

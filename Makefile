@@ -1,0 +1,45 @@
+# Everything runs in .venv, made on demand from nothing but python3 and a network to a package index.
+PYTHON ?= python3
+BIN := .venv/bin
+RUNS := runs
+RESULTS := docs/results/quadratic
+
+.PHONY: help demo test check reproduce bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
+
+.venv/ready: pyproject.toml setup.py constraints.txt learned_optim/backends/native/lstm.c learned_optim/backends/native/lstm_kernel.h
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+demo: .venv/ready ## train a digit classifier with Adam and with LearnedOptimizer; table and demo.png
+	$(BIN)/python examples/digits.py --plot demo.png
+
+test: .venv/ready ## run the tests
+	$(BIN)/python -m pytest -n 2
+
+check: .venv/ready ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+reproduce: .venv/ready ## meta-train the quadratic weights with three seeds, judge them, draw the figures
+	for seed in 0 1 2; do \
+	  $(BIN)/python -m meta_train train learned_optim/weights/quadratic.toml --out $(RUNS)/quadratic-$$seed --seed $$seed || exit 1; \
+	done
+	$(BIN)/python -m meta_train publish $(RUNS)/quadratic-0 --name quadratic --to $(RUNS)
+	$(BIN)/python -m meta_train publish $(RUNS)/quadratic-1 --name quadratic-1 --to $(RUNS)
+	$(BIN)/python -m meta_train publish $(RUNS)/quadratic-2 --name quadratic-2 --to $(RUNS)
+	$(BIN)/python -m meta_train evaluate $(RUNS)/quadratic.safetensors $(RUNS)/quadratic-1.safetensors \
+	  $(RUNS)/quadratic-2.safetensors --out $(RUNS)/results
+	$(BIN)/python -m meta_train figures $(RUNS)/results --runs $(RUNS)/quadratic-0 $(RUNS)/quadratic-1 $(RUNS)/quadratic-2
+
+bench: .venv/ready ## time an optimizer step and a meta-training step; run it on a quiet machine
+	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/meta_training.py
+	$(BIN)/python benchmarks/import_time.py
+
+clean: ## remove what the other targets made
+	rm -rf .venv build dist *.egg-info learned_optim/backends/_native*.so demo.png
