@@ -10,7 +10,7 @@ from learned_optim.rules import UpdateRule
 from learned_optim.rules.rule import Advance
 
 BACKENDS = ("auto", "reference", "native")
-"""``reference`` is eager PyTorch, ``native`` runs the LSTM in compiled C on the CPU, ``auto`` takes the fastest that fits."""
+"""``reference`` is eager PyTorch, ``native`` runs the LSTM in compiled C on the CPU, ``auto`` takes the fastest."""
 
 _kernels: weakref.WeakKeyDictionary[UpdateRule, Advance] = weakref.WeakKeyDictionary()
 

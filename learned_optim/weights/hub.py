@@ -106,7 +106,7 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
         raise WeightsError(f"offline mode is on (HF_HUB_OFFLINE), {repo_id!r} cannot be reached") from error
     except errors.HfHubHTTPError as error:
         raise WeightsError(f"the Hub refused a request for {repo_id!r}{at}: {error}") from error
-    except errors.HFValidationError as error:
-        raise WeightsError(f"{repo_id!r} is not a Hub repository id: {error}") from error
+    except ValueError as error:  # A malformed id, or `force_download` without an answer.
+        raise WeightsError(f"{repo_id!r}{at} cannot be fetched: {error.__cause__ or error}") from error
     except OSError as error:
         raise WeightsError(f"the Hub could not be reached for {repo_id!r}{at}: {error}; try again") from error

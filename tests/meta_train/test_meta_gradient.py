@@ -1,0 +1,148 @@
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from learned_optim import LearnedOptimizer, UpdateRule
+from meta_train import meta_gradient
+from meta_train.meta_gradient import Carry, backpropagate, roll_out, start_episode, unroll
+from meta_train.tasks import Optimizee, Quadratic, Quartic, module_optimizee, seeded
+from tests.cases import RULE_CASES, small_rule
+
+
+def waking(seed: int) -> Optimizee:
+    """Some coordinates have no gradient until their input first appears, and some never."""
+    generator = seeded(seed)
+    inputs = torch.randn(200, 2, 6, generator=generator)
+    calls = itertools.count()
+
+    def losses(params: dict[str, Tensor]) -> Tensor:
+        call = next(calls)
+        shown = inputs[call % 200] * torch.tensor([1.0, 1.0, 1.0, call >= 7, call >= 12, 0.0])
+        return (1 + (params["a"] * shown.to(params["a"])).sum(-1) + (params["b"] - 1).square().sum(-1)).square()
+
+    return Optimizee({"a": torch.ones(2, 6) / 3, "b": torch.zeros(2, 3)}, losses, generator)
+
+
+OPTIMIZEES = {"quadratic": Quadratic(dimension=4, functions=6).sample, "quartic": Quartic(4, 5).sample, "waking": waking}
+
+
+def objective(losses: Tensor, initial: Tensor) -> Tensor:
+    return 1 / (losses.detach().abs() + 1) / losses.numel()
+
+
+def gradients(rule: UpdateRule) -> list[Tensor]:
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in rule.parameters()]
+
+
+def in_float64(optimizee: Optimizee) -> Optimizee:
+    optimizee.params = {name: value.double() for name, value in optimizee.params.items()}
+    return optimizee
+
+
+def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
+    pairs = list(zip(got, want, strict=True))
+    return float(torch.stack([(a - b).norm() for a, b in pairs]).norm() / torch.stack([b.norm() for _, b in pairs]).norm())
+
+
+@pytest.mark.parametrize("case", RULE_CASES)
+@pytest.mark.parametrize("name", OPTIMIZEES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("native", [True, False])
+def test_one_pass_equals_the_unroll(
+    case: str, name: str, dtype: torch.dtype, tolerance: float, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:
+        monkeypatch.setattr(meta_gradient, "native_supports", lambda lstm: False)
+    rule = small_rule(case).to(dtype)
+    once, again = OPTIMIZEES[name](1), OPTIMIZEES[name](1)
+    if dtype == torch.float64:
+        once, again = in_float64(once), in_float64(again)
+    carry, twin = start_episode(rule, once), start_episode(rule, again)
+    for _ in range(2):  # The second truncation starts from a memory that is not at rest.
+        rule.zero_grad()
+        record, carry = roll_out(rule, once, carry, 10)
+        backpropagate(rule, record, objective(record.losses, carry.initial_loss))
+        one_pass = gradients(rule)
+        rule.zero_grad()
+        losses, twin = unroll(rule, again, twin, 10, objective)
+        assert relative_error(one_pass, gradients(rule)) < tolerance
+        torch.testing.assert_close(record.losses, losses, rtol=1e3 * tolerance, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", RULE_CASES)
+def test_a_random_part_of_the_coordinates_is_unbiased(case: str) -> None:
+    rule, total = small_rule(case), []
+    parts = torch.randperm(24, generator=seeded(0)).split(6)
+    for part in (None, *parts):
+        optimizee = OPTIMIZEES["quadratic"](3)
+        record, _ = roll_out(rule, optimizee, start_episode(rule, optimizee), 8, part)
+        rule.zero_grad()
+        backpropagate(rule, record, objective(record.losses, record.losses))
+        total.append(gradients(rule))
+    mean = [torch.stack(pieces).mean(0) for pieces in zip(*total[1:], strict=True)]
+    assert relative_error(mean, total[0]) < 1e-5
+
+
+def test_discount_is_the_geometric_suffix_sum() -> None:
+    values = torch.randn(6, 3, dtype=torch.float64)
+    expected = torch.stack([sum(0.9 ** (t - s) * values[t] for t in range(s, 6)) for s in range(6)])  # type: ignore[misc]
+    torch.testing.assert_close(meta_gradient._suffix_sum(values, 0.9), expected)
+    torch.testing.assert_close(meta_gradient._suffix_sum(values, 1.0), values.flip(0).cumsum(0).flip(0))
+
+
+@pytest.mark.parametrize("case", ["paper-raw", "adam-modulation"])
+def test_second_derivatives_are_those_of_the_true_meta_loss(case: str) -> None:
+    rule = small_rule(case).double()
+
+    def meta_loss() -> Tensor:
+        optimizee = in_float64(OPTIMIZEES["quadratic"](5))
+        losses, _ = unroll(rule, optimizee, start_episode(rule, optimizee), 6, ones, second_derivatives=True)
+        return losses.sum()
+
+    def ones(losses: Tensor, initial: Tensor) -> Tensor:
+        return torch.ones_like(losses)
+
+    meta_loss()
+    exact = gradients(rule)
+    for parameter, gradient in zip(rule.parameters(), exact, strict=True):
+        direction = torch.randn(parameter.shape, dtype=torch.float64, generator=seeded(1))
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.add_(sign * 1e-5 * direction)
+            ends.append(meta_loss().item())
+            with torch.no_grad():
+                parameter.sub_(sign * 1e-5 * direction)
+        slope = (ends[0] - ends[1]) / 2e-5
+        assert slope == pytest.approx(float((gradient * direction).sum()), rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("case", RULE_CASES)
+def test_a_roll_out_is_what_the_optimizer_does(case: str) -> None:
+    rule, optimizee = small_rule(case), Quadratic(dimension=3, functions=4).sample(2)
+    record, carry = roll_out(rule, optimizee, start_episode(rule, optimizee), 12)
+    twin = Quadratic(dimension=3, functions=4).sample(2)
+    param = nn.Parameter(twin.params["theta"][0].clone())
+    optimizer = LearnedOptimizer([param], weights=rule)
+    for _ in range(12):
+        optimizer.zero_grad()
+        twin.losses({"theta": param.unsqueeze(0)}).sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(param.detach().flatten(), carry.params.flatten(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(optimizer.state[param]["hidden"].view(12, -1), carry.memory["hidden"], rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_leaks_into_the_optimizee_or_across_truncations() -> None:
+    module = nn.Linear(3, 1)
+    rule = small_rule()
+    optimizee = module_optimizee(
+        lambda: module, lambda m, batch: m(batch[0]).square().mean(), lambda g: (torch.randn(1, 4, 3, generator=g),), 0
+    )
+    record, carry = roll_out(rule, optimizee, start_episode(rule, optimizee), 3)
+    backpropagate(rule, record, torch.ones_like(record.losses))
+    assert module.weight.grad is None
+    tensors = [carry.params, carry.grad, carry.loss, *carry.memory.values(), record.inputs, record.grads]
+    assert isinstance(carry, Carry)
+    assert not any(tensor.requires_grad for tensor in tensors)
