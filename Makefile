@@ -15,7 +15,7 @@ help: ## list the targets
 	touch $@
 
 demo: .venv/ready ## train a digit classifier with Adam and with LearnedOptimizer; table and demo.png
-	$(BIN)/python examples/digits.py --plot demo.png
+	$(BIN)/python -m examples.digits --plot demo.png
 
 test: .venv/ready ## run the tests
 	$(BIN)/python -m pytest -n 2
@@ -37,9 +37,9 @@ reproduce: .venv/ready ## meta-train the quadratic weights with three seeds, jud
 	$(BIN)/python -m meta_train figures $(RUNS)/results --runs $(RUNS)/quadratic-0 $(RUNS)/quadratic-1 $(RUNS)/quadratic-2
 
 bench: .venv/ready ## time an optimizer step and a meta-training step; run it on a quiet machine
-	$(BIN)/python benchmarks/step_time.py
-	$(BIN)/python benchmarks/meta_training.py
-	$(BIN)/python benchmarks/import_time.py
+	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.meta_training
+	$(BIN)/python -m benchmarks.import_time
 
 clean: ## remove what the other targets made
 	rm -rf .venv build dist *.egg-info learned_optim/backends/_native*.so demo.png

@@ -1,6 +1,6 @@
 """Train the same classifier on real digits with Adam and with LearnedOptimizer, and compare.
 
-    python examples/digits.py --plot demo.png
+    python -m examples.digits --plot demo.png
 
 The data are the 1,797 handwritten 8x8 digits that ship with scikit-learn. `LearnedOptimizer` gets no rate; Adam runs at its
 usual rate of 1e-3, and, so that the comparison is fair, at every rate of a small grid.

@@ -2,7 +2,7 @@
 
 from learned_optim.optimizer import LearnedOptimizer
 from learned_optim.rules import UpdateRule, build_rule
-from learned_optim.weights import Weights, WeightsError, available_weights
+from learned_optim.weights import Weights, WeightsError, WeightsNotFoundError, available_weights
 
 __version__ = "0.1.0"
 
@@ -11,6 +11,7 @@ __all__ = [
     "UpdateRule",
     "Weights",
     "WeightsError",
+    "WeightsNotFoundError",
     "__version__",
     "available_weights",
     "build_rule",

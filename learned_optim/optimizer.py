@@ -54,10 +54,11 @@ class LearnedOptimizer(Optimizer):
         foreach: Accepted for compatibility; small tensors are always processed together.
         fused: Accepted for compatibility; True is refused, choose a ``backend`` instead.
         differentiable: Refused if True: ``step`` builds no graph.
-        revision: Hub revision, if not given in ``weights``.
+        revision: Hub revision of ``weights``, if not given in it. Groups name theirs: ``"owner/repo@revision"``.
         token: Hub token.
         cache_dir: Hub cache.
         local_files_only: Never use the network.
+        force_download: Fetch ``weights`` from the Hub again even if cached.
 
     Raises:
         ValueError: If a value is out of range or ``weights`` is unknown or unreadable; the message says what to do.
@@ -91,6 +92,7 @@ class LearnedOptimizer(Optimizer):
         token: str | bool | None = None,
         cache_dir: str | PathLike[str] | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
     ) -> None:
         if fused:
             raise RuntimeError("`fused=True` is not an option of LearnedOptimizer; choose a kernel with `backend=`")
@@ -99,12 +101,11 @@ class LearnedOptimizer(Optimizer):
         check_backend(backend)
         self.backend = backend
         self._hub_options: dict[str, Any] = {
-            "revision": revision,
             "token": token,
             "cache_dir": cache_dir,
             "local_files_only": local_files_only,
         }
-        loaded = resolve_weights(weights, **self._hub_options)
+        loaded = resolve_weights(weights, revision=revision, force_download=force_download, **self._hub_options)
         self._weights: dict[str, Weights] = {loaded.fingerprint: loaded}
         defaults = {
             "lr": lr,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -10,13 +11,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from learned_optim.weights import resolve_weights
+from learned_optim.weights import Weights, available_weights, resolve_weights
 from meta_train import evaluate, figures
 from meta_train.publish import publish
-from meta_train.recipe import read_recipe
-from meta_train.run_dir import METRICS, RunDir
+from meta_train.recipe import parse_recipe, read_recipe
+from meta_train.run_dir import BEST, RunDir, training_table
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
+HONESTY = """\
+The optimizees are those of the committed tables. With the same torch, processor and threads the figures are equal to the
+last digit; elsewhere rounding differs, and agreement within two standard errors is all that can be promised."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,14 +30,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line without the program's name.
 
     Returns:
-        Exit status: 0, 1 where ``verify`` disagrees, 2 for a mistake in the request.
+        Exit status: 0, 1 where ``verify`` disagrees, 2 for a mistake in the request, 130 if interrupted.
     """
     options = _parser().parse_args(arguments)
     try:
         return options.verb(options)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
+        print(f"meta_train: {what}", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"meta_train: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("meta_train: interrupted; a training run resumes when it is started again", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,25 +57,27 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, help="replace the recipe's seed")
     train.set_defaults(verb=_train)
 
-    judge = verbs.add_parser("evaluate", help="compare weights with tuned baselines on fresh quadratics")
+    judge = verbs.add_parser("evaluate", help="compare weights with tuned baselines on fresh optimizees")
     judge.add_argument("weights", nargs="+", help="bundled names, files or Hub ids; the first is the one drawn")
     judge.add_argument("--out", type=Path, required=True, help="directory for the tables")
+    judge.add_argument("--task", choices=evaluate.ARENAS, default="quadratic", help="default: %(default)s")
     judge.set_defaults(verb=_evaluate)
 
     draw = verbs.add_parser("figures", help="draw the figures of an evaluation from its tables")
     draw.add_argument("results", type=Path, help="directory written by evaluate")
-    draw.add_argument("--runs", type=Path, nargs="*", default=[], help="run directories, for the training process")
+    draw.add_argument("--runs", type=Path, nargs="*", default=[], help="run directories, for training.csv")
     draw.set_defaults(verb=_figures)
 
     verify = verbs.add_parser("verify", help="evaluate again and compare with the committed tables")
-    verify.add_argument("weights", help="a bundled name")
+    verify.add_argument("weights", help="a bundled name, or a file whose stem has committed tables")
+    verify.add_argument("--results", type=Path, help="the tables; default: docs/results/NAME")
     verify.set_defaults(verb=_verify)
 
     to_package = verbs.add_parser("publish", help="put a run's best weights beside their recipe, or on the Hub")
     to_package.add_argument("run", type=Path)
     to_package.add_argument("--name", required=True)
     to_package.add_argument("--to", type=Path, help="directory; by default the package's bundled weights")
-    to_package.add_argument("--hub", metavar="OWNER/REPO", help="upload there too")
+    to_package.add_argument("--to-hub", "--hub", dest="hub", metavar="OWNER/REPO", help="upload there too")
     to_package.set_defaults(verb=_publish)
     return parser
 
@@ -73,10 +86,10 @@ def _train(options: argparse.Namespace) -> int:
     read_recipe(options.recipe)
     text = options.recipe.read_text()
     if options.seed is not None:
-        text, count = re.subn(r"(?m)^seed = \d+", f"seed = {options.seed}", text)
-        if count != 1:
-            raise ValueError(f"{options.recipe} has no line 'seed = N' that --seed could replace")
+        text = _with_seed(text, options.seed)
     run = RunDir(options.out, text)
+    if run.run.step and (changes := run.changes_since_start()):
+        print(f"resuming elsewhere than it started, so not bit for bit: {', '.join(changes)}", file=sys.stderr)
     total = run.run.recipe.outer.steps
     with tqdm(total=total, initial=run.run.step, unit="step", smoothing=0.05, dynamic_ncols=True) as bar:
         validation = "none yet"
@@ -85,62 +98,99 @@ def _train(options: argparse.Namespace) -> int:
                 validation = f"{record.validation:.4g} (best {run.run.best_validation:.4g})"
             bar.set_postfix_str(f"meta-loss {record.meta_loss:.4g}, validation {validation}", refresh=False)
             bar.update()
-    print(f"best weights: {run.path / 'best.safetensors'}")
+    if not (run.path / BEST).exists():
+        raise ValueError(f"no validation of {run.path} was finite: there are no weights worth keeping; lower outer.lr")
+    print(f"best weights: {run.path / BEST} (validation {run.run.best_validation:.4g})")
     return 0
+
+
+def _with_seed(text: str, seed: int) -> str:
+    """Replace the recipe's seed, or give it one; only the keys above the first table are the recipe's own."""
+    start = re.search(r"(?m)^\[", text)
+    head, rest = (text[: start.start()], text[start.start() :]) if start else (text, "")
+    head, count = re.subn(r"(?m)^seed\s*=\s*[+-]?\d+", f"seed = {seed}", head)
+    return (head if count else f"seed = {seed}\n{head}") + rest
+
+
+def _labelled(names: Sequence[str]) -> list[Weights]:
+    """Load weights under short names, without the path of a file."""
+    labels = [Path(name).stem if name.endswith(".safetensors") else name for name in names]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"weights need different names to share a table, got {', '.join(labels)}; publish them first")
+    loaded = [resolve_weights(name) for name in names]
+    return [Weights(one.rule, label, one.recipe, one.metadata) for one, label in zip(loaded, labels, strict=True)]
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    weights = [resolve_weights(name) for name in options.weights]
-    judgement = evaluate.judge(weights, progress=lambda settings: tqdm(list(settings), unit="setting"))
-    evaluate.write_judgement(judgement, options.out)
+    weights, arena = _labelled(options.weights), evaluate.ARENAS[options.task]
+    judgement = evaluate.judge(
+        weights, **vars(arena), progress=lambda settings: tqdm(list(settings), unit="setting", dynamic_ncols=True)
+    )
+    recipe = weights[0].recipe
+    about = {
+        "task": options.task,
+        "trained_to": parse_recipe(recipe).inner.horizon[1] if recipe else None,
+        "optimizees": {"tuning": arena.tuning, "evaluation": arena.fresh, "seed": 0},
+        "fingerprints": {one.name: one.fingerprint for one in weights},
+        "command": f"python -m meta_train evaluate {' '.join(one.name for one in weights)} --task {options.task}",
+    }
+    evaluate.write_judgement(judgement, options.out, about)
     evaluate.write_rows(options.out / "probe.csv", evaluate.probe(weights[0], scale=0.01))
-    _print_summary(judgement.summary)
-    return 0
-
-
-def _print_summary(rows: evaluate.Rows) -> None:
-    for row in rows:
-        tuned = f"  {row['setting']}" if row["setting"] else ""
+    for row in judgement.summary:
+        ratio = f"{row['ratio_to_best_baseline']:.3f} x best baseline" if row["ratio_to_best_baseline"] != "" else ""
         print(
             f"{row['horizon']:>4} steps  {row['criterion']:<6} {row['optimizer']:<24} {row['mean']:>9.4g} "
-            f"+- {row['standard_error']:<9.2g} {row['ratio_to_best_baseline']:>6.3f} x best baseline{tuned}"
+            f"+- {row['standard_error']:<9.2g} {ratio:>21}  {row['setting']}"
         )
+    return 0
 
 
 def _figures(options: argparse.Namespace) -> int:
     rows = evaluate.read_rows(options.results / "curves.csv")
+    probe = evaluate.read_rows(options.results / "probe.csv")
+    about = {"task": "", "trained_to": None, **json.loads((options.results / "environment.json").read_text())}
     first = next(row["optimizer"] for row in rows if row["optimizer"].startswith(evaluate.LEARNED))
     drawn = [row for row in rows if not row["optimizer"].startswith(evaluate.LEARNED) or row["optimizer"] == first]
-    for ending in (".svg", ".png"):
-        figures.learning_curves(drawn, options.results / f"curves{ending}", trained_to=100, title="Quadratics")
-        figures.update_probe(evaluate.read_rows(options.results / "probe.csv"), options.results / f"probe{ending}")
+    trained_to = about["trained_to"] if about["trained_to"] and about["trained_to"] < max(evaluate.HORIZONS) else None
     if options.runs:
-        records = {path.name: figures.read_metrics(path / METRICS) for path in options.runs}
-        kept = [{"run": n, **{k: r[k] for k in ("step", "meta_loss", "validation")}} for n, rs in records.items()
-                for r in rs if "validation" in r]  # fmt: skip
-        evaluate.write_rows(options.results / "training.csv", kept)
-        figures.training_process(records, options.results / "training.svg", label="mean loss over 100 steps")
+        evaluate.write_rows(options.results / "training.csv", training_table(options.runs))
+    training = options.results / "training.csv"
+    for ending in (".svg", ".png"):
+        figures.learning_curves(drawn, options.results / f"curves{ending}", trained_to=trained_to, title=about["task"])
+        figures.update_probe(probe, options.results / f"probe{ending}")
+        if training.exists():
+            figures.training_process(evaluate.read_rows(training), training.with_suffix(ending))
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
-    committed = RESULTS / options.weights / "summary.csv"
-    if not committed.exists():
-        raise ValueError(f"there is no committed evidence for {options.weights!r} ({committed.name} is missing)")
-    weights = resolve_weights(options.weights)
-    name = f"{evaluate.LEARNED} ({weights.name})"
-    expected = [row for row in evaluate.read_rows(committed) if row["optimizer"] == name]
-    fresh = evaluate.curves(evaluate.Quadratic(), evaluate.learned_with(weights), max(evaluate.HORIZONS), "evaluation", 20)
-    agrees = True
+    (weights,) = _labelled([options.weights])
+    label = weights.name
+    results = options.results or RESULTS / label
+    if not (results / "summary.csv").exists():
+        raise ValueError(f"there is no committed evidence for {label!r}: {results.name}/summary.csv is missing")
+    rows = evaluate.read_rows(results / "summary.csv")
+    expected = [row for row in rows if row["optimizer"] == f"{evaluate.LEARNED} ({label})"]
+    if not expected:
+        raise ValueError(f"the tables in {results.name} say nothing of {label!r}; evaluate it under that name")
+    about = json.loads((results / "environment.json").read_text())
+    arena = evaluate.ARENAS[about["task"]]
+    print(HONESTY)
+    agrees = about["fingerprints"].get(label) == weights.fingerprint
+    if not agrees:
+        print("The committed tables were made with OTHER weights of that name: only their spread can be compared.")
+        agrees = options.weights not in available_weights()
+    horizon, count = max(evaluate.HORIZONS), int(expected[0]["n"])
+    fresh = evaluate.curves(arena.task, evaluate.learned_with(weights), horizon, "evaluation", count)
     for row in expected:
-        values = evaluate.CRITERIA[row["criterion"]](fresh, int(row["horizon"]))
-        difference = abs(float(values.mean()) - float(row["mean"]))
-        within = difference <= 2 * float(row["standard_error"])
+        now = float(evaluate.measure(row["criterion"], fresh, int(row["horizon"]), arena.last).mean())
+        committed, error = float(row["mean"]), float(row["standard_error"])
+        within = abs(now - committed) <= 2 * error
         agrees &= within
-        print(
-            f"{row['horizon']:>4} steps  {row['criterion']:<6} committed {float(row['mean']):.6g}, now "
-            f"{float(values.mean()):.6g}: {'agrees' if within else 'DIFFERS by more than two standard errors'}"
-        )
+        verdict = "DIFFERS by more than two standard errors"
+        if within:
+            verdict = "equal" if f"{now:.6g}" == f"{committed:.6g}" else "agrees within two standard errors"
+        print(f"{row['horizon']:>4} steps  {row['criterion']:<6} committed {committed:.6g}, now {now:.6g}: {verdict}")
     return 0 if agrees else 1
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, Optimizer, RMSprop
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
 
@@ -38,14 +39,28 @@ class Setting:
         options = {"momentum": self.momentum, "nesterov": True} if self.momentum else {}
         return _CLASSES[self.optimizer](params, lr=self.lr, **options)
 
+    @property
+    def schedule(self) -> Callable[[Optimizer, int], LRScheduler] | None:
+        """From optimizer and horizon to a schedule; None for a constant rate, which needs no horizon."""
+        return CosineAnnealingLR if self.optimizer == "AdamW+cosine" else None
+
     def __str__(self) -> str:
         """Name the hyperparameters, for tables."""
         return f"lr={self.lr:g}" + (f" momentum={self.momentum:g}" if self.momentum else "")
 
 
-_CLASSES: dict[str, Callable[..., Optimizer]] = {"SGD": SGD, "NAG": SGD, "RMSprop": RMSprop, "Adam": Adam}
+_CLASSES: dict[str, Callable[..., Optimizer]] = {
+    "SGD": SGD,
+    "NAG": SGD,
+    "RMSprop": RMSprop,
+    "Adam": Adam,
+    "AdamW+cosine": AdamW,
+}
 MOMENTA = (0.5, 0.7, 0.8, 0.9, 0.95)
 """Nesterov momenta; each is tried with every rate."""
+
+HIGH_MOMENTA = (0.97, 0.98, 0.99)
+"""Tried too where the loss has no noise: there 200 steps are best with 0.98."""
 
 
 def rates(lowest: float, highest: float, per_decade: int = 2) -> list[float]:
@@ -59,17 +74,17 @@ def rates(lowest: float, highest: float, per_decade: int = 2) -> list[float]:
     Returns:
         The rates, rounded to three significant digits.
     """
-    decades = torch.log10(torch.tensor(highest / lowest)).item()
-    count = round(decades * per_decade) + 1
+    count = round(math.log10(highest / lowest) * per_decade) + 1
     return [float(f"{lowest * 10 ** (i / per_decade):.3g}") for i in range(count)]
 
 
-def settings(optimizer: str, grid: Iterable[float]) -> list[Setting]:
+def settings(optimizer: str, grid: Iterable[float], momenta: Sequence[float] = MOMENTA) -> list[Setting]:
     """Return every setting a baseline is tried with.
 
     Args:
-        optimizer: ``"SGD"``, ``"NAG"`` (Nesterov momentum), ``"RMSprop"`` or ``"Adam"``.
+        optimizer: ``"SGD"``, ``"NAG"`` (Nesterov momentum), ``"RMSprop"``, ``"Adam"`` or ``"AdamW+cosine"``.
         grid: Rates.
+        momenta: Momenta of NAG.
 
     Returns:
         One setting for each rate, and for NAG each momentum.
@@ -79,24 +94,46 @@ def settings(optimizer: str, grid: Iterable[float]) -> list[Setting]:
     """
     if optimizer not in _CLASSES:
         raise ValueError(f"unknown baseline {optimizer!r}; choose one of {', '.join(_CLASSES)}")
-    momenta = MOMENTA if optimizer == "NAG" else (0.0,)
-    return [Setting(optimizer, lr, momentum) for momentum in momenta for lr in grid]
+    return [Setting(optimizer, lr, momentum) for momentum in (momenta if optimizer == "NAG" else (0.0,)) for lr in grid]
 
 
 QUADRATIC = [
-    *settings("SGD", rates(0.1, 31.6, 4)),
-    *settings("NAG", rates(0.1, 10.0, 4)),
-    *settings("RMSprop", rates(1e-3, 1.0, 4)),
-    *settings("Adam", rates(1e-2, 3.16, 4)),
+    *settings("SGD", rates(0.562, 5.62, 8)),
+    *settings("NAG", rates(0.316, 3.16, 8), (*MOMENTA, *HIGH_MOMENTA)),
+    *settings("RMSprop", rates(5.62e-3, 0.178, 8)),
+    *settings("Adam", rates(0.0562, 1.78, 8)),
 ]
-"""The sweep for quadratic problems whose loss is a mean over many functions: gradients are small, rates are large."""
+"""The sweep for quadratic problems whose loss is a mean over many functions: gradients are small, rates are large.
+
+Eight rates a decade, because gradient descent is best just below the rate at which it diverges.
+"""
+
+QUARTIC = [
+    *settings("SGD", rates(1e-3, 1.0, 4)),
+    *settings("NAG", rates(1e-3, 0.316, 4), (*MOMENTA, *HIGH_MOMENTA)),
+    *settings("RMSprop", rates(1e-3, 0.316, 4)),
+    *settings("Adam", rates(3.16e-3, 1.0, 4)),
+]
+"""The sweep for the quartic toy."""
+
+CLASSIFICATION = [
+    *settings("SGD", rates(3.16e-3, 31.6)),
+    *settings("NAG", rates(1e-4, 3.16), (*MOMENTA, *HIGH_MOMENTA)),
+    *settings("RMSprop", rates(1e-5, 1.0)),
+    *settings("Adam", rates(1e-4, 1.0)),
+    *settings("AdamW+cosine", rates(1e-4, 1.0)),
+]
+"""The sweep for small classifiers, in half-decades; the cosine decays to zero at the horizon."""
 
 FIXED = [Setting("SGD", 0.001), Setting("RMSprop", 0.01), Setting("Adam", 0.1)]
 """The untuned rates that a small PyTorch re-implementation of the paper compares with."""
 
+UNTUNED = [Setting("Adam", 1e-3)]
+"""What most people start with: the row that an optimizer without a rate must beat first."""
 
-def best_setting(scores: dict[str, float], group: list[Setting]) -> Setting:
-    """Choose the setting with the lowest score; an optimum at the edge of the rates is an error.
+
+def best_setting(scores: dict[str, float], group: Sequence[Setting]) -> Setting:
+    """Choose the setting with the lowest score; an optimum at the edge of what was tried is an error.
 
     Args:
         scores: Score of each setting, by its text; NaN or Inf where it diverged.
@@ -106,13 +143,17 @@ def best_setting(scores: dict[str, float], group: list[Setting]) -> Setting:
         The best setting.
 
     Raises:
-        ValueError: If every setting diverged, or the best rate is the lowest or highest that was tried.
+        ValueError: If every setting diverged, or the best rate is the lowest or highest that was tried, or the best
+            momentum the highest (below the lowest there is plain SGD).
     """
-    finite = [setting for setting in group if torch.tensor(scores[str(setting)]).isfinite()]
+    finite = [setting for setting in group if math.isfinite(scores[str(setting)])]
     if not finite:
         raise ValueError(f"every setting of {group[0].optimizer} diverged; extend its grid to lower rates")
     best = min(finite, key=lambda setting: scores[str(setting)])
-    grid = sorted({setting.lr for setting in group})
-    if best.lr in (grid[0], grid[-1]):
-        raise ValueError(f"the best rate of {best.optimizer} is {best.lr}, at the edge of its grid; extend the grid")
+    lrs = [setting.lr for setting in group]
+    momenta = [setting.momentum for setting in group]
+    edges = {"rate": (best.lr, (min(lrs), max(lrs))), "momentum": (best.momentum, (max(momenta) or None,))}
+    for name, (value, ends) in edges.items():
+        if value in ends:
+            raise ValueError(f"the best {name} of {best.optimizer} is {value:g}, at the edge of its grid; extend the grid")
     return best

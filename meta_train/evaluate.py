@@ -2,7 +2,8 @@
 
 Baselines are tuned on optimizees of their own (purpose ``"tuning"``), then everything is reported on fresh ones (purpose
 ``"evaluation"``). A curve holds the losses ``f(theta_0) ... f(theta_T)``; its *sum* adds ``f(theta_0) ... f(theta_{T-1})``,
-the losses an ordinary training loop prints, and its *final* loss is ``f(theta_T)``.
+the losses an ordinary training loop prints, and its *final* loss is ``f(theta_T)``, where losses are those of minibatches
+the mean of the last few.
 """
 
 from __future__ import annotations
@@ -10,41 +11,84 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from learned_optim import LearnedOptimizer
 from learned_optim.weights import Weights
-from meta_train.baselines import FIXED, QUADRATIC, MakeOptimizer, Setting, best_setting
+from meta_train.baselines import (
+    CLASSIFICATION,
+    FIXED,
+    QUADRATIC,
+    QUARTIC,
+    UNTUNED,
+    MakeOptimizer,
+    Setting,
+    best_setting,
+)
 from meta_train.outer_loop import derive_seed
 from meta_train.run_dir import environment, write_atomically
-from meta_train.tasks import Optimizee, Quadratic, Task
+from meta_train.tasks import Mixture, Optimizee, Quadratic, Quartic, Task
 
-Rows = list[dict[str, str | int | float]]
+Row = dict[str, str | int | float]
+Rows = list[Row]
+MakeSchedule = Callable[[Optimizer, int], LRScheduler]
 
 LEARNED = "LSTM"
 HORIZONS = (100, 200)
-CRITERIA: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "sum": lambda curves, horizon: curves[:, :horizon].sum(1),
-    "final": lambda curves, horizon: curves[:, horizon],
+CRITERIA = ("sum", "final")
+
+
+@dataclass(frozen=True)
+class Arena:
+    """What optimizers are judged on.
+
+    Args:
+        task: Where optimizees come from.
+        sweep: Every setting of every baseline.
+        untuned: Settings that are reported as they are.
+        tuning: Optimizees to tune baselines on.
+        fresh: Optimizees to report on.
+        last: Losses averaged into the final one; 1 where the loss has no noise.
+    """
+
+    task: Task
+    sweep: Sequence[Setting]
+    untuned: Sequence[Setting] = ()
+    tuning: int = 10
+    fresh: int = 20
+    last: int = 1
+
+
+ARENAS = {
+    "quadratic": Arena(Quadratic(), QUADRATIC, FIXED),
+    "quartic": Arena(Quartic(functions=1), QUARTIC, UNTUNED, tuning=50, fresh=100),
+    "digits": Arena(Mixture(problems=1, kinds=("digit-mlp",)), CLASSIFICATION, UNTUNED, last=10),
 }
+"""Arenas by name: the paper's quadratics, the quartic toy, and small dense classifiers of 8x8 digits."""
 
 
-def run(optimizee: Optimizee, make_optimizer: MakeOptimizer, horizon: int) -> list[float]:
+def run(
+    optimizee: Optimizee, make_optimizer: MakeOptimizer, horizon: int, schedule: MakeSchedule | None = None
+) -> list[float]:
     """Train one optimizee with a ``torch.optim`` optimizer.
 
     Args:
         optimizee: Freshly sampled, a single problem (P = 1).
         make_optimizer: From parameters to optimizer.
         horizon: Inner steps, T.
+        schedule: From optimizer and horizon to a schedule of the rate.
 
     Returns:
-        T + 1 losses, before each step and after the last.
+        T + 1 losses, before each step and after the last; infinite from where it diverged.
 
     Raises:
         ValueError: If the optimizee holds several problems, which would share what an optimizer knows of a tensor.
@@ -53,18 +97,30 @@ def run(optimizee: Optimizee, make_optimizer: MakeOptimizer, horizon: int) -> li
         raise ValueError(f"evaluate one problem at a time, got {optimizee.num_problems} side by side")
     params = {name: nn.Parameter(value[0].clone()) for name, value in optimizee.params.items()}
     optimizer = make_optimizer(params.values())
+    scheduler = schedule(optimizer, horizon) if schedule else None
     losses = []
     for step in range(horizon + 1):
         optimizer.zero_grad()
         loss = optimizee.losses({name: value.unsqueeze(0) for name, value in params.items()}).sum()
         losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            return losses[:-1] + [math.inf] * (horizon + 1 - step)
         if step < horizon:
             loss.backward()
             optimizer.step()
+            if scheduler:
+                scheduler.step()
     return losses
 
 
-def curves(task: Task, make_optimizer: MakeOptimizer, horizon: int, purpose: str, count: int) -> Tensor:
+def curves(
+    task: Task,
+    make_optimizer: MakeOptimizer,
+    horizon: int,
+    purpose: str,
+    count: int,
+    schedule: MakeSchedule | None = None,
+) -> Tensor:
     """Train ``count`` fresh optimizees.
 
     Args:
@@ -73,12 +129,30 @@ def curves(task: Task, make_optimizer: MakeOptimizer, horizon: int, purpose: str
         horizon: Inner steps, T.
         purpose: ``"tuning"`` or ``"evaluation"``: their optimizees are disjoint.
         count: How many.
+        schedule: From optimizer and horizon to a schedule of the rate.
 
     Returns:
-        Losses ``(count, T + 1)``.
+        Losses ``(count, T + 1)``; infinite from where one diverged.
     """
-    seeds = [derive_seed(0, purpose, index) for index in range(count)]
-    return torch.tensor([run(task.sample(seed), make_optimizer, horizon) for seed in seeds], dtype=torch.float64)
+    sampled = (task.sample(derive_seed(0, purpose, index)) for index in range(count))
+    return torch.tensor([run(one, make_optimizer, horizon, schedule) for one in sampled], dtype=torch.float64)
+
+
+def measure(criterion: str, losses: Tensor, horizon: int, last: int = 1) -> Tensor:
+    """Reduce curves to one number each.
+
+    Args:
+        criterion: ``"sum"`` or ``"final"``.
+        losses: ``(count, >= horizon + 1)``.
+        horizon: Inner steps to look at.
+        last: Losses averaged into the final one.
+
+    Returns:
+        Tensor of shape ``(count,)``.
+    """
+    if criterion == "sum":
+        return losses[:, :horizon].sum(1)
+    return losses[:, horizon + 1 - last : horizon + 1].mean(1)
 
 
 @dataclass(frozen=True)
@@ -87,15 +161,44 @@ class Judgement:
 
     Args:
         sweep: Every setting tried while tuning.
-        curves: Mean loss and standard error at each inner step, for each optimizer as tuned for each criterion.
+        curves: Mean loss and standard error at each inner step; baselines as tuned for the final loss of the first horizon.
         summary: Each criterion at each horizon, and its ratio to the best baseline's.
-        fixed: The same for untuned rates.
+        fixed: The same for untuned settings.
     """
 
-    sweep: Rows
-    curves: Rows
-    summary: Rows
-    fixed: Rows
+    sweep: Rows = field(default_factory=list)
+    curves: Rows = field(default_factory=list)
+    summary: Rows = field(default_factory=list)
+    fixed: Rows = field(default_factory=list)
+
+
+class _Runs:
+    """Curves of baselines and rules, each made once for each horizon it needs."""
+
+    def __init__(self, task: Task, tuning: int, fresh: int, last: int) -> None:
+        self.task = task
+        self.counts = {"tuning": tuning, "evaluation": fresh}
+        self.last = last
+        self.kept: dict[tuple[Setting | Weights, int, str], Tensor] = {}
+
+    def of(self, contestant: Setting | Weights, end: int, purpose: str) -> Tensor:
+        """Return the curves of a contestant; a schedule needs a run for each horizon, all others share the longest."""
+        schedule = contestant.schedule if isinstance(contestant, Setting) else None
+        horizon = end if schedule else max(HORIZONS)
+        key = (contestant, horizon, purpose)
+        if key not in self.kept:
+            make = contestant.make if isinstance(contestant, Setting) else learned_with(contestant)
+            self.kept[key] = curves(self.task, make, horizon, purpose, self.counts[purpose], schedule)
+        return self.kept[key]
+
+    def score(self, contestant: Setting | Weights, criterion: str, end: int, purpose: str = "evaluation") -> Tensor:
+        """Return one number for each optimizee."""
+        return measure(criterion, self.of(contestant, end, purpose), end, self.last)
+
+    def diverges(self, contestant: Setting | Weights, end: int) -> bool:
+        """Return whether any fresh optimizee ends above where they all start."""
+        losses = self.of(contestant, end, "evaluation")
+        return bool(losses[:, end].max() > losses[:, 0].max())
 
 
 def judge(
@@ -103,46 +206,47 @@ def judge(
     task: Task | None = None,
     sweep: Sequence[Setting] = QUADRATIC,
     *,
-    tuning: int = 5,
+    untuned: Sequence[Setting] = FIXED,
+    tuning: int = 10,
     fresh: int = 20,
+    last: int = 1,
     progress: Callable[[Iterable[Setting]], Iterable[Setting]] = iter,
 ) -> Judgement:
     """Compare learned rules with tuned baselines.
 
+    Each baseline gets, for each criterion and horizon, the setting that is best for it; one that is best at the edge of what
+    was tried is an error.
+
     Args:
-        learned: Rules; they are not tuned.
+        learned: Rules, of different names; they are not tuned.
         task: Where optimizees come from; the paper's quadratics by default.
         sweep: Every setting of every baseline.
+        untuned: Settings that are reported as they are.
         tuning: Optimizees to tune baselines on.
         fresh: Optimizees to report on.
+        last: Losses averaged into the final one; 1 where the loss has no noise.
         progress: Wraps the settings while tuning, to show how far it is.
 
     Returns:
         The judgement.
     """
-    task = Quadratic() if task is None else task
-    horizon = max(HORIZONS)
-    tried = {setting: curves(task, setting.make, horizon, "tuning", tuning) for setting in progress(_unique(sweep))}
-    chosen: dict[tuple[str, str, int], Setting] = {}
-    for optimizer in dict.fromkeys(setting.optimizer for setting in sweep):
-        group = [setting for setting in tried if setting.optimizer == optimizer]
-        for criterion, measure in CRITERIA.items():
-            for end in HORIZONS:
-                scores = {str(setting): float(measure(tried[setting], end).mean()) for setting in group}
-                chosen[optimizer, criterion, end] = best_setting(scores, group)
-    reported = {
-        setting: curves(task, setting.make, horizon, "evaluation", fresh)
-        for setting in dict.fromkeys((*chosen.values(), *FIXED))
-    }
-    ours = {weights: curves(task, learned_with(weights), horizon, "evaluation", fresh) for weights in learned}
-    return Judgement(
-        sweep=list(_sweep_rows(tried)),
-        curves=list(_curve_rows(chosen, reported, ours)),
-        summary=list(_summary_rows(chosen, reported, ours)),
-        fixed=[
-            {"optimizer": s.optimizer, "setting": str(s), **_statistics(CRITERIA["sum"](reported[s], 100))} for s in FIXED
-        ],
-    )
+    runs, judgement = _Runs(Quadratic() if task is None else task, tuning, fresh, last), Judgement()
+    settings = list(dict.fromkeys(sweep))
+    for setting in progress(settings):
+        scores = {f"{c}_{end}": runs.score(setting, c, end, "tuning").mean() for end in HORIZONS for c in CRITERIA}
+        rounded = {name: _rounded(value) for name, value in scores.items()}
+        hyperparameters: Row = {"lr": setting.lr, "momentum": setting.momentum}
+        judgement.sweep.append({"optimizer": setting.optimizer, **hyperparameters, **rounded, "n": tuning})
+    for end in HORIZONS:
+        for criterion in CRITERIA:
+            chosen = _tuned(runs, settings, criterion, end)
+            judgement.summary.extend(_summary(runs, chosen, learned, criterion, end))
+            if (criterion, end) == ("final", HORIZONS[0]):
+                judgement.curves.extend(_curves(runs, chosen, learned))
+            for setting in untuned:
+                row: Row = {"horizon": end, "criterion": criterion, "optimizer": setting.optimizer, "setting": str(setting)}
+                judgement.fixed.append({**row, **_statistics(runs.score(setting, criterion, end))})
+    return judgement
 
 
 def learned_with(weights: Weights) -> MakeOptimizer:
@@ -154,8 +258,36 @@ def learned_with(weights: Weights) -> MakeOptimizer:
     return make
 
 
-def _unique(settings: Sequence[Setting]) -> list[Setting]:
-    return list({str((s.optimizer, str(s))): s for s in settings}.values())
+def _tuned(runs: _Runs, settings: Sequence[Setting], criterion: str, end: int) -> dict[str, Setting]:
+    """Choose each baseline's best setting, passing over any that diverges on a fresh optimizee: that can only help them."""
+    chosen = {}
+    for optimizer in dict.fromkeys(setting.optimizer for setting in settings):
+        group = [setting for setting in settings if setting.optimizer == optimizer]
+        scores = {str(setting): float(runs.score(setting, criterion, end, "tuning").mean()) for setting in group}
+        while runs.diverges(best := best_setting(scores, group), end):
+            scores[str(best)] = math.inf
+        chosen[optimizer] = best
+    return chosen
+
+
+def _summary(
+    runs: _Runs, chosen: Mapping[str, Setting], learned: Sequence[Weights], criterion: str, end: int
+) -> Iterator[Row]:
+    results = {name: (str(setting), runs.score(setting, criterion, end)) for name, setting in chosen.items()}
+    best = min(float(values.mean()) for _, values in results.values())
+    ours = {f"{LEARNED} ({weights.name})": ("", runs.score(weights, criterion, end)) for weights in learned}
+    for name, (text, values) in (results | ours).items():
+        ratio = _rounded(float(values.mean()) / best) if best > 0 else ""
+        row: Row = {"horizon": end, "criterion": criterion, "optimizer": name, "setting": text}
+        yield {**row, **_statistics(values), "ratio_to_best_baseline": ratio}
+
+
+def _curves(runs: _Runs, chosen: Mapping[str, Setting], learned: Sequence[Weights]) -> Iterator[Row]:
+    contestants: dict[str, Setting | Weights] = {f"{LEARNED} ({weights.name})": weights for weights in learned}
+    for name, contestant in (contestants | dict(chosen)).items():
+        text = str(contestant) if isinstance(contestant, Setting) else ""
+        for step, column in enumerate(runs.of(contestant, HORIZONS[0], "evaluation").T):
+            yield {"optimizer": name, "setting": text, "inner_step": step, **_statistics(column)}
 
 
 def _statistics(values: Tensor) -> dict[str, float | int]:
@@ -165,44 +297,6 @@ def _statistics(values: Tensor) -> dict[str, float | int]:
 
 def _rounded(value: Tensor | float) -> float:
     return float(f"{float(value):.6g}")
-
-
-def _sweep_rows(tried: dict[Setting, Tensor]) -> Iterator[dict[str, str | int | float]]:
-    for setting, losses in tried.items():
-        scores = {
-            f"{criterion}_{end}": _rounded(measure(losses, end).mean())
-            for end in HORIZONS
-            for criterion, measure in CRITERIA.items()
-        }
-        yield {"optimizer": setting.optimizer, "setting": str(setting), "lr": setting.lr, **scores, "n": len(losses)}
-
-
-def _curve_rows(
-    chosen: dict[tuple[str, str, int], Setting], reported: dict[Setting, Tensor], ours: dict[Weights, Tensor]
-) -> Iterator[dict[str, str | int | float]]:
-    named = [(f"{LEARNED} ({weights.name})", "", losses) for weights, losses in ours.items()]
-    for optimizer in dict.fromkeys(key[0] for key in chosen):
-        setting = chosen[optimizer, "final", HORIZONS[0]]
-        named.append((optimizer, str(setting), reported[setting]))
-    for optimizer, text, losses in named:
-        for step, column in enumerate(losses.T):
-            yield {"optimizer": optimizer, "setting": text, "inner_step": step, **_statistics(column)}
-
-
-def _summary_rows(
-    chosen: dict[tuple[str, str, int], Setting], reported: dict[Setting, Tensor], ours: dict[Weights, Tensor]
-) -> Iterator[dict[str, str | int | float]]:
-    for end in HORIZONS:
-        for criterion, measure in CRITERIA.items():
-            settings = {key[0]: setting for key, setting in chosen.items() if key[1:] == (criterion, end)}
-            results = {name: (str(setting), measure(reported[setting], end)) for name, setting in settings.items()}
-            best = min(float(values.mean()) for _, values in results.values())
-            for weights, losses in ours.items():
-                results[f"{LEARNED} ({weights.name})"] = ("", measure(losses, end))
-            for name, (text, values) in results.items():
-                ratio = _rounded(float(values.mean()) / best)
-                row: dict[str, str | int | float] = {"horizon": end, "criterion": criterion, "optimizer": name}
-                yield {**row, "setting": text, **_statistics(values), "ratio_to_best_baseline": ratio}
 
 
 GRADIENTS: dict[str, Callable[[int], float]] = {
@@ -239,17 +333,19 @@ def probe(weights: Weights, scale: float = 1.0, adam_lr: float = 0.1, steps: int
     return rows
 
 
-def write_judgement(judgement: Judgement, out: Path) -> None:
+def write_judgement(judgement: Judgement, out: Path, about: Mapping[str, Any] | None = None) -> None:
     """Write the tables of a judgement and where they were made.
 
     Args:
         judgement: From :func:`judge`.
         out: Directory; created if missing.
+        about: Anything else that a reader needs to make them again, for ``environment.json``.
     """
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in vars(judgement).items():
-        write_rows(out / f"{name}.csv", rows)
-    write_atomically(out / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
+        if rows:
+            write_rows(out / f"{name}.csv", rows)
+    write_atomically(out / "environment.json", (json.dumps({**environment(), **(about or {})}, indent=2) + "\n").encode())
 
 
 def write_rows(path: Path, rows: Rows) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLOURS = {
@@ -17,6 +15,7 @@ COLOURS = {
     "RMSprop": "#009E73",
     "NAG": "#CC79A7",
     "SGD": "#7F7F7F",
+    "AdamW+cosine": "#56B4E9",
 }
 """Okabe-Ito, by optimizer."""
 
@@ -32,13 +31,13 @@ STYLE: Any = {
 }
 
 
-def learning_curves(rows: Sequence[dict[str, str]], path: Path, *, trained_to: int, title: str = "") -> None:
+def learning_curves(rows: Sequence[dict[str, str]], path: Path, *, trained_to: int | None, title: str = "") -> None:
     """Draw mean loss against inner step, in the manner of the paper's Figure 4: learned solid, baselines dashed.
 
     Args:
         rows: ``curves.csv``; the band is one standard error.
         path: The picture; its ending decides the format.
-        trained_to: Horizon in meta-training, marked by a vertical rule.
+        trained_to: Horizon in meta-training, marked by a vertical rule; None if it is unknown or lies beyond the curves.
         title: Above the axes.
     """
     with mpl.rc_context(STYLE):
@@ -56,9 +55,18 @@ def learning_curves(rows: Sequence[dict[str, str]], path: Path, *, trained_to: i
             low = [m - e for m, e in zip(mean, error, strict=True)]
             high = [m + e for m, e in zip(mean, error, strict=True)]
             axes.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
-        axes.axvline(trained_to, color="black", lw=0.8, ls=":")
-        axes.annotate("meta-trained to here", (trained_to, 0.97), (-4, 0), xycoords=("data", "axes fraction"),
-                      textcoords="offset points", ha="right", va="top", fontsize=8)  # fmt: skip
+        if trained_to is not None:
+            axes.axvline(trained_to, color="black", lw=0.8, ls=":")
+            axes.annotate(
+                "meta-trained to here",
+                (trained_to, 0.97),
+                (-4, 0),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                ha="right",
+                va="top",
+                fontsize=8,
+            )
         axes.set(yscale="log", xlabel="inner step", ylabel="optimizee loss", title=title)
         axes.legend(loc="upper right", bbox_to_anchor=(1.0, 0.93))
         _save(figure, path)
@@ -92,50 +100,30 @@ def update_probe(rows: Sequence[dict[str, str]], path: Path) -> None:
         _save(figure, path)
 
 
-def training_process(runs: Mapping[str, Sequence[dict[str, float]]], path: Path, *, label: str) -> None:
+def training_process(rows: Sequence[dict[str, str]], path: Path) -> None:
     """Draw meta-loss and validation figure over outer steps.
 
     Args:
-        runs: By name: the records of ``metrics.jsonl``.
+        rows: ``training.csv``.
         path: The picture.
-        label: What the figures measure.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.subplots()
-        for index, (name, records) in enumerate(runs.items()):
+        for index, name in enumerate(dict.fromkeys(row["run"] for row in rows)):
             colour = list(COLOURS.values())[index % len(COLOURS)]
-            window = max(len(records) // 60, 1)
-            chunks = [records[i : i + window] for i in range(0, len(records), window)]
-            steps = [chunk[-1]["step"] for chunk in chunks]
-            axes.plot(steps, [sum(r["meta_loss"] for r in chunk) / len(chunk) for chunk in chunks], color=colour, alpha=0.4)
-            validated = [record for record in records if "validation" in record]
-            axes.plot(*_columns(validated, "step", "validation"), "o-", ms=3, color=colour, label=name)
-        _scale(axes, label)
-        axes.set(xlabel="outer step", ylabel=label)
+            of_name = [row for row in rows if row["run"] == name]
+            axes.plot(*_columns(of_name, "outer_step", "meta_loss"), color=colour, alpha=0.4)
+            validated = [row for row in of_name if row["validation"]]
+            axes.plot(*_columns(validated, "outer_step", "validation"), "o-", ms=3, color=colour, label=name)
+        measure = rows[0]["measure"]
+        axes.set(xlabel="outer step", ylabel=measure, yscale="linear" if measure.startswith("log") else "log")
         axes.legend(title="validation (dots), training (line)")
         _save(figure, path)
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Read the records of a run.
-
-    Args:
-        path: ``metrics.jsonl``.
-
-    Returns:
-        One dict an outer step.
-    """
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def _columns(records: Sequence[dict[str, float]], *names: str) -> list[list[float]]:
-    return [[record[name] for record in records] for name in names]
-
-
-def _scale(axes: Axes, label: str) -> None:
-    if not label.startswith("log"):
-        axes.set_yscale("log")
+def _columns(rows: Sequence[dict[str, str]], *names: str) -> list[list[float]]:
+    return [[float(row[name]) for row in rows] for name in names]
 
 
 def _save(figure: Figure, path: Path) -> None:

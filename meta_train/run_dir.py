@@ -1,16 +1,20 @@
 """A run directory: recipe, environment, metrics, checkpoint and weights of one meta-training run, safe against any kill.
 
 Everything is written to a temporary file and moved into place. A run that is killed at any moment and started again ends
-with the same bits: the checkpoint holds the whole state, and metrics written after it are dropped on resuming.
+with the same bits (same torch, same number of threads): the checkpoint holds the whole state, and metrics written after it
+are dropped on resuming.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import platform
+import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +34,30 @@ class RunDir:
 
     Args:
         path: The directory; created if missing.
-        recipe_text: TOML of the recipe.
+        recipe_text: TOML of the recipe. Comments may differ from those of a run that is resumed, values may not.
 
     Raises:
-        ValueError: If the directory holds a run of another recipe.
+        ValueError: If the directory holds a run of another recipe, or its files do not belong together.
     """
 
     def __init__(self, path: str | Path, recipe_text: str) -> None:
         self.path = Path(path)
-        self.recipe_text = recipe_text
         recipe = parse_recipe(recipe_text)
         self.path.mkdir(parents=True, exist_ok=True)
+        self._remove_leftovers()
         kept = self.path / RECIPE
-        if kept.exists() and kept.read_text() != recipe_text:
+        self.recipe_text = kept.read_text() if kept.exists() else recipe_text
+        if parse_recipe(self.recipe_text) != recipe:
             raise ValueError(f"{self.path} holds a run of another recipe; choose another --out or remove it")
+        # The recipe comes last: where it stands, everything before it does too.
+        if not (self.path / ENVIRONMENT).exists():
+            write_atomically(self.path / ENVIRONMENT, (json.dumps(environment(), indent=2) + "\n").encode())
         if not kept.exists():
             write_atomically(kept, recipe_text.encode())
-            write_atomically(self.path / ENVIRONMENT, (json.dumps(environment(), indent=2) + "\n").encode())
         self.run = MetaTraining(recipe)
         if (self.path / CHECKPOINT).exists():
             self.run.load_state_dict(torch.load(self.path / CHECKPOINT, weights_only=True))
-        self._drop_metrics_after(self.run.step)
+        self._validations = self._keep_metrics_up_to(self.run.step)
 
     def train(self, checkpoint_every: int = 100) -> Iterator[OuterStep]:
         """Run to the end of the recipe, keeping metrics, checkpoints and the best weights.
@@ -64,39 +71,85 @@ class RunDir:
         for record in self.run:
             with (self.path / METRICS).open("a") as metrics:
                 metrics.write(json.dumps(_plain(record)) + "\n")
+            if record.validation is not None:
+                self._validations.append(_plain(record))
             if record.step % checkpoint_every == 0 or record.step == self.run.recipe.outer.steps:
                 self._checkpoint()
             yield record
         if not (self.path / LAST).exists():
             self._checkpoint()
 
-    def weights(self, rule: UpdateRule, name: str) -> Weights:
-        """Wrap a rule of this run with its recipe and provenance.
+    def changes_since_start(self) -> list[str]:
+        """List what differs from where this run was started and may change the last bits: torch, processor, threads."""
+        before, now = json.loads((self.path / ENVIRONMENT).read_text()), environment()
+        return [f"{k} {before[k]} -> {now[k]}" for k in ("torch", "processor", "threads") if before[k] != now[k]]
 
-        Args:
-            rule: The rule.
-            name: Its name.
-
-        Returns:
-            Weights ready to be written.
-        """
+    def _weights(self, rule: UpdateRule, name: str, step: int, validation: float) -> Weights:
+        """Wrap a rule of this run with its recipe and provenance."""
         kept = json.loads((self.path / ENVIRONMENT).read_text())
-        provenance = {"commit": kept["commit"], "torch": kept["torch"], "outer_steps": str(self.run.step)}
-        return Weights(rule, name, self.recipe_text, {**provenance, "validation": f"{self.run.best_validation:.6g}"})
+        provenance = {"commit": kept["commit"], "torch": kept["torch"], "outer_steps": str(step)}
+        return Weights(rule, name, self.recipe_text, {**provenance, "validation": f"{validation:.6g}"})
 
     def _checkpoint(self) -> None:
         # Weights first: if the run is killed in between, the older checkpoint makes them again.
-        write_weights(self.path / BEST, self.weights(self.run.best, "best"))
+        best = [record for record in self._validations if record["is_best"]]
+        if best and math.isfinite(best[-1]["validation"]):
+            weights = self._weights(self.run.best, "best", best[-1]["step"], best[-1]["validation"])
+            write_weights(self.path / BEST, weights)
         if self.run.step == self.run.recipe.outer.steps:
-            write_weights(self.path / LAST, self.weights(self.run.average, "last"))
-        temporary = self.path / f".{CHECKPOINT}.{os.getpid()}"
-        torch.save(self.run.state_dict(), temporary)
-        temporary.replace(self.path / CHECKPOINT)
+            validation = self._validations[-1]["validation"]
+            write_weights(self.path / LAST, self._weights(self.run.average, "last", self.run.step, validation))
+        buffer = io.BytesIO()
+        torch.save(self.run.state_dict(), buffer)
+        with (self.path / METRICS).open("a") as metrics:
+            os.fsync(metrics.fileno())
+        write_atomically(self.path / CHECKPOINT, buffer.getvalue())
 
-    def _drop_metrics_after(self, step: int) -> None:
+    def _keep_metrics_up_to(self, step: int) -> list[dict[str, Any]]:
+        """Drop what was recorded after the checkpoint; return the records that validated."""
         path = self.path / METRICS
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        write_atomically(path, "".join(lines[:step]).encode())
+        lines = path.read_text().splitlines(keepends=True)[:step] if path.exists() else []
+        if len(lines) < step:
+            raise ValueError(
+                f"{path} has {len(lines)} records, the checkpoint beside it {step} steps; restore or remove them"
+            )
+        write_atomically(path, "".join(lines).encode())
+        return [record for record in map(json.loads, lines) if "validation" in record]
+
+    def _remove_leftovers(self) -> None:
+        """Remove temporary files of a process that was killed while it wrote."""
+        for path in self.path.iterdir():
+            if re.fullmatch(r"\..+\.\d+", path.name):
+                path.unlink(missing_ok=True)
+
+
+def training_table(runs: Iterable[str | Path], rows_per_run: int = 100) -> list[dict[str, str | int | float]]:
+    """Summarise the metrics of runs as one small table.
+
+    Args:
+        runs: Run directories.
+        rows_per_run: Each row is the mean meta-loss over as many outer steps as that takes, and any validation in them.
+
+    Returns:
+        Rows with ``run``, ``outer_step``, ``meta_loss``, ``validation`` (empty where there was none) and ``measure``.
+
+    Raises:
+        ValueError: If a directory holds no run.
+    """
+    rows: list[dict[str, str | int | float]] = []
+    for path in map(Path, runs):
+        if not (path / METRICS).exists() or not (path / RECIPE).exists():
+            raise ValueError(f"{path} is no run directory: it holds no {RECIPE} and {METRICS}")
+        recipe = parse_recipe((path / RECIPE).read_text())
+        measure = "optimizee loss" if recipe.outer.objective == "mean" else "log(loss / initial loss)"
+        records = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
+        window = max(recipe.outer.steps // rows_per_run, 1)
+        for chunk in (records[start : start + window] for start in range(0, len(records), window)):
+            meta_loss = sum(record["meta_loss"] for record in chunk) / len(chunk)
+            validation = next((f"{r['validation']:.6g}" for r in reversed(chunk) if "validation" in r), "")
+            row: dict[str, str | int | float] = {"run": path.name, "outer_step": chunk[-1]["step"]}
+            rows.append({**row, "meta_loss": f"{meta_loss:.6g}", "validation": validation, "measure": measure})
+    return rows
 
 
 def write_atomically(path: Path, data: bytes) -> None:

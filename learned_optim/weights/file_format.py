@@ -1,29 +1,40 @@
 """The weight file: safetensors with a header that explains itself. Never a pickle.
 
-The tensors are the rule's ``state_dict``. The header (safetensors ``__metadata__``, strings only) holds
-``learned_optim_format``, ``rule`` (JSON: family and configuration), ``name``, ``recipe`` (TOML) and provenance.
+The tensors are the rule's ``state_dict``, in float32. The header (safetensors ``__metadata__``, strings only) holds
+
+- ``learned_optim_format``: the version of this layout, :data:`FORMAT_VERSION`;
+- ``rule``: JSON, the rule's family and every field of its configuration;
+- ``name``: what its maker called it;
+- ``recipe``: TOML, the recipe that made it; empty if unknown;
+- anything else: provenance.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import threading
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, deserialize
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from learned_optim.rules import UpdateRule, build_rule
-from learned_optim.weights.errors import WeightsError
+from learned_optim.weights.errors import WeightsError, WeightsNotFoundError
 from learned_optim.weights.weights import Weights
 
 FORMAT_VERSION = 1
-RESERVED = ("learned_optim_format", "rule", "name", "recipe")
+FILE = "model.safetensors"
+"""What the weight file is called where a directory or a repository stands for it."""
+
+SUFFIX = ".safetensors"
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
+RESERVED = ("learned_optim_format", "name", "recipe", "rule")
 
 
 def to_bytes(weights: Weights) -> bytes:
@@ -34,97 +45,132 @@ def to_bytes(weights: Weights) -> bytes:
 
     Returns:
         The content of a weight file.
+
+    Raises:
+        WeightsError: If they could not be read back: a meta-parameter is NaN or Inf, or the metadata does not fit a header.
     """
+    for key, value in weights.metadata.items():
+        if key in RESERVED or not isinstance(key, str) or not isinstance(value, str):
+            raise WeightsError(
+                f"metadata {key!r}: {value!r} cannot be written; keys and values are strings, and the format itself "
+                f"uses {', '.join(RESERVED)}"
+            )
+    tensors = {name: tensor.contiguous() for name, tensor in sorted(weights.rule.state_dict().items())}
+    _check_finite(tensors, f"weights {weights.name!r}")
     header = {
         **weights.metadata,
         "learned_optim_format": str(FORMAT_VERSION),
         "rule": json.dumps({"family": weights.rule.family, **weights.rule.config.to_dict()}, sort_keys=True),
-        "name": weights.name,
+        "name": weights.title,
         "recipe": weights.recipe,
     }
-    tensors = {name: tensor.contiguous() for name, tensor in sorted(weights.rule.state_dict().items())}
-    return _sorted_header(save_tensors(tensors, metadata=header))
+    return _sort_header(save_tensors(tensors, metadata=header))
 
 
-def from_bytes(data: bytes, name: str | None = None) -> Weights:
-    """Parse a weight file's content.
+def from_bytes(data: bytes, source: str = "the weight file") -> Weights:
+    """Parse the content of a weight file. Runs none of it, and draws no random numbers.
 
     Args:
         data: The content.
-        name: What to call the weights, instead of the name in the header.
+        source: What messages call it.
 
     Returns:
         The weights.
 
     Raises:
-        WeightsError: If the content is not a whole, finite weight file of a format this version reads.
+        WeightsError: If the content is not a whole, finite weight file of a format and family this version knows.
     """
-    source = f"weights {name!r}" if name else "the weight file"
-    header = _header(data, source)
-    rule = _empty_rule(header, source)
     try:
-        tensors = load_tensors(data)
-    except (SafetensorError, ValueError) as error:
-        raise WeightsError(f"{source}: truncated or corrupt ({error}); download or write it again") from error
+        deserialize(data)
+    except SafetensorError as error:
+        _explain_content(data, source, error)
+    header = _header(data, source)
+    rule = _empty_rule(header["rule"], len(data), source)
+    tensors = load_tensors(data)
     _check_tensors(tensors, rule, source)
     rule.load_state_dict(tensors, assign=True)
     metadata = {key: value for key, value in header.items() if key not in RESERVED}
-    return Weights(rule, name or header["name"], header["recipe"], metadata)
+    return Weights(rule, header["name"], header["recipe"], metadata)
 
 
-def read_weights(path: str | PathLike[str], name: str | None = None) -> Weights:
+def read_weights(path: str | PathLike[str]) -> Weights:
     """Read a weight file.
 
     Args:
-        path: A ``.safetensors`` file.
-        name: What to call the weights; by default the name in its header.
+        path: A ``.safetensors`` file, or a directory that holds a ``model.safetensors``.
 
     Returns:
-        The weights.
+        The weights, called as in the file's header.
 
     Raises:
-        WeightsError: If the file is missing or unreadable, or its content is not a weight file.
+        WeightsNotFoundError: If there is no such file.
+        WeightsError: If it cannot be read, or is not a weight file.
     """
-    path = Path(path)
-    if path.suffix in PICKLES:
-        raise WeightsError(
-            f"{path} looks like a pickle, which can run code when loaded and is never read here; "
-            "load it where you trust it and write it again with Weights(rule).save('name.safetensors')"
-        )
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise WeightsError(f"cannot read weights from {path}: {error.strerror}; check the path") from error
-    try:
-        return from_bytes(data, name)
-    except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from error
+    path = weight_file(path)
+    return from_bytes(read_bytes(path), str(path))
 
 
 def write_weights(path: str | PathLike[str], weights: Weights) -> None:
     """Write a weight file; a failure leaves the old file, or none, but never half of one.
 
     Args:
-        path: Where; its directory must exist.
+        path: Where: a ``.safetensors`` file in a directory that exists.
         weights: What to write.
 
     Raises:
-        WeightsError: If it cannot be written.
+        WeightsError: If it cannot be written, or could not be read back.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    if path.suffix != SUFFIX:
+        raise WeightsError(f"cannot write weights to {path}: weight files end in {SUFFIX}; give it that suffix")
+    data = to_bytes(weights)
+    # In the same directory, or the replacement would not be atomic; named so that writers never share one.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        with temporary.open("wb") as file:
-            file.write(to_bytes(weights))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise WeightsError(f"cannot write weights to {path}: {error.strerror or error}") from error
+        remedy = "" if path.parent.is_dir() else f"; make the directory {path.parent} first"
+        raise WeightsError(f"cannot write weights to {path}: {error.strerror or error}{remedy}") from error
 
 
-def _sorted_header(data: bytes) -> bytes:
+def weight_file(path: str | PathLike[str]) -> Path:
+    """Return the weight file that a path stands for: itself, or ``model.safetensors`` in a directory."""
+    path = Path(path)
+    return path / FILE if path.is_dir() else path
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a file whole.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        WeightsNotFoundError: If there is no such file.
+        WeightsError: If it cannot be read, or is called like a pickle.
+    """
+    if path.suffix in PICKLES:
+        raise WeightsError(_pickle(str(path)))
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise WeightsNotFoundError(f"cannot read weights from {path}: no such file; check the path") from error
+    except OSError as error:
+        raise WeightsError(f"cannot read weights from {path}: {error.strerror or error}") from error
+
+
+def _sort_header(data: bytes) -> bytes:
     """Order the header's keys: safetensors writes metadata in an order that changes from run to run."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
@@ -134,52 +180,90 @@ def _sorted_header(data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
+def _explain_content(data: bytes, source: str, error: SafetensorError) -> NoReturn:
+    """Say what content that is not safetensors most likely is."""
+    if not data:
+        raise WeightsError(f"{source} is empty; an interrupted copy? get it again") from error
+    if data.startswith(b"version https://git-lfs"):
+        raise WeightsError(f"{source} is a Git LFS pointer, not the file it points to; run `git lfs pull`") from error
+    # A safetensors file begins with the length of its header in 8 bytes, of which the upper ones are zero.
+    if data.startswith((b"PK\x03\x04", b"\x80")) and any(data[4:8]):
+        raise WeightsError(_pickle(source)) from error
+    raise WeightsError(
+        f"{source} is truncated, corrupt or not a safetensors file ({len(data):,} bytes: {error}); get it again, from "
+        "the Hub with force_download=True"
+    ) from error
+
+
+def _pickle(source: str) -> str:
+    return (
+        f"{source} is a pickle, which can run code when it is read: weights are never read from one; load it yourself "
+        f"if you trust it, and write Weights(rule).save('name{SUFFIX}')"
+    )
+
+
 def _header(data: bytes, source: str) -> dict[str, str]:
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or len(data) < 8 + length:
-        raise WeightsError(f"{source}: truncated or not a safetensors file ({len(data)} bytes); download it again")
-    try:
-        header = json.loads(data[8 : 8 + length])["__metadata__"]
-    except KeyError:
-        header = {}
-    except (ValueError, TypeError) as error:
-        raise WeightsError(f"{source}: corrupt or not a safetensors file; download it again") from error
+    """Return the header of content that ``safetensors`` has accepted, so it is JSON and maps strings to strings."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     version = header.get("learned_optim_format")
     if version is None:
         raise WeightsError(
-            f"{source}: a safetensors file, but not of learned-optim: its header has no 'learned_optim_format'"
+            f"{source} is a safetensors file, but not of learned-optim (its header has no 'learned_optim_format'); it may "
+            "hold a model instead of an update rule"
         )
-    if not version.isdigit() or int(version) > FORMAT_VERSION:
+    if version != str(FORMAT_VERSION):
         raise WeightsError(
-            f"{source}: format {version!r} is newer than this version reads ({FORMAT_VERSION}); upgrade learned-optim"
+            f"{source} has format {version!r}, and this version of learned-optim reads {str(FORMAT_VERSION)!r}; upgrade "
+            "learned-optim (pip install -U learned-optim)"
         )
-    missing = sorted(set(RESERVED) - set(header))
-    if missing:
+    if missing := sorted(set(RESERVED) - set(header)):
         raise WeightsError(f"{source}: the header lacks {', '.join(missing)}; write the file again with Weights.save")
     return header
 
 
-def _empty_rule(header: dict[str, str], source: str) -> UpdateRule:
-    """Build the rule on the meta device: reading a file draws no random numbers."""
+def _empty_rule(text: str, size: int, source: str) -> UpdateRule:
+    """Build the rule a header describes, without memory for its meta-parameters."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no setting")
+
     try:
-        spec: dict[str, Any] = json.loads(header["rule"])
+        spec: dict[str, Any] = json.loads(text, parse_constant=refuse)
         family = spec.pop("family")
+        for name, value in spec.items():
+            # Layers and units are made of numbers in the file; a header must not ask for more than that.
+            if isinstance(value, int) and value > size:
+                raise ValueError(f"{name} = {value} is more than a file of {size:,} bytes can hold")
         with torch.device("meta"):
             return build_rule(family, **spec)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise WeightsError(f"{source}: the header describes no rule of this version ({error})") from error
+    except KeyError as error:
+        raise WeightsError(
+            f"{source}: the rule in its header has no {error}; write the file again with Weights.save"
+        ) from error
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise WeightsError(
+            f"{source}: the header describes no rule of this version ({error}); if the file is newer, upgrade learned-optim"
+        ) from error
 
 
-def _check_tensors(tensors: dict[str, torch.Tensor], rule: UpdateRule, source: str) -> None:
+def _check_tensors(tensors: dict[str, Tensor], rule: UpdateRule, source: str) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in rule.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(set(expected) | set(found)):
-        if expected.get(name) != found.get(name):
+        if name not in found:
+            raise WeightsError(f"{source}: tensor {name!r} of shape {expected[name]} is missing; get the file again")
+        if name not in expected:
+            raise WeightsError(f"{source}: tensor {name!r} does not belong to the rule in its header")
+        if expected[name] != found[name]:
             raise WeightsError(
-                f"{source}: tensor {name!r} has shape {found.get(name, 'missing')}, "
-                f"the rule in its header needs {expected.get(name, 'none of that name')}"
+                f"{source}: tensor {name!r} has shape {found[name]}, the rule in its header needs {expected[name]}"
             )
         if tensors[name].dtype != torch.float32:
-            raise WeightsError(f"{source}: tensor {name!r} is {tensors[name].dtype}, weight files hold float32")
-        if not tensors[name].isfinite().all():
-            raise WeightsError(f"{source}: tensor {name!r} holds NaN or Inf; these meta-parameters are unusable")
+            raise WeightsError(f"{source}: tensor {name!r} is {tensors[name].dtype}, weight files hold torch.float32")
+    _check_finite(tensors, source)
+
+
+def _check_finite(tensors: dict[str, Tensor], source: str) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise WeightsError(f"{source}: tensor {name!r} holds NaN or Inf; meta-training diverged, use earlier weights")

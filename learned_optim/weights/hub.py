@@ -3,37 +3,68 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import cast
 
-from learned_optim.weights.errors import WeightsError
-from learned_optim.weights.file_format import FORMAT_VERSION, to_bytes
+from learned_optim.weights.errors import WeightsError, WeightsNotFoundError
+from learned_optim.weights.file_format import FILE, FORMAT_VERSION, to_bytes
 from learned_optim.weights.model_card import model_card
 from learned_optim.weights.weights import Weights
 
-FILE = "model.safetensors"
+LIBRARY = "learned-optim"
+BUNDLED_HINT = "or use weights that come with the package: learned_optim.available_weights()"
 
 
-def download(repo_id: str, revision: str | None = None, **options: Any) -> Path:
+def download(
+    repo_id: str,
+    revision: str | None = None,
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> tuple[Path, str]:
     """Fetch a repository's weight file into the Hub cache.
 
     Args:
         repo_id: ``"owner/repo"``.
         revision: Branch, tag or commit; a full commit hash needs no network once cached.
-        **options: ``token``, ``cache_dir``, ``local_files_only`` and ``force_download`` of ``hf_hub_download``.
+        token: Hub token.
+        cache_dir: Hub cache.
+        local_files_only: Never use the network.
+        force_download: Fetch again even if cached.
 
     Returns:
-        The cached file.
+        The cached file, and ``"owner/repo@commit"``.
 
     Raises:
         WeightsError: If there is no such repository, revision or file, or no network; the message says what to do.
     """
     from huggingface_hub import hf_hub_download
 
-    with _explained(repo_id, revision):
-        return Path(hf_hub_download(repo_id, FILE, revision=revision, library_name="learned-optim", **options))
+    if local_files_only and force_download:
+        raise WeightsError(f"{repo_id}: force_download=True needs the network that local_files_only=True forbids; drop one")
+    with _explained(repo_id, revision, local_files_only=local_files_only):
+        path = Path(
+            hf_hub_download(
+                repo_id,
+                FILE,
+                revision=revision,
+                library_name=LIBRARY,
+                token=token,
+                cache_dir=None if cache_dir is None else Path(cache_dir),
+                local_files_only=local_files_only,
+                force_download=force_download,
+            )
+        )
+    commit = path.parent.name  # The cache keeps a file in a directory named by its commit.
+    if not re.fullmatch("[0-9a-f]{40}", commit):
+        commit = revision or "main"
+    return path, f"{repo_id}@{commit}"
 
 
 def push_to_hub(
@@ -47,66 +78,106 @@ def push_to_hub(
 ) -> str:
     """Publish weights: the file, its configuration and a model card, in one commit.
 
+    A README.md that is there already is replaced; the repository's history keeps it.
+
     Args:
         weights: What to publish.
         repo_id: ``"owner/repo"``; created if missing.
-        private: Create it private.
+        private: Create it private; a repository that exists stays as it is.
         token: Hub token with write access.
         revision: Branch to commit to.
         commit_message: By default names the weights.
 
     Returns:
-        The commit's hash: pin it as ``"owner/repo@hash"``.
+        ``"owner/repo@commit"``.
 
     Raises:
-        WeightsError: If the upload is refused or there is no network.
+        WeightsError: If the upload is refused or there is no network. The repository may have been created, but then has
+            no new commit.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
     config = {"format_version": FORMAT_VERSION, "family": weights.rule.family, **weights.rule.config.to_dict()}
-    files = {
-        FILE: to_bytes(weights),
-        "config.json": (json.dumps(config, indent=2) + "\n").encode(),
-        "README.md": model_card(weights, repo_id).encode(),
-    }
-    api = HfApi(token=token, library_name="learned-optim")
+    files = {FILE: to_bytes(weights), "config.json": (json.dumps(config, indent=2) + "\n").encode()}
     with _explained(repo_id, revision):
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        api = HfApi(token=token, library_name=LIBRARY)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        files["README.md"] = model_card(weights, repo_id).encode()
         commit = api.create_commit(
             repo_id,
             operations=[CommitOperationAdd(name, data) for name, data in files.items()],
-            commit_message=commit_message or f"Publish update rule {weights.name}",
+            commit_message=commit_message or f"Publish update rule {weights.title}",
             revision=revision,
         )
-    return commit.oid
+    return f"{repo_id}@{commit.oid}"
 
 
 @contextmanager
-def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Turn the Hub's exceptions into one that says what to do."""
-    from huggingface_hub import errors
+def _explained(repo_id: str, revision: str | None, *, local_files_only: bool = False) -> Iterator[None]:
+    """Turn the Hub's exceptions into ours, which say what to do.
 
-    at = f" at revision {revision!r}" if revision else ""
+    All of them: the transport below (requests, httpx, Xet, by version) has exceptions with no base in common.
+    """
     try:
         yield
-    except errors.RevisionNotFoundError as error:
-        raise WeightsError(f"the Hub repository {repo_id!r} has no revision {revision!r}; check the hash") from error
-    except errors.RepositoryNotFoundError as error:
-        raise WeightsError(
-            f"there is no Hub repository {repo_id!r} that you may see; check the name, or give a token if it is private"
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise WeightsError(
-            f"{FILE} of {repo_id!r}{at} is not cached and the Hub cannot be reached; connect once, or use weights that "
-            "come with the package (learned_optim.available_weights())"
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise WeightsError(f"the Hub repository {repo_id!r}{at} holds no {FILE}: not learned-optim weights") from error
-    except errors.OfflineModeIsEnabled as error:
-        raise WeightsError(f"offline mode is on (HF_HUB_OFFLINE), {repo_id!r} cannot be reached") from error
-    except errors.HfHubHTTPError as error:
-        raise WeightsError(f"the Hub refused a request for {repo_id!r}{at}: {error}") from error
-    except ValueError as error:  # A malformed id, or `force_download` without an answer.
-        raise WeightsError(f"{repo_id!r}{at} cannot be fetched: {error.__cause__ or error}") from error
-    except OSError as error:
-        raise WeightsError(f"the Hub could not be reached for {repo_id!r}{at}: {error}; try again") from error
+    except Exception as error:
+        explained, message = _explain(error, repo_id, revision, local_files_only=local_files_only)
+        raise explained(message) from error
+
+
+def _explain(
+    error: BaseException, repo_id: str, revision: str | None, *, local_files_only: bool
+) -> tuple[type[WeightsError], str]:
+    from huggingface_hub import errors
+
+    while type(error) in (ValueError, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__  # `force_download` and uploads wrap the true reason.
+    if isinstance(error, errors.LocalEntryNotFoundError) and _status(error.__cause__) in (401, 403):
+        error = cast("BaseException", error.__cause__)  # The Hub was reached, and refused.
+    at = f"{repo_id}@{revision}" if revision else repo_id
+    status = _status(error)
+    # Subclasses before their bases.
+    if isinstance(error, errors.HFValidationError):
+        return WeightsError, f"{repo_id!r} is not a Hub id: {error}"
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            WeightsError,
+            f"{repo_id} is gated: ask for access on its page, then log in (hf auth login) or give a token",
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return WeightsNotFoundError, (
+            f"there is no repository {repo_id} on the Hub that you may see (nor a file here of that name); check the name, "
+            "and if it is private log in (hf auth login) or give a token"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return WeightsNotFoundError, f"{repo_id} on the Hub has no revision {revision!r}; check the branch, tag or commit"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        reason = error.__cause__ or error.__context__
+        if local_files_only:
+            why = "local_files_only=True forbids to fetch it; fetch it once without"
+        elif isinstance(reason, errors.OfflineModeIsEnabled):
+            why = "offline mode (HF_HUB_OFFLINE) forbids to fetch it; fetch it once without"
+        else:
+            why = f"the Hub cannot be reached ({_brief(reason or error)}); try again with a network"
+        return WeightsNotFoundError, f"{at} is not in the Hub cache, and {why}, {BUNDLED_HINT}"
+    if isinstance(error, errors.EntryNotFoundError):
+        return WeightsNotFoundError, f"{at} on the Hub holds no {FILE}, so it is not an update rule of learned-optim"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return WeightsError, f"{at}: offline mode (HF_HUB_OFFLINE) is on, and this needs the Hub; unset it"
+    if isinstance(error, errors.LocalTokenNotFoundError) or status == 401:
+        return WeightsError, f"{at}: the Hub wants a valid token ({_brief(error)}); log in (hf auth login) or give token="
+    if status == 403:
+        return WeightsError, f"{at}: the token may not do this ({_brief(error)}); use one with that permission"
+    if isinstance(error, errors.HfHubHTTPError):
+        return WeightsError, f"{at}: the Hub refused ({_brief(error)})"
+    return WeightsError, f"{at}: the Hub could not be used ({_brief(error)}); nothing was changed, try again"
+
+
+def _status(error: BaseException | None) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _brief(error: BaseException) -> str:
+    """Return an error's type and the first line that says something; the whole of it is the cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

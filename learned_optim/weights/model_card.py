@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 from learned_optim.weights.weights import Weights
 
 
@@ -17,10 +20,9 @@ def model_card(weights: Weights, repo_id: str) -> str:
     """
     rule = weights.rule
     size = sum(parameter.numel() for parameter in rule.parameters())
-    numbers = 2 * rule.memory_width
-    options = "\n".join(f"| {name} | {value} |" for name, value in rule.config.to_dict().items())
-    provenance = "\n".join(f"| {name} | {value} |" for name, value in sorted(weights.metadata.items())) or "| - | - |"
-    recipe = weights.recipe.strip() or "# unknown"
+    moments, memory = len(rule.moment_names), 2 * rule.memory_width
+    recipe = weights.recipe.strip() or "# Not recorded."
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", recipe))])
     return f"""---
 library_name: learned-optim
 license: mit
@@ -31,35 +33,48 @@ tags:
 - pytorch
 ---
 
-# {weights.name}: a learned update rule
+# {_line(weights.title)}: a learned update rule
 
-A per-coordinate LSTM that replaces a hand-designed optimizer; {size:,} meta-parameters, family `{rule.family}`.
+An optimizer for PyTorch whose update rule was itself learned: a coordinatewise LSTM with {size:,} meta-parameters, of the
+family `{rule.family}`.
+
+```
+pip install learned-optim
+```
 
 ```python
 from learned_optim import LearnedOptimizer
 
-opt = LearnedOptimizer(model.parameters(), weights="{repo_id}")  # pin it: "{repo_id}@<commit hash>"
+optimizer = LearnedOptimizer(model.parameters(), weights="{repo_id}")
 ```
 
-It keeps {len(rule.moment_names)} moments and {numbers} LSTM numbers for each parameter:
-{4 * (len(rule.moment_names) + numbers)} bytes in float32,
-{4 * len(rule.moment_names) + 2 * numbers} with `state_dtype=torch.bfloat16`.
+The rule at `{repo_id}` may change. To get the same one always, and without a network once it is cached, pin a commit:
+`weights="{repo_id}@<40 hexadecimal digits>"`.
 
-Use it for problems like those it was meta-trained on (the recipe below); beyond them, and beyond the horizon in the
-recipe, measure before you rely on it.
+It keeps {moments} moments and {memory} LSTM numbers for each parameter of your model: {4 * (moments + memory)} bytes, or
+{4 * moments + 2 * memory} with `state_dtype=torch.bfloat16` (Adam keeps 8). It works best on problems like those it was
+meta-trained on, in the recipe below, and for about as many steps; measure before you rely on it elsewhere.
 
-| configuration | |
-|---|---|
-{options}
+## Rule
 
-| provenance | |
-|---|---|
-{provenance}
-| fingerprint | {weights.fingerprint} |
+{_table({"family": rule.family, **rule.config.to_dict()})}
+
+## Provenance
+
+{_table({**dict(sorted(weights.metadata.items())), "fingerprint": weights.fingerprint})}
 
 ## Recipe
 
-```toml
+{fence}toml
 {recipe}
-```
+{fence}
 """
+
+
+def _table(rows: Mapping[str, object]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {_line(name)} | {_line(value)} |" for name, value in rows.items())])
+
+
+def _line(value: object) -> str:
+    """Write a value on one line of a table, whatever it holds."""
+    return " ".join(str(value).split()).replace("\\", "\\\\").replace("|", "\\|")

@@ -9,22 +9,32 @@ import threading
 import weakref
 from collections.abc import Mapping
 from os import PathLike
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from learned_optim.rules import UpdateRule
 
-_shared: weakref.WeakValueDictionary[str, Weights] = weakref.WeakValueDictionary()
+_shared: weakref.WeakValueDictionary[tuple[Any, ...], Weights] = weakref.WeakValueDictionary()
+_lock = threading.RLock()
 
 
 class Weights:
     """A frozen rule with its name, recipe and provenance. Immutable, and shared by every optimizer that uses it.
 
+    Attributes:
+        name: What messages and parameter groups call it: what was asked for, so a file's path or a Hub id.
+        title: What its maker called it; files and model cards say this.
+        rule: The update rule, in float32 on the CPU.
+        recipe: The TOML text of the recipe that made it; empty if unknown.
+        metadata: Provenance.
+        fingerprint: Equal for equal numerics, whatever the name.
+
     Args:
         rule: Copied, cast to float32 and frozen.
-        name: What messages and parameter groups call it.
-        recipe: The TOML text of the recipe that made it; empty if unknown.
+        name: Both name and title.
+        recipe: The TOML text of the recipe that made it.
         metadata: Provenance as strings (commit, torch version ...).
     """
 
@@ -32,31 +42,50 @@ class Weights:
         self, rule: UpdateRule, name: str = "custom", recipe: str = "", metadata: Mapping[str, str] | None = None
     ) -> None:
         self.name = name
+        self.title = name
         self.recipe = recipe
-        self.metadata = dict(metadata or {})
+        self.metadata: Mapping[str, str] = MappingProxyType(dict(metadata or {}))
         self.rule = _freeze(rule, torch.device("cpu"), torch.float32)
         self.fingerprint = fingerprint(self.rule)
         self._casts: dict[tuple[torch.device, torch.dtype], UpdateRule] = {}
 
     @classmethod
-    def shared(cls, weights: Weights) -> Weights:
-        """Return the process's one object for these weights, so that a thousand optimizers hold one network."""
-        return _shared.setdefault(f"{weights.fingerprint}:{weights.name}", weights)
-
-    @classmethod
-    def from_pretrained(cls, weights: str | PathLike[str], **options: Any) -> Weights:
-        """Load weights by bundled name, file, or Hub id.
+    def from_pretrained(
+        cls,
+        weights: str | PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | PathLike[str] | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> Weights:
+        """Load weights by bundled name, file, or Hub id: :func:`~learned_optim.weights.resolve_weights`.
 
         Args:
-            weights: As in :func:`~learned_optim.weights.resolve_weights`.
-            **options: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download`` for the Hub.
+            weights: ``"default"``, ``"owner/repo"``, ``"owner/repo@revision"``, ``"rule.safetensors"`` ...
+            revision: Hub revision, if not given in ``weights``.
+            token: Hub token.
+            cache_dir: Hub cache.
+            local_files_only: Never use the network.
+            force_download: Fetch again even if cached.
 
         Returns:
             The weights.
+
+        Raises:
+            WeightsError: If nothing has that name or what has it cannot be read.
         """
         from learned_optim.weights.registry import resolve_weights
 
-        return resolve_weights(weights, **options)
+        return resolve_weights(
+            weights,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a self-describing ``.safetensors`` file, whole or not at all.
@@ -68,25 +97,57 @@ class Weights:
 
         write_weights(path, self)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Publish on the Hugging Face Hub with a model card.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Publish on the Hugging Face Hub, with a model card, in one commit.
 
         Args:
             repo_id: ``"owner/repo"``; created if missing.
-            **options: ``private``, ``token``, ``revision``, ``commit_message``.
+            private: Create it private.
+            token: Hub token with write access; by default the one ``hf auth login`` saved.
+            revision: Branch to commit to.
+            commit_message: By default names the weights.
 
         Returns:
-            The commit's hash, to pin as ``"owner/repo@hash"``.
+            ``"owner/repo@commit"``, which is what ``weights=`` takes: these very weights, whatever is pushed later.
         """
         from learned_optim.weights.hub import push_to_hub
 
-        return push_to_hub(self, repo_id, **options)
+        return push_to_hub(self, repo_id, private=private, token=token, revision=revision, commit_message=commit_message)
+
+    def called(self, name: str) -> Weights:
+        """Return the same weights, sharing the one network, under another name; the title stays.
+
+        Args:
+            name: The name.
+
+        Returns:
+            The weights.
+        """
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, name=name)
+        return twin
+
+    def shared(self) -> Weights:
+        """Return the process's one object for these weights, so that a thousand optimizers hold one network."""
+        key = (self.fingerprint, self.name, self.title, self.recipe, tuple(sorted(self.metadata.items())))
+        with _lock:
+            return _shared.setdefault(key, self)
 
     def rule_on(self, device: torch.device, dtype: torch.dtype) -> UpdateRule:
         """Return the rule on a device and in a dtype; cast once and kept."""
         key = (device, dtype)
-        if key not in self._casts:
-            self._casts[key] = _freeze(self.rule, device, dtype)
+        if key not in self._casts:  # The lock only then: torch.compile traces through here.
+            with _lock:
+                if key not in self._casts:
+                    self._casts[key] = _freeze(self.rule, device, dtype)
         return self._casts[key]
 
     def __repr__(self) -> str:
@@ -109,26 +170,34 @@ class Weights:
         return _from_pickle, (to_bytes(self), self.name)
 
 
-def _from_pickle(data: bytes, name: str) -> Weights:
-    from learned_optim.weights.file_format import from_bytes
-
-    return Weights.shared(from_bytes(data, name))
-
-
 def fingerprint(rule: UpdateRule) -> str:
-    """Return the sha256 of everything that decides a rule's numerics: family, configuration and meta-parameters."""
-    digest = hashlib.sha256(json.dumps([rule.family, rule.config.to_dict()], sort_keys=True).encode())
+    """Return the sha256 of everything that decides a rule's numerics: family, configuration and meta-parameters.
+
+    Checkpoints hold it, so it must not change from one version to the next. A field at its default is left out: a field
+    that a later version adds, with a default that changes nothing, then leaves every fingerprint as it was.
+
+    Args:
+        rule: The rule.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    defaults = type(rule.config)().to_dict()
+    config = {name: value for name, value in rule.config.to_dict().items() if value != defaults[name]}
+    digest = hashlib.sha256(json.dumps([rule.family, config], sort_keys=True).encode())
     for name, tensor in sorted(rule.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-_freeze_lock = threading.Lock()
+def _from_pickle(data: bytes, name: str) -> Weights:
+    from learned_optim.weights.file_format import from_bytes
+
+    return from_bytes(data, f"pickled weights {name!r}").called(name).shared()
 
 
 def _freeze(rule: UpdateRule, device: torch.device, dtype: torch.dtype) -> UpdateRule:
-    with _freeze_lock:
-        frozen = copy.deepcopy(rule).to(device=device, dtype=dtype)
+    frozen = copy.deepcopy(rule).to(device=device, dtype=dtype)
     frozen.freeze()
     return frozen

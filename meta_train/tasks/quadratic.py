@@ -47,7 +47,7 @@ class Quadratic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fie
 class Quartic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="name", tag="quartic"):
     """A small non-convex toy: ``f(x) = sum_i (z+1)(z+0.5)z(z-1)`` with ``z = w * (x - 1)``, summed over the dimension.
 
-    Every coordinate has two minima; the deeper one lies at z = 0.64.
+    Every coordinate has two minima; the deeper one lies at z = 0.663.
 
     Args:
         dimension: Size of x.

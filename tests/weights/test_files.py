@@ -1,17 +1,27 @@
+"""The weight file: what it holds, what is refused and how, and that writing is all or nothing."""
+
+import copy
 import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from cases import RULE_CASES, assert_identical, copies, make_params, small_rule, take_steps
 from safetensors.torch import save_file
+from torch import nn
 
-from learned_optim import LearnedOptimizer, Weights, WeightsError, available_weights
+from learned_optim import LearnedOptimizer, Weights, WeightsError, WeightsNotFoundError, build_rule
 from learned_optim.weights import read_weights, resolve_weights, write_weights
-from tests.cases import RULE_CASES, small_rule
+from learned_optim.weights.file_format import to_bytes
+
+Spoil = Callable[[bytes], bytes]
 
 
 @pytest.fixture
@@ -21,137 +31,305 @@ def path(tmp_path: Path) -> Path:
     return target
 
 
-def header_of(data: bytes) -> dict[str, object]:
-    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+def parts(data: bytes) -> tuple[dict, bytes]:
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
-def with_header(data: bytes, **changes: str | None) -> bytes:
-    header = header_of(data)
-    metadata = {**header["__metadata__"], **changes}  # type: ignore[dict-item]
-    header["__metadata__"] = {key: value for key, value in metadata.items() if value is not None}
+def assemble(header: dict, tensors: bytes) -> bytes:
     text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data[8 + int.from_bytes(data[:8], "little") :]
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + tensors
+
+
+def with_header(**changes: str | None) -> Spoil:
+    """Change the header's strings; None takes one out."""
+
+    def spoil(data: bytes) -> bytes:
+        header, tensors = parts(data)
+        strings = {**header["__metadata__"], **changes}
+        return assemble({**header, "__metadata__": {k: v for k, v in strings.items() if v is not None}}, tensors)
+
+    return spoil
+
+
+def with_rule(**changes: object) -> Spoil:
+    """Change the rule that the header describes."""
+    spec = {"family": "adam-modulation", **small_rule().config.to_dict(), **changes}
+    return with_header(rule=json.dumps({name: value for name, value in spec.items() if value is not None}))
+
+
+def with_tensor(name: str, **changes: object) -> Spoil:
+    """Change what the header says of one tensor."""
+
+    def spoil(data: bytes) -> bytes:
+        header, tensors = parts(data)
+        return assemble({**header, name: {**header[name], **changes}}, tensors)
+
+    return spoil
+
+
+def renamed(data: bytes) -> bytes:
+    header, tensors = parts(data)
+    header["readout.slope"] = header.pop("readout.bias")
+    return assemble(header, tensors)
 
 
 @pytest.mark.parametrize("case", RULE_CASES)
-def test_round_trip_keeps_everything(case: str, tmp_path: Path) -> None:
-    weights = Weights(small_rule(case), "mine", "schema = 1\n", {"commit": "abc"})
+def test_a_round_trip_keeps_everything(case: str, tmp_path: Path) -> None:
+    weights = Weights(small_rule(case), "mïne", 'schema = 1\n# "µ"\n', {"commit": "abc", "who": "Zoë"})
     weights.save(tmp_path / "a.safetensors")
     read = read_weights(tmp_path / "a.safetensors")
-    assert (read.name, read.recipe, read.metadata) == ("mine", "schema = 1\n", {"commit": "abc"})
-    assert read.fingerprint == weights.fingerprint
+    assert (read.name, read.title, read.recipe) == ("mïne", "mïne", weights.recipe)
+    assert (read.metadata, read.fingerprint) == (weights.metadata, weights.fingerprint)
     assert read.rule.config == weights.rule.config
-    write_weights(tmp_path / "b.safetensors", read)
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert_identical(dict(read.rule.state_dict()), dict(weights.rule.state_dict()))
+    mine, theirs = make_params(), make_params()
+    take_steps(LearnedOptimizer(mine, weights=weights), mine, 3)
+    take_steps(LearnedOptimizer(theirs, weights=tmp_path / "a.safetensors"), theirs, 3)
+    assert_identical(copies(mine), copies(theirs))
 
 
-def test_bytes_are_the_same_in_every_process(path: Path, tmp_path: Path) -> None:
-    code = f"from learned_optim import Weights; Weights.from_pretrained({str(path)!r}).save('again.safetensors')"
-    for seed in ("1", "2"):
-        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
-        again = read_weights(tmp_path / "again.safetensors", "mine")
-        assert again.fingerprint == read_weights(path).fingerprint
-        assert header_of((tmp_path / "again.safetensors").read_bytes())["readout.bias"]
+def test_equal_weights_give_equal_bytes_whatever_the_path_and_the_process(path: Path, tmp_path: Path) -> None:
+    data = path.read_bytes()
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    for source in (path, elsewhere):  # From a file, then from the file written of it.
+        Weights.from_pretrained(source).save(elsewhere)
+        assert elsewhere.read_bytes() == data
+    scrambled = Weights(small_rule(), "mine", "schema = 1\n", {"commit": "abc"})
+    scrambled.metadata = dict(reversed({**scrambled.metadata}.items()))
+    assert to_bytes(scrambled) == data
 
 
-NOT_WEIGHTS = {
-    "empty": (lambda data: b"", "truncated or not a safetensors file"),
+def test_the_format_is_what_it_was() -> None:
+    """A file of format 1, put together by hand, must be readable for ever, and its fingerprint must not change."""
+    shapes = {
+        "lstm.bias_hh_l0": [8],
+        "lstm.bias_ih_l0": [8],
+        "lstm.weight_hh_l0": [8, 2],
+        "lstm.weight_ih_l0": [8, 1],
+        "readout.bias": [1],
+        "readout.weight": [1, 2],
+    }
+    header: dict[str, object] = {
+        "__metadata__": {
+            "learned_optim_format": "1",
+            "rule": '{"family": "paper", "hidden_size": 2, "num_layers": 1, "output_scale": 0.5}',
+            "name": "by hand",
+            "recipe": "",
+        }
+    }
+    tensors, value = b"", 0
+    for name, shape in shapes.items():
+        size = int(torch.Size(shape).numel())
+        content = struct.pack(f"<{size}f", *[(value + i) / 64 for i in range(size)])
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [len(tensors), len(tensors) + len(content)]}
+        tensors, value = tensors + content, value + size
+    from learned_optim.weights.file_format import from_bytes
+
+    weights = from_bytes(assemble(header, tensors))
+    assert weights.rule.readout.weight.tolist() == [[41 / 64, 42 / 64]]
+    assert weights.fingerprint == "FINGERPRINT"
+
+
+BAD_FILES: dict[str, tuple[Spoil, str]] = {
+    "empty": (lambda data: b"", "is empty"),
+    "three bytes": (lambda data: data[:3], r"truncated, corrupt or not a safetensors file \(3 bytes"),
     "cut": (lambda data: data[: len(data) // 2], "truncated"),
-    "tensors cut": (lambda data: data[:-5], "truncated or corrupt"),
-    "noise": (lambda data: (40).to_bytes(8, "little") + bytes(range(200)), "corrupt or not a safetensors file"),
-    "foreign": (lambda data: with_header(data, learned_optim_format=None), "not of learned-optim"),
-    "newer": (lambda data: with_header(data, learned_optim_format="2"), "upgrade learned-optim"),
-    "no recipe": (lambda data: with_header(data, recipe=None), "the header lacks recipe"),
-    "bad json": (lambda data: with_header(data, rule="{"), "describes no rule of this version"),
-    "unknown family": (lambda data: with_header(data, rule='{"family": "x"}'), "unknown rule family 'x'"),
-    "unknown option": (lambda data: with_header(data, rule='{"family": "paper", "z": 1}'), "has no option z"),
-    "other shape": (
-        lambda data: with_header(data, rule='{"family": "adam-modulation", "hidden_size": 9}'),
-        "the rule in its header needs",
-    ),
+    "one byte short": (lambda data: data[:-1], "truncated"),
+    "one byte long": (lambda data: data + b"\0", "corrupt"),
+    "noise": (lambda data: struct.pack("<Q", 40) + bytes(range(200)), "not a safetensors file"),
+    "vast header": (lambda data: struct.pack("<Q", 2**60) + data[8:], "not a safetensors file"),
+    "LFS pointer": (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "run `git lfs pull`"),
+    "pickle": (lambda data: pickle.dumps({"a": list(range(9))}), "is a pickle, which can run code"),
+    "foreign": (with_header(learned_optim_format=None), "not of learned-optim"),
+    "newer": (with_header(learned_optim_format="2"), "format '2'.*reads '1'; upgrade learned-optim"),
+    "odd version": (with_header(learned_optim_format="²"), "format '²'"),
+    "no recipe": (with_header(recipe=None), "the header lacks recipe"),
+    "bad JSON": (with_header(rule="{"), "describes no rule of this version"),
+    "JSON of another kind": (with_header(rule="[]"), "describes no rule of this version"),
+    "deep JSON": (with_header(rule="[" * 100_000), "describes no rule of this version"),
+    "no family": (with_rule(family=None), "the rule in its header has no 'family'"),
+    "unknown family": (with_rule(family="x"), "unknown rule family 'x'.*upgrade"),
+    "unknown option": (with_rule(zeal=1), "has no option zeal"),
+    "bad value": (with_rule(slow_decay=2), r"slow_decay must lie in \[0, 1\)"),
+    "value of another kind": (with_rule(hidden_size="8"), "describes no rule"),
+    "no number": (with_rule(step_size=float("inf")), "Infinity is no setting"),
+    "endless layers": (with_rule(num_layers=10**9), "num_layers = 1000000000 is more than a file"),
+    "other shape": (with_rule(hidden_size=9), r"tensor 'lstm.bias_hh_l0' has shape \(32,\).*needs \(36,\)"),
+    "more layers": (with_rule(num_layers=2), "tensor 'lstm.bias_hh_l1' of shape .* is missing"),
+    "other name": (renamed, "'readout.bias' of shape .* is missing"),
+    "other family": (with_header(rule='{"family": "paper", "hidden_size": 8, "num_layers": 1}'), "has shape"),
+    "other dtype": (with_tensor("readout.bias", dtype="I32"), "'readout.bias' is torch.int32, weight files hold"),
+    "not finite": (lambda data: data[:-4] + struct.pack("<f", float("nan")), "holds NaN or Inf"),
 }
 
 
-@pytest.mark.parametrize("kind", NOT_WEIGHTS)
+@pytest.mark.parametrize("kind", BAD_FILES)
 def test_a_bad_file_is_explained(kind: str, path: Path) -> None:
-    spoil, message = NOT_WEIGHTS[kind]
+    spoil, message = BAD_FILES[kind]
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(WeightsError, match=message) as error:
         LearnedOptimizer([torch.ones(1, requires_grad=True)], weights=path)
     assert str(path) in str(error.value)
 
 
-def test_numbers_that_are_not_finite_are_refused(path: Path) -> None:
-    rule = small_rule()
-    with torch.no_grad():
-        rule.readout.bias[0] = float("nan")
-    Weights(rule).save(path)
-    with pytest.raises(WeightsError, match=r"'readout\.bias' holds NaN or Inf"):
+def test_a_surplus_tensor_is_explained(path: Path) -> None:
+    header, tensors = parts(path.read_bytes())
+    header["extra"] = {"dtype": "F32", "shape": [1], "data_offsets": [len(tensors), len(tensors) + 4]}
+    path.write_bytes(assemble(header, tensors + b"\0\0\0\0"))
+    with pytest.raises(WeightsError, match="'extra' does not belong to the rule"):
         read_weights(path)
 
 
-def test_a_plain_safetensors_file_is_refused(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors")
+def test_no_cut_of_a_file_is_mistaken_for_weights(path: Path) -> None:
+    data = path.read_bytes()
+    for end in range(0, len(data), 37):
+        path.write_bytes(data[:end])
+        with pytest.raises(WeightsError):
+            read_weights(path)
+
+
+def test_a_model_is_not_taken_for_a_rule(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match="not of learned-optim"):
-        read_weights(tmp_path / "other.safetensors")
+        read_weights(tmp_path)
 
 
-def test_a_pickle_is_never_read(tmp_path: Path) -> None:
-    bomb = tmp_path / "weights.pt"
-    bomb.write_bytes(pickle.dumps(bomb))
-    with pytest.raises(WeightsError, match="pickle"):
-        resolve_weights(bomb)
+@pytest.mark.parametrize("suffix", ["pt", "pth", "bin", "pkl", "ckpt", "safetensors"])
+def test_a_pickle_is_never_read(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"weights.{suffix}"
+    torch.save(small_rule().state_dict(), file)
+    with pytest.raises(WeightsError, match="is a pickle, which can run code"):
+        resolve_weights(str(file))
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("quadratics", "unknown weights 'quadratics'; did you mean 'quadratic'"),
-        ("nothing like it", "bundled are .*quadratic"),
-        ("missing.safetensors", "cannot read weights from missing.safetensors: No such file"),
-    ],
-)
-def test_unknown_names_are_explained(name: str, message: str) -> None:
-    with pytest.raises(WeightsError, match=message):
-        resolve_weights(name)
+def test_an_unreadable_path_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(WeightsError, match="cannot read weights from .*directory"):
+        read_weights(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such file; check the path"):
+        read_weights(tmp_path / "missing.safetensors")
 
 
-def test_a_failed_write_leaves_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failing", ["os.fsync", "os.replace"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failed_write_leaves_the_old_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException
+) -> None:
     before = path.read_bytes()
 
-    def fail(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
+    def fail(*_: object) -> None:
+        raise error
 
-    monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(WeightsError, match="No space left"):
+    monkeypatch.setattr(failing, fail)
+    expected = WeightsError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected, match="No space left|^$"):
         Weights(small_rule(seed=1)).save(path)
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_a_changed_file_is_read_again(path: Path) -> None:
-    first = resolve_weights(path)
-    Weights(small_rule(seed=1)).save(path)
-    assert resolve_weights(path).fingerprint != first.fingerprint
+def test_where_nothing_can_be_written_is_explained(path: Path) -> None:
+    weights = read_weights(path)
+    with pytest.raises(WeightsError, match="No such file or directory; make the directory"):
+        weights.save(path.parent / "missing" / "rule.safetensors")
+    with pytest.raises(WeightsError, match=r"weight files end in \.safetensors"):
+        weights.save(path.with_suffix(".pt"))
+    (path.parent / "taken.safetensors").mkdir()
+    with pytest.raises(WeightsError, match="cannot write weights to .*directory"):
+        weights.save(path.parent / "taken.safetensors")
+    assert sorted(os.listdir(path.parent)) == ["rule.safetensors", "taken.safetensors"]
 
 
-def test_many_optimizers_share_one_network(path: Path) -> None:
-    made = [LearnedOptimizer([torch.ones(1, requires_grad=True)], weights=path) for _ in range(3)]
-    networks = {id(weights.rule) for optimizer in made for weights in optimizer._weights.values()}
-    assert len(networks) == 1
-    assert resolve_weights("default") is resolve_weights("default")
+def test_writers_do_not_get_into_each_others_way(tmp_path: Path) -> None:
+    made = [Weights(small_rule(seed=seed)) for seed in range(4)]
+    target = tmp_path / "rule.safetensors"
+    threads = [threading.Thread(target=write_weights, args=(target, weights)) for weights in made * 4]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert read_weights(target).fingerprint in {weights.fingerprint for weights in made}
+    assert os.listdir(tmp_path) == [target.name]
 
 
-def test_loading_draws_no_random_numbers(path: Path) -> None:
+def test_what_could_not_be_read_back_is_not_written(path: Path) -> None:
+    before = path.read_bytes()
+    rule = small_rule()
+    nn.init.constant_(rule.readout.bias, float("nan"))
+    bad = {
+        r"'readout\.bias' holds NaN or Inf": Weights(rule),
+        "metadata 'recipe': 'x' cannot be written": Weights(small_rule(), metadata={"recipe": "x"}),
+        "metadata 'steps': 3 cannot be written": Weights(small_rule(), metadata={"steps": 3}),  # type: ignore[dict-item]
+    }
+    for message, weights in bad.items():
+        with pytest.raises(WeightsError, match=message):
+            weights.save(path)
+    with pytest.raises(WeightsError, match="NaN or Inf"):
+        pickle.dumps(Weights(rule))
+    assert path.read_bytes() == before
+
+
+def test_reading_draws_no_random_numbers(path: Path) -> None:
     state = torch.get_rng_state()
     read_weights(path)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_every_bundled_file_lies_beside_its_recipe() -> None:
-    assert {"default", "quadratic"} <= set(available_weights())
-    for name in available_weights():
-        weights = resolve_weights(name)
-        recipe = Path(resolve_weights.__code__.co_filename).parent / f"{name}.toml"
-        assert weights.recipe == recipe.read_text(), name
-        assert weights.metadata["commit"], name
+def test_a_pickled_optimizer_needs_neither_the_file_nor_the_process_it_came_from(path: Path, tmp_path: Path) -> None:
+    params = make_params([(3, 4)])
+    optimizer = LearnedOptimizer(params, weights=path)
+    take_steps(optimizer, params, 2)
+    (tmp_path / "optimizer.pickle").write_bytes(pickle.dumps(optimizer))
+    path.unlink()
+    code = """
+import pickle, sys
+import torch
+optimizer = pickle.loads(open("optimizer.pickle", "rb").read())
+(param,) = optimizer.param_groups[0]["params"]
+param.grad = torch.ones_like(param)
+optimizer.step()
+weights = next(iter(optimizer._weights.values()))
+print(param.tolist(), [weights.name, weights.title, weights.recipe, dict(weights.metadata)], sep="\\n")
+assert "huggingface_hub" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    values, known = done.stdout.splitlines()
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    torch.testing.assert_close(torch.tensor(json.loads(values)), params[0].detach(), rtol=1e-6, atol=1e-7)
+    assert known == str([str(path), "mine", "schema = 1\n", {"commit": "abc"}])
+
+
+def test_copies_share_the_network(path: Path) -> None:
+    weights = resolve_weights(path)
+    for twin in (copy.copy(weights), copy.deepcopy(weights), pickle.loads(pickle.dumps(weights))):
+        assert twin is weights
+    assert weights.called("other").rule is weights.rule
+
+
+def test_the_fingerprint_is_of_the_numerics_alone() -> None:
+    rule = small_rule()
+    same = Weights(rule, "a").fingerprint
+    assert Weights(copy.deepcopy(rule).double(), "b", "schema = 1\n", {"c": "d"}).fingerprint == same
+    other = build_rule("adam-modulation", step_size=0.1)
+    other.load_state_dict(rule.state_dict())
+    assert Weights(other).fingerprint != same
+    with torch.no_grad():
+        rule.readout.bias[0] += 1e-6
+    assert Weights(rule).fingerprint != same
+
+
+def test_a_missing_file_can_be_told_from_a_bad_one(path: Path) -> None:
+    assert issubclass(WeightsNotFoundError, (WeightsError, FileNotFoundError))
+    assert issubclass(WeightsError, ValueError)
+    path.write_bytes(b"")
+    with pytest.raises(WeightsError) as caught:
+        resolve_weights(path)
+    assert not isinstance(caught.value, FileNotFoundError)
+    missing = WeightsNotFoundError("gone")
+    assert str(pickle.loads(pickle.dumps(missing))) == str(missing) == "gone"

@@ -1,0 +1,119 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from learned_optim import Weights
+from meta_train import evaluate, figures
+from meta_train.__main__ import main
+from meta_train.baselines import Setting, best_setting, rates, settings
+from meta_train.publish import publish
+from meta_train.run_dir import RunDir
+from meta_train.tasks import Quadratic, Quartic
+from tests.cases import small_rule
+from tests.meta_train.test_recipe import TINY
+
+TASK = Quadratic(dimension=2, functions=3)
+SWEEP = [*settings("SGD", rates(0.003, 3, 1)), *settings("Adam", rates(0.003, 3, 1))]
+
+
+def test_adam_through_evaluate_is_adam_by_hand() -> None:
+    losses = evaluate.run(TASK.sample(1), Setting("Adam", 0.1).make, 5)
+    optimizee = TASK.sample(1)
+    theta = torch.zeros(3, 2, requires_grad=True)
+    adam, by_hand = torch.optim.Adam([theta], lr=0.1), []
+    for _ in range(6):
+        loss = optimizee.losses({"theta": theta.unsqueeze(0)})[0]
+        by_hand.append(loss.item())
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    assert losses == by_hand
+
+
+def test_several_problems_at_once_are_refused() -> None:
+    with pytest.raises(ValueError, match="one problem at a time, got 5"):
+        evaluate.run(Quartic(2, 5).sample(0), Setting("SGD", 0.1).make, 1)
+
+
+def test_grids() -> None:
+    assert rates(0.001, 0.1) == [0.001, 0.00316, 0.01, 0.0316, 0.1]
+    assert len(settings("NAG", rates(0.1, 1, 1))) == 10
+    with pytest.raises(ValueError, match="unknown baseline 'Adagrad'"):
+        settings("Adagrad", [0.1])
+
+
+def test_an_optimum_at_the_edge_is_an_error() -> None:
+    group = settings("SGD", [0.1, 1.0, 10.0])
+    assert best_setting({"lr=0.1": 2, "lr=1": 1, "lr=10": float("nan")}, group).lr == 1.0
+    with pytest.raises(ValueError, match=r"best rate of SGD is 0\.1, at the edge"):
+        best_setting({"lr=0.1": 0, "lr=1": 1, "lr=10": 2}, group)
+    with pytest.raises(ValueError, match="every setting of SGD diverged"):
+        best_setting({str(setting): float("inf") for setting in group}, group)
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("judged")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "best_setting", lambda scores, group: min(group, key=lambda s: scores[str(s)]))
+        weights = [Weights(small_rule("paper-raw"), "a"), Weights(small_rule("paper-raw", 1), "b")]
+        judgement = evaluate.judge(weights, TASK, SWEEP, tuning=2, fresh=3)
+    evaluate.write_judgement(judgement, out)
+    evaluate.write_rows(out / "probe.csv", evaluate.probe(weights[0], steps=8))
+    return out
+
+
+def test_tables_agree_with_each_other(judged: Path) -> None:
+    curves, summary = evaluate.read_rows(judged / "curves.csv"), evaluate.read_rows(judged / "summary.csv")
+    ours = [float(row["mean"]) for row in curves if row["optimizer"] == "LSTM (a)"]
+    assert len(ours) == 201
+    for row in summary:
+        if row["optimizer"] == "LSTM (a)":
+            end = int(row["horizon"])
+            expected = sum(ours[:end]) if row["criterion"] == "sum" else ours[end]
+            assert float(row["mean"]) == pytest.approx(expected, rel=1e-4)
+    ratios = [float(row["ratio_to_best_baseline"]) for row in summary if not row["optimizer"].startswith("LSTM")]
+    assert min(ratios) == pytest.approx(1)
+    assert len(evaluate.read_rows(judged / "sweep.csv")) == len(SWEEP)
+
+
+def test_the_same_tables_give_the_same_pictures(judged: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        rows = evaluate.read_rows(judged / "curves.csv")
+        figures.learning_curves(rows, tmp_path / name / "curves.svg", trained_to=100)
+        figures.update_probe(evaluate.read_rows(judged / "probe.csv"), tmp_path / name / "probe.svg")
+    for picture in ("curves.svg", "probe.svg"):
+        first = (tmp_path / "one" / picture).read_bytes()
+        assert first == (tmp_path / "two" / picture).read_bytes()
+        assert len(first) > 5000
+
+
+def test_publish_puts_weights_beside_their_recipe(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no best.safetensors"):
+        publish(tmp_path, "x")
+    assert list(RunDir(tmp_path / "run", TINY).train())
+    path = publish(tmp_path / "run", "tiny", tmp_path)
+    weights = Weights.from_pretrained(path)
+    assert weights.recipe == (tmp_path / "tiny.toml").read_text() == TINY
+    assert {"commit", "torch", "validation", "outer_steps", "processor"} <= set(weights.metadata)
+
+
+def test_the_command_line_explains_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(tmp_path / "no.toml"), "--out", str(tmp_path)]) == 2
+    assert "no.toml" in capsys.readouterr().err
+    assert main(["evaluate", "quadratik", "--out", str(tmp_path)]) == 2
+    assert "did you mean 'quadratic'" in capsys.readouterr().err
+    assert main(["verify", "default"]) == 2
+    assert "no committed evidence for 'default'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["no-such-verb"])
+
+
+def test_train_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY)
+    assert main(["train", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "run"), "--seed", "3"]) == 0
+    captured = capsys.readouterr()
+    assert "best weights" in captured.out
+    assert "meta-loss" in captured.err
+    assert "seed = 3" in (tmp_path / "run" / "recipe.toml").read_text()

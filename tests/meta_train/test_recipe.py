@@ -1,0 +1,65 @@
+from pathlib import Path
+
+import pytest
+
+from meta_train.recipe import parse_recipe, read_recipe
+
+WEIGHTS = Path(__file__).parent.parent.parent / "learned_optim" / "weights"
+TINY = """
+seed = 0
+[rule]
+family = "paper"
+hidden_size = 3
+num_layers = 1
+output_scale = 0.1
+[task]
+name = "quadratic"
+dimension = 3
+functions = 4
+[inner]
+horizon = [6, 12]
+truncation = 5
+[outer]
+steps = 12
+lr = 0.01
+episodes = 2
+coordinates = 7
+averaging = 0.5
+[validation]
+every = 4
+optimizees = 2
+horizon = 8
+"""
+
+
+@pytest.mark.parametrize("path", sorted(WEIGHTS.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_committed_recipe_parses(path: Path) -> None:
+    read_recipe(path).build_rule()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("lr = 0.01", "lrr = 0.01", r"`lrr`.*\$\.outer"),
+        ("lr = 0.01", "lr = -1.0", r"> 0.*\$\.outer\.lr"),
+        ("steps = 12", 'steps = "many"', r"Expected `int`.*\$\.outer\.steps"),
+        ('name = "quadratic"', 'name = "cubic"', r"Invalid value 'cubic'.*\$\.task"),
+        ("functions = 4", "functionz = 4", r"`functionz`.*\$\.task"),
+        ('family = "paper"', 'family = "papers"', "unknown rule family 'papers'"),
+        ('family = "paper"', "", "names no family"),
+        ("hidden_size = 3", "hidden = 3", "has no option hidden"),
+        ("horizon = [6, 12]", "horizon = [12, 6]", "shortest, longest"),
+        ("[outer]", "[outer", "not valid TOML"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place(old: str, new: str, message: str, tmp_path: Path) -> None:
+    assert old in TINY
+    (tmp_path / "recipe.toml").write_text(TINY.replace(old, new))
+    with pytest.raises(ValueError, match=message) as error:
+        read_recipe(tmp_path / "recipe.toml")
+    assert "recipe.toml" in str(error.value)
+
+
+def test_options_reach_the_rule() -> None:
+    rule = parse_recipe(TINY).build_rule()
+    assert (rule.config.hidden_size, rule.config.num_layers) == (3, 1)

@@ -1,0 +1,97 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from meta_train.meta_gradient import loss_and_grad
+from meta_train.tasks import Mixture, Optimizee, Quadratic, Quartic, module_optimizee
+from meta_train.tasks.mixture import KINDS, rescale
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(4))
+def test_every_kind_is_decided_by_its_seed_and_reaches_every_parameter(kind: str, seed: int) -> None:
+    task = Mixture(problems=3, kinds=(kind,))
+    optimizee, twin = task.sample(seed), task.sample(seed)
+    params = optimizee.flat_params()
+    total = torch.zeros_like(params)
+    for _ in range(3):
+        losses, grad = loss_and_grad(optimizee, params)
+        again, grad_again = loss_and_grad(twin, twin.flat_params())
+        assert losses.shape == (3,)
+        assert losses.isfinite().all()
+        assert torch.equal(losses, again)
+        assert torch.equal(grad, grad_again)
+        total += grad.abs()
+    for name, reached in optimizee.unflatten(total).items():
+        assert reached.flatten(1).any(1).all(), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_problems_side_by_side_are_independent(kind: str) -> None:
+    optimizee = Mixture(problems=2, kinds=(kind,)).sample(0)
+    params = optimizee.flat_params().requires_grad_()
+    losses = optimizee.losses(optimizee.unflatten(params))
+    (grad,) = torch.autograd.grad(losses[0], params)
+    assert grad[0].any()
+    assert not grad[1].any()
+
+
+def test_the_quadratic_is_the_mean_over_functions() -> None:
+    optimizee = Quadratic(dimension=3, functions=4).sample(7)
+    generator = torch.Generator().manual_seed(7)
+    weight, target = torch.randn(4, 3, 3, generator=generator), torch.randn(4, 3, generator=generator)
+    theta = torch.randn(4, 3)
+    by_hand = sum(float((weight[i] @ theta[i] - target[i]).square().sum()) for i in range(4)) / 4
+    assert not optimizee.params["theta"].any()
+    assert optimizee.losses({"theta": theta.unsqueeze(0)}).item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_the_quartic_has_its_deep_minimum_on_the_right() -> None:
+    optimizee = Quartic(dimension=1, functions=1).sample(3)
+    width = 0.5 + torch.rand(1, 1, generator=torch.Generator().manual_seed(3)).item()
+    grid = torch.linspace(-2, 2, 4001)
+    values = torch.stack([optimizee.losses({"x": (1 + z / width).view(1, 1)}) for z in grid]).flatten()
+    by_hand = (grid + 1) * (grid + 0.5) * grid * (grid - 1)
+    torch.testing.assert_close(values, by_hand, rtol=1e-3, atol=1e-5)
+    assert grid[values.argmin()].item() == pytest.approx(0.663, abs=0.002)
+
+
+def test_rescaling_changes_units_and_nothing_else() -> None:
+    original, scaled = (Mixture(problems=2, kinds=("digit-mlp",)).sample(5) for _ in range(2))
+    scaled = rescale(scaled, 8.0)
+    losses, grad = loss_and_grad(original, original.flat_params())
+    losses_scaled, grad_scaled = loss_and_grad(scaled, scaled.flat_params())
+    torch.testing.assert_close(losses_scaled, losses)
+    torch.testing.assert_close(grad_scaled, 8 * grad)
+
+
+def test_a_module_alone_and_side_by_side() -> None:
+    def make(problems: int) -> Optimizee:
+        return module_optimizee(
+            lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)),
+            lambda module, batch: (module(batch[0]) - batch[1]).square().mean(),
+            lambda g: (torch.randn(1, 8, 3, generator=g).expand(problems, -1, -1), torch.ones(problems, 8, 1)),
+            seed=2,
+            num_problems=problems,
+        )
+
+    alone, three = make(1), make(3)
+    assert torch.equal(alone.flat_params()[0], three.flat_params()[0])
+    assert not torch.equal(three.flat_params()[0], three.flat_params()[1])
+    torch.testing.assert_close(
+        loss_and_grad(alone, alone.flat_params())[1][0], loss_and_grad(three, three.flat_params())[1][0]
+    )
+
+
+@pytest.mark.parametrize("example", sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "digits"))
+def test_every_example_runs(example: str) -> None:
+    command = [sys.executable, "-m", f"examples.{example}"]
+    done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout

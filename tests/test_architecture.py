@@ -1,0 +1,66 @@
+"""The direction of dependencies, and what an import may cost."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import learned_optim
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "learned_optim"
+ALLOWED = {
+    "rules": {"rules"},
+    "backends": {"backends", "rules"},
+    "weights": {"weights", "rules"},
+    "optimizer": {"backends", "rules", "weights"},
+    "__init__": {"optimizer", "rules", "weights"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_dependencies_point_one_way(path: Path) -> None:
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for module in imports(path):
+        assert not module.startswith("meta_train"), module
+        if module.startswith("learned_optim."):
+            assert module.split(".")[1] in ALLOWED[part], module
+
+
+@pytest.mark.parametrize("path", sorted([*PACKAGE.rglob("*.py"), *(ROOT / "meta_train").rglob("*.py")]), ids=lambda path: path.stem)
+def test_only_the_command_line_prints(path: Path) -> None:
+    calls = [n.func.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    assert "print" not in calls or path.name == "__main__.py"
+
+
+def test_importing_brings_nothing_heavy_and_opens_no_socket() -> None:
+    code = """
+import sys, socket, torch, safetensors
+before = set(sys.modules)
+def refuse(*arguments, **options):
+    raise AssertionError("a socket was opened")
+socket.socket = refuse
+import learned_optim
+print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    extra = set(done.stdout.split()) - set(sys.stdlib_module_names)
+    assert extra <= {"learned_optim", "safetensors"}, extra
+
+
+def test_every_public_name_is_documented() -> None:
+    for name in learned_optim.__all__:
+        value = getattr(learned_optim, name)
+        assert name == "__version__" or (value.__doc__ and value.__doc__.strip()), name

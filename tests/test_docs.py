@@ -1,0 +1,48 @@
+"""What the documents say is run."""
+
+import re
+import subprocess
+import sys
+
+from pathlib import Path
+
+import pytest
+
+import learned_optim
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(<!-- needs: \w+ -->\n)?```python\n(.*?)```", re.DOTALL)
+BLOCKS = [(page, needs, code) for page in PAGES for needs, code in BLOCK.findall(page.read_text())]
+
+
+@pytest.mark.parametrize(("page", "needs", "code"), BLOCKS, ids=[f"{page.stem}-{i}" for i, (page, _, _) in enumerate(BLOCKS)])
+def test_every_python_block_runs(page: Path, needs: str, code: str) -> None:
+    if needs:  # A network: the same calls are made against a stand-in in tests/weights/test_hub.py.
+        compile(code, str(page), "exec")
+        return
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_names_of_bundled_weights_in_the_readme_are_right() -> None:
+    assert f"# {learned_optim.available_weights()}" in (ROOT / "README.md").read_text()
+
+
+def test_version_and_licence_are_said_once() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["dynamic"] == ["version"]
+    assert f"version: {learned_optim.__version__}" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {learned_optim.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert (ROOT / "LICENSE").read_text().startswith("MIT License")
