@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from learned_optim.weights import Weights, read_weights, write_weights
@@ -23,9 +24,13 @@ def publish(run: str | Path, name: str, to: str | Path = WEIGHTS_DIR) -> Path:
         The weight file.
 
     Raises:
-        ValueError: If the run has kept no weights.
+        ValueError: If the run has kept no weights, or the name is no plain file name.
     """
     run, to = Path(run), Path(to)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise ValueError(f"{name!r} cannot name weights: use letters, digits, '-', '_' and '.', and no path (that is --to)")
+    if not to.is_dir():
+        raise ValueError(f"{to} is no directory; make it first")
     if not (run / BEST).exists():
         raise ValueError(f"{run} holds no {BEST}; train it first, or wait for its first checkpoint")
     weights = read_weights(run / BEST)

@@ -134,7 +134,7 @@ def training_table(runs: Iterable[str | Path], rows_per_run: int = 100) -> list[
         Rows with ``run``, ``outer_step``, ``meta_loss``, ``validation`` (empty where there was none) and ``measure``.
 
     Raises:
-        ValueError: If a directory holds no run.
+        ValueError: If a directory holds no run, or the runs measure different things.
     """
     rows: list[dict[str, str | int | float]] = []
     for path in map(Path, runs):
@@ -142,6 +142,8 @@ def training_table(runs: Iterable[str | Path], rows_per_run: int = 100) -> list[
             raise ValueError(f"{path} is no run directory: it holds no {RECIPE} and {METRICS}")
         recipe = parse_recipe((path / RECIPE).read_text())
         measure = "optimizee loss" if recipe.outer.objective == "mean" else "log(loss / initial loss)"
+        if rows and rows[0]["measure"] != measure:
+            raise ValueError(f"{path} measures {measure!r}, the runs before it {rows[0]['measure']!r}; draw them apart")
         records = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
         window = max(recipe.outer.steps // rows_per_run, 1)
         for chunk in (records[start : start + window] for start in range(0, len(records), window)):

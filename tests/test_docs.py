@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import learned_optim
+from meta_train import tables
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -46,3 +47,9 @@ def test_version_and_licence_are_said_once() -> None:
     assert f"version: {learned_optim.__version__}" in (ROOT / "CITATION.cff").read_text()
     assert f"## {learned_optim.__version__}" in (ROOT / "CHANGELOG.md").read_text()
     assert (ROOT / "LICENSE").read_text().startswith("MIT License")
+
+
+def test_the_tables_of_the_readme_are_those_of_the_committed_results() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert tables.updated(text) == text
+    assert "x best" in text or "ratio to the best baseline" in text

@@ -85,7 +85,8 @@ class PaperRule(UpdateRule):
         """Preprocess the gradient; a coordinate is active once its gradient or its memory has left zero."""
         finite = grad.isfinite()
         grad = torch.where(finite, grad, 0.0)
-        active = finite & ((grad != 0) | (memory["cell"] != 0).any(-1))
+        bottom = memory["cell"][..., : self.config.hidden_size]
+        active = finite & ((grad != 0) | (bottom.abs().amax(-1) != 0))
         if self.config.inputs == "raw":
             inputs = (grad * self.config.input_scale).unsqueeze(-1)
         else:

@@ -186,8 +186,9 @@ def _explain_content(data: bytes, source: str, error: SafetensorError) -> NoRetu
         raise WeightsError(f"{source} is empty; an interrupted copy? get it again") from error
     if data.startswith(b"version https://git-lfs"):
         raise WeightsError(f"{source} is a Git LFS pointer, not the file it points to; run `git lfs pull`") from error
-    # A safetensors file begins with the length of its header in 8 bytes, of which the upper ones are zero.
-    if data.startswith((b"PK\x03\x04", b"\x80")) and any(data[4:8]):
+    # A zip (torch.save), or protocol 2 and later; a safetensors file begins with the length of its header, of which a third
+    # byte would mean 64 kB.
+    if data.startswith(b"PK\x03\x04") or (data[:1] == b"\x80" and data[2:3] > b"\0"):
         raise WeightsError(_pickle(source)) from error
     raise WeightsError(
         f"{source} is truncated, corrupt or not a safetensors file ({len(data):,} bytes: {error}); get it again, from "

@@ -1,0 +1,95 @@
+"""The README's tables, made from committed CSVs: ``python -m meta_train.tables`` writes them, a test compares.
+
+A table stands between ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from meta_train.evaluate import read_rows
+from meta_train.run_dir import write_atomically
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs" / "results"
+
+
+def quadratic(results: Path = RESULTS / "quadratic") -> str:
+    """Return the comparison on quadratics as Markdown.
+
+    Args:
+        results: Directory written by ``python -m meta_train evaluate``.
+
+    Returns:
+        A table and a line of where it comes from.
+    """
+    rows = read_rows(results / "summary.csv")
+    columns = [(criterion, horizon) for horizon in ("100", "200") for criterion in ("sum", "final")]
+    cells = {(row["optimizer"], row["criterion"], row["horizon"]): row for row in rows}
+    names = sorted({row["optimizer"] for row in rows}, key=lambda name: (not name.startswith("LSTM"), name))
+    lines = [
+        "| | sum of 100 losses | loss at step 100 | sum of 200 losses | loss at step 200 |",
+        "|---|---|---|---|---|",
+    ]
+    for name in names:
+        values = [cells[name, *column] for column in columns]
+        shown = [f"{float(v['mean']):.3g} ± {float(v['standard_error']):.2g} ({_ratio(v)})" for v in values]
+        label = f"**{name}**, not tuned" if name.startswith("LSTM") else f"{name}, tuned for each column"
+        lines.append(f"| {label} | {' | '.join(shown)} |")
+    where = json.loads((results / "environment.json").read_text())
+    count = rows[0]["n"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Mean ± standard error over n = {count} fresh batches of 128 functions, 100 steps meta-trained, and in brackets the "
+            "ratio to the best baseline of the column. One row for each of three meta-training seeds; the one with the best "
+            "validation is bundled. Baselines are tuned on other batches; every setting tried is in "
+            "[sweep.csv](docs/results/quadratic/sweep.csv). "
+            f"{where['processor']}, torch {where['torch']}, commit {where['commit']}. "
+            "Command: `make reproduce`.",
+        ]
+    )
+
+
+def _ratio(row: dict[str, str]) -> str:
+    return f"{float(row['ratio_to_best_baseline']):.2f} x"
+
+
+def demo(results: Path = RESULTS / "demo") -> str:
+    """Return what the demo prints, as a block.
+
+    Args:
+        results: Directory with ``demo.txt`` and ``demo.png``.
+
+    Returns:
+        Markdown.
+    """
+    text = (results / "demo.txt").read_text().strip()
+    return f"```text\n{text}\n```\n\n![Training loss of the demo](docs/results/demo/demo.png)"
+
+
+TABLES = {"quadratic": quadratic, "demo": demo}
+
+
+def updated(text: str) -> str:
+    """Return a document with every table made again.
+
+    Args:
+        text: The document.
+
+    Returns:
+        The same with what stands between the marks replaced.
+    """
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- results:{name} -->\n).*?(<!-- /results:{name} -->)", re.DOTALL)
+        table = make()
+        text = pattern.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    write_atomically(readme, updated(readme.read_text()).encode())

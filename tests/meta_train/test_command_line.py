@@ -1,0 +1,169 @@
+"""The verbs together: tables with short names, figures from tables alone, a verify that cannot pass by accident."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from learned_optim import Weights, available_weights
+from meta_train import __main__ as command_line
+from meta_train import evaluate
+from meta_train.__main__ import main
+from meta_train.baselines import Setting, settings
+from meta_train.recipe import parse_recipe
+from meta_train.run_dir import RunDir, training_table
+from meta_train.tasks import Quadratic
+from tests.cases import small_rule
+from tests.meta_train.test_recipe import TINY
+
+ARENA = evaluate.Arena(
+    Quadratic(dimension=2, functions=3),
+    settings("Adam", [0.001, 1.0, 300.0]),
+    untuned=[Setting("Adam", 0.1)],
+    tuning=2,
+    fresh=3,
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two weight files with a run behind them, evaluated."""
+    place = tmp_path_factory.mktemp("place")
+    for seed in (0, 1):
+        assert list(RunDir(place / f"run-{seed}", TINY.replace("seed = 0", f"seed = {seed}")).train())
+        assert main(["publish", str(place / f"run-{seed}"), "--name", f"tiny-{seed}", "--to", str(place)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(evaluate.ARENAS, "quadratic", ARENA)
+        names = [str(place / f"tiny-{seed}.safetensors") for seed in (0, 1)]
+        assert main(["evaluate", *names, "--out", str(place / "results")]) == 0
+    return place
+
+
+@pytest.fixture(autouse=True)
+def tiny_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(evaluate.ARENAS, "quadratic", ARENA)
+
+
+def test_tables_carry_short_names_and_no_paths(place: Path) -> None:
+    rows = evaluate.read_rows(place / "results" / "summary.csv")
+    assert {row["optimizer"] for row in rows} == {"Adam", "LSTM (tiny-0)", "LSTM (tiny-1)"}
+    assert all(str(place) not in path.read_text() for path in (place / "results").iterdir())
+    about = json.loads((place / "results" / "environment.json").read_text())
+    assert {"torch", "commit", "processor", "task", "optimizees", "command", "fingerprints"} <= set(about)
+    assert about["trained_to"] == 12
+    weights = Weights.from_pretrained(place / "tiny-0.safetensors")
+    assert about["fingerprints"]["tiny-0"] == weights.fingerprint
+
+
+def test_every_table_counts_its_optimizees(place: Path) -> None:
+    for name, count in (("summary", 3), ("curves", 3), ("fixed", 3), ("sweep", 2)):
+        rows = evaluate.read_rows(place / "results" / f"{name}.csv")
+        assert {row["n"] for row in rows} == {str(count)}, name
+
+
+def test_figures_come_from_tables_alone(place: Path) -> None:
+    results = str(place / "results")
+    assert main(["figures", results, "--runs", str(place / "run-0"), str(place / "run-1")]) == 0
+    pictures = {path: path.read_bytes() for path in (place / "results").iterdir() if path.suffix in (".svg", ".png")}
+    assert {path.name for path in pictures} == {f"{n}.{e}" for n in ("curves", "probe", "training") for e in ("svg", "png")}
+    for path in pictures:
+        path.unlink()
+    assert main(["figures", results]) == 0
+    for path, before in pictures.items():
+        assert path.read_bytes() == before, path.name
+    svg = (place / "results" / "curves.svg").read_text()
+    assert "LSTM (learned)" in svg
+    assert "date" not in svg
+
+
+def test_the_training_table_is_the_metrics(place: Path) -> None:
+    rows = training_table([place / "run-0"], rows_per_run=4)
+    records = [json.loads(line) for line in (place / "run-0" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["outer_step"] for row in rows] == [3, 6, 9, 12]
+    assert float(rows[1]["meta_loss"]) == pytest.approx(sum(r["meta_loss"] for r in records[3:6]) / 3, rel=1e-5)
+    assert [bool(row["validation"]) for row in rows] == [False, True, True, True]
+    with pytest.raises(ValueError, match="no run directory"):
+        training_table([place])
+
+
+def test_verify_agrees_with_its_own_tables(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(place / "tiny-0.safetensors"), "--results", str(place / "results")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(": equal") == 4
+    assert "two standard errors is all that can be promised" in printed
+
+
+def test_verify_fails_where_the_figures_differ(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (place / "results").glob("*.[cj]s*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    rows = evaluate.read_rows(tmp_path / "summary.csv")
+    changed = [{**row, "mean": float(row["mean"]) + 3 * float(row["standard_error"])} for row in rows]
+    evaluate.write_rows(tmp_path / "summary.csv", changed)  # type: ignore[arg-type]
+    assert main(["verify", str(place / "tiny-0.safetensors"), "--results", str(tmp_path)]) == 1
+    assert "DIFFERS by more than two standard errors" in capsys.readouterr().out
+
+
+def test_verify_never_passes_on_tables_of_something_else(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Weights(small_rule("paper-raw")).save(tmp_path / "stranger.safetensors")
+    assert main(["verify", str(tmp_path / "stranger.safetensors"), "--results", str(place / "results")]) == 2
+    assert "say nothing of 'stranger'" in capsys.readouterr().err
+    # Other weights under a name the tables know: told apart by their fingerprint.
+    Weights(small_rule("paper-raw")).save(tmp_path / "tiny-0.safetensors")
+    main(["verify", str(tmp_path / "tiny-0.safetensors"), "--results", str(place / "results")])
+    assert "OTHER weights" in capsys.readouterr().out
+    name = available_weights()[0]
+    for path in (place / "results").glob("*.[cj]s*"):
+        (tmp_path / path.name).write_text(path.read_text().replace("tiny-0", name))
+    monkeypatch.setattr(command_line, "RESULTS", tmp_path.parent)
+    assert main(["verify", name, "--results", str(tmp_path)]) == 1
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden"])
+def test_publish_takes_names_not_paths(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["publish", str(place / "run-0"), "--name", name, "--to", str(place)]) == 2
+    assert "cannot name weights" in capsys.readouterr().err
+
+
+def test_mistakes_are_explained_in_a_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = str(place / "tiny-0.safetensors")
+    other = place / "elsewhere"
+    other.mkdir()
+    (other / "tiny-0.safetensors").write_bytes((place / "tiny-0.safetensors").read_bytes())
+    (tmp_path / "bad.toml").write_text(TINY.replace("lr = 0.01", "lrr = 0.01"))
+    cases = {
+        ("train", str(tmp_path / "bad.toml"), "--out", str(tmp_path)): "`lrr`",
+        ("train", tiny, "--out", str(tmp_path)): "tiny-0.safetensors",
+        ("train", str(place / "tiny-0.toml"), "--out", str(place / "run-1")): "another recipe",
+        ("train", str(place / "tiny-0.toml"), "--out", tiny): "File exists",
+        ("evaluate", tiny, str(other / "tiny-0.safetensors"), "--out", str(tmp_path)): "different names",
+        ("figures", str(tmp_path / "none")): "No such file",
+        ("figures", str(place / "results"), "--runs", str(tmp_path)): "no run directory",
+        ("publish", str(tmp_path), "--name", "x", "--to", str(tmp_path)): "holds no best.safetensors",
+        ("publish", str(place / "run-0"), "--name", "x", "--to", str(tmp_path / "none")): "no directory",
+    }
+    for arguments, message in cases.items():
+        assert main(arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert message in error, (arguments, error)
+        assert error.count("\n") == 1
+        assert "Errno" not in error
+
+
+@pytest.mark.parametrize("text", [TINY, TINY.replace("seed = 0\n", ""), TINY.replace("seed = 0", "seed=-1 # x")])
+def test_a_seed_is_replaced_or_added(text: str) -> None:
+    changed = command_line._with_seed(text, 7)
+    assert parse_recipe(changed).seed == 7
+    assert parse_recipe(changed).outer == parse_recipe(text).outer
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "RunDir", interrupt)
+    assert main(["train", str(place / "tiny-0.toml"), "--out", str(place / "new")]) == 130
+    assert "resumes when it is started again" in capsys.readouterr().err

@@ -1,0 +1,135 @@
+"""What the outer loop promises beyond resuming: weights that are derivatives of what is reported, and no poisoned steps."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from meta_train.meta_gradient import backpropagate, roll_out, start_episode
+from meta_train.outer_loop import OBJECTIVES, MetaTraining, cosine, meta_loss, validate
+from meta_train.recipe import OuterLoop, parse_recipe
+from meta_train.tasks import Optimizee, Quadratic, seeded
+from tests.cases import RULE_CASES, small_rule
+from tests.meta_train.test_recipe import TINY
+
+
+@pytest.mark.parametrize("objective", ["mean", "log"])
+def test_weights_are_the_derivative_of_the_reported_meta_loss(objective: str) -> None:
+    outer = OuterLoop(steps=1, lr=0.1, objective=objective)  # type: ignore[arg-type]
+    losses = (0.1 + torch.rand(5, 3, dtype=torch.float64)).requires_grad_()
+    initial = torch.full((3,), 2.0, dtype=torch.float64)
+    weights = OBJECTIVES[objective](outer)(losses.detach(), initial)
+    for index in ((0, 0), (2, 1), (4, 2)):
+        ends = []
+        for sign in (1, -1):
+            moved = losses.detach().clone()
+            moved[index] += sign * 1e-6
+            ends.append(meta_loss(outer, moved, initial))
+        assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(float(weights[index]), rel=1e-6)
+
+
+def test_relative_weights_are_one_over_the_level_of_each_problem() -> None:
+    outer = OuterLoop(steps=1, lr=0.1, objective="relative")
+    losses, initial = torch.tensor([[1.0, 10.0], [3.0, 30.0]]), torch.tensor([4.0, 40.0])
+    weights = OBJECTIVES["relative"](outer)(losses, initial)
+    torch.testing.assert_close(weights, torch.tensor([[1 / 8, 1 / 80], [1 / 8, 1 / 80]]))
+
+
+@pytest.mark.parametrize("objective", ["log", "relative"])
+def test_losses_below_the_floor_weigh_no_more_than_the_floor(objective: str) -> None:
+    outer = OuterLoop(steps=1, lr=0.1, objective=objective, loss_floor=0.01)  # type: ignore[arg-type]
+    tiny = OBJECTIVES[objective](outer)(torch.full((2, 1), 1e-9), torch.ones(1))
+    torch.testing.assert_close(tiny, torch.full((2, 1), 1 / (0.01 * 2)))
+
+
+@pytest.mark.parametrize("case", RULE_CASES)
+def test_the_meta_gradient_is_a_finite_difference_with_gradients_held_constant(case: str) -> None:
+    """The definition itself: replay a recorded gradient sequence with moved meta-parameters, add up updates, weigh."""
+    rule = small_rule(case).double()
+    optimizee = Quadratic(dimension=2, functions=3).sample(4)
+    record, _ = roll_out(rule, optimizee, start_episode(rule, optimizee), 5)
+    weights = torch.rand(5, 1, dtype=torch.float64, generator=seeded(0))
+    backpropagate(rule, record, weights)
+
+    def first_order_meta_loss() -> float:
+        hidden, cell = record.start
+        moved, total = torch.zeros(6, dtype=torch.float64), 0.0
+        for step in range(5):
+            top, (hidden, cell) = rule.advance(record.inputs[step], (hidden, cell), record.active[step])
+            moved = moved + rule.decode(top, record.contexts[step])
+            total += float(weights[step, 0] * (record.grads[step] * moved).sum())
+        return total
+
+    for parameter in rule.parameters():
+        assert parameter.grad is not None
+        direction = torch.randn(parameter.shape, dtype=torch.float64, generator=seeded(1))
+        ends = []
+        with torch.no_grad():
+            for sign in (1, -2):  # up, then down by twice as much
+                parameter.add_(sign * 1e-6 * direction)
+                ends.append(first_order_meta_loss())
+            parameter.add_(1e-6 * direction)
+        slope = (ends[0] - ends[1]) / 2e-6
+        assert slope == pytest.approx(float((parameter.grad * direction).sum()), rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("change", ["", "second_derivatives = true"])
+@pytest.mark.parametrize("objective", ["mean", "log", "relative"])
+def test_resuming_from_a_checkpoint_file_goes_on_bit_for_bit(objective: str, change: str, tmp_path) -> None:
+    recipe = parse_recipe(TINY.replace("[outer]", f'[outer]\nobjective = "{objective}"\nloss_floor = 1e-3\n{change}'))
+    whole = MetaTraining(recipe)
+    records = list(whole)
+    stopped = MetaTraining(recipe)
+    for record in stopped:
+        if record.step == 5:
+            break
+    torch.save(stopped.state_dict(), tmp_path / "checkpoint.pt")
+    resumed = MetaTraining(recipe)
+    resumed.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
+    assert list(resumed) == records[5:]
+    for name, value in whole.best.state_dict().items():
+        assert torch.equal(value, resumed.best.state_dict()[name]), name
+
+
+class Exploding:
+    """Every optimizee breaks after a few inner steps."""
+
+    def sample(self, seed: int) -> Optimizee:
+        calls = iter(range(10_000))
+
+        def losses(params: dict[str, Tensor]) -> Tensor:
+            return params["x"].square().sum(-1) * (1.0 if next(calls) < 3 else math.inf)
+
+        return Optimizee({"x": torch.ones(1, 4)}, losses, seeded(seed))
+
+
+def test_an_optimizee_that_breaks_is_replaced_and_never_poisons_the_rule() -> None:
+    run = MetaTraining(parse_recipe(TINY), Exploding())
+    records = list(run)
+    assert len(records) == 12
+    assert all(parameter.isfinite().all() for parameter in run.rule.parameters())
+    assert run.episodes_started == 2 * 12
+    assert all(record.validation in (None, math.inf) for record in records)
+
+
+def test_validation_is_the_mean_loss_of_fixed_episodes() -> None:
+    recipe, rule = parse_recipe(TINY), small_rule("paper-raw")
+    assert validate(rule, recipe.task, recipe) == validate(rule, recipe.task, recipe)
+    with torch.no_grad():
+        for parameter in rule.readout.parameters():
+            parameter.zero_()
+    still = [float(one.losses(one.params).mean()) for one in map(recipe.task.sample, _validation_seeds())]
+    assert validate(rule, recipe.task, recipe) == pytest.approx(sum(still) / 2, rel=1e-5)
+
+
+def _validation_seeds() -> list[int]:
+    from meta_train.outer_loop import derive_seed
+
+    return [derive_seed(0, "validation", index) for index in range(2)]
+
+
+def test_the_rate_decays_from_all_to_the_final_share() -> None:
+    assert cosine(0.0, 0.02) == 1.0
+    assert cosine(1.0, 0.02) == pytest.approx(0.02)
+    assert cosine(0.5, 0.0) == pytest.approx(0.5)

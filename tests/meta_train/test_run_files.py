@@ -1,0 +1,127 @@
+"""What stands in a run directory, and what it survives."""
+
+import json
+import os
+import platform
+from pathlib import Path
+
+import pytest
+
+from learned_optim import Weights
+from meta_train.run_dir import BEST, CHECKPOINT, ENVIRONMENT, LAST, METRICS, RECIPE, RunDir, environment, write_atomically
+from tests.meta_train.test_recipe import TINY
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("finished")
+    assert list(RunDir(path, TINY).train(checkpoint_every=5))
+    return path
+
+
+def start(path: Path, steps: int, checkpoint_every: int = 3) -> None:
+    """Train a little and stop where a kill would."""
+    for record in RunDir(path, TINY).train(checkpoint_every):
+        if record.step == steps:
+            break
+
+
+def test_it_holds_what_is_promised_and_nothing_else(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == {RECIPE, ENVIRONMENT, METRICS, CHECKPOINT, BEST, LAST}
+    assert (finished / RECIPE).read_text() == TINY
+
+
+def test_the_environment_names_no_machine_and_no_place(finished: Path) -> None:
+    kept = json.loads((finished / ENVIRONMENT).read_text())
+    assert set(kept) == {"python", "torch", "system", "processor", "cores", "threads", "commit"}
+    text = json.dumps(environment())
+    assert platform.node() not in text
+    assert str(Path.cwd()) not in text
+
+
+def test_each_weight_file_carries_its_own_step_and_validation(finished: Path) -> None:
+    records = [json.loads(line) for line in (finished / METRICS).read_text().splitlines()]
+    validated = [record for record in records if "validation" in record]
+    best = [record for record in validated if record["is_best"]][-1]
+    for name, record in ((BEST, best), (LAST, validated[-1])):
+        metadata = Weights.from_pretrained(finished / name).metadata
+        assert metadata["outer_steps"] == str(record["step"]), name
+        assert float(metadata["validation"]) == pytest.approx(record["validation"], rel=1e-5), name
+    assert best["validation"] == min(record["validation"] for record in validated)
+
+
+def test_a_finished_run_changes_nothing_when_started_again(finished: Path) -> None:
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    assert list(RunDir(finished, TINY).train()) == []
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_a_comment_may_change_and_a_value_may_not(tmp_path: Path) -> None:
+    start(tmp_path, 4)
+    assert RunDir(tmp_path, "# a better comment\n" + TINY).run.step == 3
+    assert (tmp_path / RECIPE).read_text() == TINY
+    with pytest.raises(ValueError, match="another recipe"):
+        RunDir(tmp_path, TINY.replace("lr = 0.01", "lr = 0.02"))
+
+
+def test_metrics_after_the_checkpoint_are_dropped_even_half_a_line(tmp_path: Path, finished: Path) -> None:
+    start(tmp_path, 5)
+    with (tmp_path / METRICS).open("a") as file:
+        file.write('{"step": 6, "meta_l')
+    run = RunDir(tmp_path, TINY)
+    assert run.run.step == 3
+    assert len((tmp_path / METRICS).read_text().splitlines()) == 3
+    assert list(run.train())
+    for name in (BEST, LAST, METRICS):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_metrics_that_lost_lines_are_not_passed_over(tmp_path: Path) -> None:
+    start(tmp_path, 4)
+    (tmp_path / METRICS).write_text("")
+    with pytest.raises(ValueError, match="has 0 records, the checkpoint beside it 3 steps"):
+        RunDir(tmp_path, TINY)
+
+
+@pytest.mark.parametrize("missing", [(ENVIRONMENT,), (RECIPE, ENVIRONMENT), (RECIPE,)])
+def test_a_kill_between_the_first_files_is_no_harm(missing: tuple[str, ...], tmp_path: Path, finished: Path) -> None:
+    RunDir(tmp_path, TINY)
+    for name in missing:
+        (tmp_path / name).unlink()
+    assert list(RunDir(tmp_path, TINY).train())
+    assert (tmp_path / BEST).read_bytes() == (finished / BEST).read_bytes()
+
+
+def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
+    start(tmp_path, 4)
+    (tmp_path / f".{CHECKPOINT}.123").write_bytes(b"half")
+    (tmp_path / ".notes").write_text("mine")
+    RunDir(tmp_path, TINY)
+    assert not (tmp_path / f".{CHECKPOINT}.123").exists()
+    assert (tmp_path / ".notes").exists()
+
+
+def test_no_weights_are_called_best_before_a_finite_validation(tmp_path: Path) -> None:
+    start(tmp_path, 3)  # checkpointed, but the first validation comes at step 4
+    assert (tmp_path / CHECKPOINT).exists()
+    assert not (tmp_path / BEST).exists()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_atomically(tmp_path / "file", b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_resuming_under_other_conditions_is_noticed(tmp_path: Path) -> None:
+    run = RunDir(tmp_path, TINY)
+    assert run.changes_since_start() == []
+    kept = json.loads((tmp_path / ENVIRONMENT).read_text())
+    (tmp_path / ENVIRONMENT).write_text(json.dumps({**kept, "threads": 64}))
+    assert run.changes_since_start() == [f"threads 64 -> {kept['threads']}"]
