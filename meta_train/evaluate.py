@@ -70,7 +70,7 @@ class Arena:
 
 ARENAS = {
     "quadratic": Arena(Quadratic(), QUADRATIC, FIXED),
-    "quartic": Arena(Quartic(functions=1), QUARTIC, UNTUNED, tuning=50, fresh=100),
+    "quartic": Arena(Quartic(functions=1), QUARTIC, UNTUNED, tuning=20, fresh=50),
     "digits": Arena(Mixture(problems=1, kinds=("digit-mlp",)), CLASSIFICATION, UNTUNED, last=10),
 }
 """Arenas by name: the paper's quadratics, the quartic toy, and small dense classifiers of 8x8 digits."""

@@ -170,7 +170,7 @@ def _explain(
         return WeightsError, f"{at}: the token may not do this ({_brief(error)}); use one with that permission"
     if isinstance(error, errors.HfHubHTTPError):
         return WeightsError, f"{at}: the Hub refused ({_brief(error)})"
-    return WeightsError, f"{at}: the Hub could not be used ({_brief(error)}); nothing was changed, try again"
+    return WeightsError, f"{at}: the Hub could not be used ({_brief(error)}); no file was changed, try again"
 
 
 def _status(error: BaseException | None) -> int | None:

@@ -90,7 +90,7 @@ def test_the_same_tables_give_the_same_pictures(judged: Path, tmp_path: Path) ->
 
 
 def test_publish_puts_weights_beside_their_recipe(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no best.safetensors"):
+    with pytest.raises(ValueError, match=r"holds no best\.safetensors"):
         publish(tmp_path, "x")
     assert list(RunDir(tmp_path / "run", TINY).train())
     path = publish(tmp_path / "run", "tiny", tmp_path)

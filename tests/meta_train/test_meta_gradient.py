@@ -122,7 +122,7 @@ def test_second_derivatives_are_those_of_the_true_meta_loss(case: str) -> None:
 @pytest.mark.parametrize("case", RULE_CASES)
 def test_a_roll_out_is_what_the_optimizer_does(case: str) -> None:
     rule, optimizee = small_rule(case), Quadratic(dimension=3, functions=4).sample(2)
-    record, carry = roll_out(rule, optimizee, start_episode(rule, optimizee), 12)
+    _, carry = roll_out(rule, optimizee, start_episode(rule, optimizee), 12)
     twin = Quadratic(dimension=3, functions=4).sample(2)
     param = nn.Parameter(twin.params["theta"][0].clone())
     optimizer = LearnedOptimizer([param], weights=rule)

@@ -53,7 +53,10 @@ def test_killed_at_any_point_it_ends_with_the_same_bits(seed: int, tmp_path: Pat
     rng = random.Random(seed)
     for attempt in range(20):
         with subprocess.Popen(
-            [sys.executable, "-c", TRAIN, tmp_path / "killed", recipe], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", TRAIN, tmp_path / "killed", recipe],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         ) as process:
             assert process.stdout is not None
             assert process.stderr is not None
@@ -78,7 +81,11 @@ def test_another_recipe_is_refused(tmp_path: Path) -> None:
 
 
 def test_meta_training_lowers_the_loss_of_quadratics() -> None:
-    text = TINY.replace("steps = 12", "steps = 150").replace("horizon = [6, 12]", "horizon = [15, 15]").replace("horizon = 8", "horizon = 15")
+    text = (
+        TINY.replace("steps = 12", "steps = 150")
+        .replace("horizon = [6, 12]", "horizon = [15, 15]")
+        .replace("horizon = 8", "horizon = 15")
+    )
     run = MetaTraining(parse_recipe(text.replace("every = 4", "every = 50").replace("optimizees = 2", "optimizees = 10")))
     validations = [record.validation for record in run if record.validation is not None]
     untrained = 3.0  # E ||y||^2 in three dimensions: what a rule that does not move is left with.
@@ -87,5 +94,10 @@ def test_meta_training_lowers_the_loss_of_quadratics() -> None:
 
 
 def test_seeds_never_meet() -> None:
-    seeds = {derive_seed(seed, purpose, i) for seed in (0, 1) for purpose in ("train", "validation", "tuning", "evaluation") for i in range(500)}
+    seeds = {
+        derive_seed(seed, purpose, i)
+        for seed in (0, 1)
+        for purpose in ("train", "validation", "tuning", "evaluation")
+        for i in range(500)
+    }
     assert len(seeds) == 4000
