@@ -1,0 +1,249 @@
+/* Vectors of LANES floats and what the kernels do with them, for one instruction set.
+ *
+ * Included once for each instruction set, with LANES, SUFFIX and perhaps ISA_AVX2 or ISA_AVX512 set. GCC and Clang vector
+ * extensions carry the arithmetic, so the same text serves every processor; intrinsics only where the extensions have no
+ * word for an instruction, and always beside a plain form. Not for -ffast-math: NaN and Inf must stay what they are.
+ */
+#define NAME(base) JOIN(base, SUFFIX)
+#define JOIN(base, suffix) JOIN_(base, suffix)
+#define JOIN_(base, suffix) base##suffix
+#define INLINE static inline __attribute__((always_inline, unused))
+#define UNROLL _Pragma("GCC unroll 16")
+
+/* Every name gets the suffix of its instruction set. Defining a macro twice in the same words is allowed. */
+#define vec NAME(vec)
+#define ivec NAME(ivec)
+#define loose_vec NAME(loose_vec)
+#define tile NAME(tile)
+#define tile_bits NAME(tile_bits)
+#define tile_halves NAME(tile_halves)
+#define splat NAME(splat)
+#define load_vec NAME(load_vec)
+#define store_vec NAME(store_vec)
+#define select_vec NAME(select_vec)
+#define min_vec NAME(min_vec)
+#define max_vec NAME(max_vec)
+#define clamp_vec NAME(clamp_vec)
+#define abs_vec NAME(abs_vec)
+#define sqrt_vec NAME(sqrt_vec)
+#define any_lane NAME(any_lane)
+#define all_lanes NAME(all_lanes)
+#define exp2_vec NAME(exp2_vec)
+#define exp_vec NAME(exp_vec)
+#define log_vec NAME(log_vec)
+#define tanh_parts NAME(tanh_parts)
+#define tanh_vec NAME(tanh_vec)
+#define transpose_tile NAME(transpose_tile)
+#define load_tile NAME(load_tile)
+#define store_tile NAME(store_tile)
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef float loose_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+INLINE vec splat(float x) { return x - (vec){0}; }
+INLINE vec load_vec(const float *from) { return *(const loose_vec *)from; }
+INLINE void store_vec(float *to, vec x) { *(loose_vec *)to = x; }
+
+/* Where the mask is -1 the first, where it is 0 the second. */
+INLINE vec select_vec(ivec mask, vec a, vec b) {
+#if defined(ISA_AVX2)
+  return (vec)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)mask);
+#else
+  return (vec)(((ivec)a & mask) | ((ivec)b & ~mask));
+#endif
+}
+
+/* A NaN in the second argument survives. */
+INLINE vec min_vec(vec bound, vec x) {
+#if defined(ISA_AVX512)
+  return (vec)_mm512_min_ps((__m512)bound, (__m512)x);
+#elif defined(ISA_AVX2)
+  return (vec)_mm256_min_ps((__m256)bound, (__m256)x);
+#elif defined(__SSE2__)
+  return (vec)_mm_min_ps((__m128)bound, (__m128)x);
+#else
+  return select_vec(x > bound, bound, x);
+#endif
+}
+
+INLINE vec max_vec(vec bound, vec x) {
+#if defined(ISA_AVX512)
+  return (vec)_mm512_max_ps((__m512)bound, (__m512)x);
+#elif defined(ISA_AVX2)
+  return (vec)_mm256_max_ps((__m256)bound, (__m256)x);
+#elif defined(__SSE2__)
+  return (vec)_mm_max_ps((__m128)bound, (__m128)x);
+#else
+  return select_vec(x < bound, bound, x);
+#endif
+}
+
+INLINE vec clamp_vec(vec x, float low, float high) { return min_vec(splat(high), max_vec(splat(low), x)); }
+INLINE vec abs_vec(vec x) { return (vec)((ivec)x & 0x7fffffff); }
+
+INLINE vec sqrt_vec(vec x) {
+#if defined(ISA_AVX512)
+  return (vec)_mm512_sqrt_ps((__m512)x);
+#elif defined(ISA_AVX2)
+  return (vec)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+  return (vec)_mm_sqrt_ps((__m128)x);
+#else
+  for (int i = 0; i < LANES; i++) x[i] = sqrtf(x[i]);
+  return x;
+#endif
+}
+
+INLINE int any_lane(ivec mask) {
+#if defined(ISA_AVX512)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(ISA_AVX2)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)mask) != 0;
+#else
+  int32_t any = 0;
+  for (int i = 0; i < LANES; i++) any |= mask[i];
+  return any != 0;
+#endif
+}
+
+INLINE int all_lanes(ivec mask) { return !any_lane(~mask); }
+
+/* ---- functions: polynomials and rationals fitted to the float32 range, a few units in the last place ------------------ */
+
+/* 2^x, x clamped to [-126, 58]: for sigmoids, which divide by 1 + 2^x and multiply two such denominators. */
+INLINE vec exp2_vec(vec x) {
+  const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, which then lies in the low bits */
+  x = clamp_vec(x, -126.0f, 58.0f);
+  vec rounded = x + magic;
+  vec f = x - (rounded - magic);
+  vec p = f * 1.32764632e-3f + 9.67553919e-3f;
+  p = p * f + 5.55071293e-2f;
+  p = p * f + 2.40221204e-1f;
+  p = p * f + 6.93146967e-1f;
+  p = p * f + 1.00000007f;
+  return (vec)((ivec)p + ((ivec)rounded << 23));
+}
+
+/* e^x; 0 below -87.3 (where floats lose digits) and Inf above the largest float's logarithm. */
+INLINE vec exp_vec(vec x) {
+  const float magic = 12582912.0f;
+  vec y = clamp_vec(x, -87.3f, 88.7228f);
+  vec rounded = y * 1.44269504f + magic;
+  vec n = rounded - magic;
+  vec r = y - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vec p = r * 1.39013e-3f + 8.36314e-3f;
+  p = p * r + 4.166685e-2f;
+  p = p * r + 1.6666577e-1f;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.0f;
+  p = (vec)((ivec)p + ((ivec)rounded << 23));
+  p = select_vec(x < -87.3f, splat(0.0f), p);
+  return select_vec(x > 88.7228f, splat(INFINITY), p);
+}
+
+/* Natural logarithm of a positive finite float, denormal ones included. */
+INLINE vec log_vec(vec x) {
+  ivec tiny = x < 1.17549435e-38f;
+  x = select_vec(tiny, x * 8388608.0f, x);
+  /* Split into 2^n times a mantissa in [sqrt(1/2), sqrt(2)), so that logarithms near 0 keep their digits. */
+  ivec shifted = (ivec)x - 0x3f3504f3;
+  vec n = __builtin_convertvector(shifted >> 23, vec) - select_vec(tiny, splat(23.0f), splat(0.0f));
+  vec f = (vec)((shifted & 0x7fffff) + 0x3f3504f3) - 1.0f;
+  vec p = f * 7.037678e-2f - 1.1514613e-1f;
+  p = p * f + 1.1677002e-1f;
+  p = p * f - 1.2420141e-1f;
+  p = p * f + 1.4249322e-1f;
+  p = p * f - 1.6668058e-1f;
+  p = p * f + 2.0000715e-1f;
+  p = p * f - 2.4999994e-1f;
+  p = p * f + 3.3333331e-1f;
+  vec square = f * f;
+  p = p * f * square - 0.5f * square + n * -2.12194440e-4f;
+  return p + f + n * 0.693359375f;
+}
+
+/* tanh as a fraction, which callers merge with the denominators of sigmoids; relative error 3e-7, near 0 too. */
+INLINE vec tanh_parts(vec x, vec *denominator) {
+  x = clamp_vec(x, -8.5f, 8.5f);
+  vec s = x * x;
+  vec p = s * 1.4269175589e-8f + 2.1251003527e-5f;
+  vec q = s * 8.1451010918e-7f + 3.3488606337e-4f;
+  p = p * s + 3.5340242556e-3f;
+  q = q * s + 2.6022741322e-2f;
+  p = p * s + 1.3413244694e-1f;
+  q = q * s + 4.6746567426e-1f;
+  p = p * s + 9.9999998817e-1f;
+  q = q * s + 1.0f;
+  *denominator = q;
+  return x * p;
+}
+
+INLINE vec tanh_vec(vec x) {
+  vec denominator, numerator = tanh_parts(x, &denominator);
+  return numerator / denominator;
+}
+
+/* ---- transposition: TILE coordinates by four numbers ----------------------------------------------------------------- */
+
+/* Each 128-bit part of a vector holds four numbers of one coordinate; the parts of vector j are coordinates j, j + 4. */
+#if LANES >= 8
+#define TILE 8
+#else
+#define TILE 4
+#endif
+typedef float tile __attribute__((vector_size(4 * TILE), aligned(4), may_alias));
+typedef uint32_t tile_bits __attribute__((vector_size(4 * TILE)));
+typedef uint16_t tile_halves __attribute__((vector_size(2 * TILE)));
+
+#if TILE == 8
+#define SHUFFLE_PARTS(a, b, i, j, k, l) \
+  __builtin_shufflevector(a, b, i, j, k + 4, l + 4, i + 4, j + 4, k + 8, l + 8)
+#else
+#define SHUFFLE_PARTS(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#endif
+
+/* Transpose the 4 x 4 matrix in each part; its own inverse. */
+INLINE void transpose_tile(tile m[4]) {
+  /* Indices 0-3 name the first vector's part, 4-7 the second's; with eight lanes the macro adds what is missing. */
+  tile a = SHUFFLE_PARTS(m[0], m[1], 0, 1, 4, 5), b = SHUFFLE_PARTS(m[0], m[1], 2, 3, 6, 7);
+  tile c = SHUFFLE_PARTS(m[2], m[3], 0, 1, 4, 5), d = SHUFFLE_PARTS(m[2], m[3], 2, 3, 6, 7);
+  m[0] = SHUFFLE_PARTS(a, c, 0, 2, 4, 6), m[1] = SHUFFLE_PARTS(a, c, 1, 3, 5, 7);
+  m[2] = SHUFFLE_PARTS(b, d, 0, 2, 4, 6), m[3] = SHUFFLE_PARTS(b, d, 1, 3, 5, 7);
+}
+
+/* Rows of four numbers at `stride`, coordinates j and j + 4 to the parts of m[j]. */
+INLINE void load_tile(tile m[4], const void *from, size_t stride, int bfloat16) {
+  UNROLL for (int j = 0; j < 4; j++) {
+    if (bfloat16) {
+      uint16_t row[TILE] __attribute__((aligned(16)));
+      memcpy(row, (const uint16_t *)from + j * stride, 8);
+      if (TILE == 8) memcpy(row + TILE - 4, (const uint16_t *)from + (j + 4) * stride, 8);
+      m[j] = (tile)(__builtin_convertvector(*(const tile_halves *)row, tile_bits) << 16);
+    } else {
+      float row[TILE] __attribute__((aligned(16)));
+      memcpy(row, (const float *)from + j * stride, 16);
+      if (TILE == 8) memcpy(row + TILE - 4, (const float *)from + (j + 4) * stride, 16);
+      m[j] = *(const tile *)row;
+    }
+  }
+}
+
+INLINE void store_tile(const tile m[4], void *to, size_t stride, int bfloat16) {
+  UNROLL for (int j = 0; j < 4; j++) {
+    if (bfloat16) {
+      tile_bits bits = (tile_bits)m[j];
+      tile_bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* to nearest, ties to even */
+      tile_bits is_nan = (tile_bits)((bits & 0x7fffffff) > 0x7f800000);
+      tile_halves row = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), tile_halves);
+      memcpy((uint16_t *)to + j * stride, &row, 8);
+      if (TILE == 8) memcpy((uint16_t *)to + (j + 4) * stride, (const uint16_t *)&row + TILE - 4, 8);
+    } else {
+      memcpy((float *)to + j * stride, &m[j], 16);
+      if (TILE == 8) memcpy((float *)to + (j + 4) * stride, (const float *)&m[j] + TILE - 4, 16);
+    }
+  }
+}
