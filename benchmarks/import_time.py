@@ -1,6 +1,6 @@
 """How much ``import learned_optim`` adds to ``import torch``.
 
-    python -m benchmarks.import_time
+python -m benchmarks.import_time
 """
 
 import subprocess

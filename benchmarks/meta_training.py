@@ -3,13 +3,13 @@
     python -m benchmarks.meta_training
 
 The straightforward way calls ``loss.backward(retain_graph=True)`` at each inner step through the growing graph to get the
-gradient, then backpropagates the summed losses. Both take one truncation of 20 inner steps of the paper's quadratics with the
-paper's 2 x 20 LSTM.
+gradient, then backpropagates the summed losses. Both take one truncation of 20 inner steps of the paper's quadratics with
+the paper's 2 x 20 LSTM.
 """
 
 import torch
-from benchmarks.timing import side_by_side, write_table
 
+from benchmarks.timing import side_by_side, write_table
 from learned_optim import build_rule
 from meta_train.meta_gradient import backpropagate, roll_out, start_episode, unroll
 from meta_train.tasks import Quadratic

@@ -1,16 +1,16 @@
 """What a learned step costs beside Adam's and beside stepping with ``nn.LSTM``.
 
-    python -m benchmarks.step_time [--coordinates N]
+python -m benchmarks.step_time [--coordinates N]
 """
 
 import argparse
 from collections.abc import Callable
 
 import torch
-from benchmarks.timing import side_by_side, write_table
 from torch import nn
 from torch.optim import Adam, Optimizer
 
+from benchmarks.timing import side_by_side, write_table
 from learned_optim import LearnedOptimizer, UpdateRule, build_rule
 
 RULES = {

@@ -1,6 +1,6 @@
 """Everything around an optimizer stays as it was: groups, a schedule, clipping, a checkpoint.
 
-    python -m examples.drop_in
+python -m examples.drop_in
 """
 
 import io

@@ -2,8 +2,8 @@
 
     python -m examples.own_task
 
-A task is any object with `sample(seed)`; the same seed must give the same problem. Here: small nets that learn a sine of random
-frequency from noisy points.
+A task is any object with `sample(seed)`; the same seed must give the same problem. Here: small nets that learn a sine of
+random frequency from noisy points.
 """
 
 import torch
@@ -50,5 +50,7 @@ if __name__ == "__main__":
         if record.validation is not None:
             print(f"outer step {record.step}: validation {record.validation:.3f} (mean log of loss / first loss)")
     weights = Weights(run.best, "sines")
-    optimizer = LearnedOptimizer(nn.Linear(1, 1).parameters(), weights=weights)  # use it, or weights.save("sines.safetensors")
+    optimizer = LearnedOptimizer(
+        nn.Linear(1, 1).parameters(), weights=weights
+    )  # use it, or weights.save("sines.safetensors")
     print(weights, "in", type(optimizer).__name__)

@@ -110,9 +110,9 @@ Eight rates a decade, because gradient descent is best just below the rate at wh
 
 QUARTIC = [
     *settings("SGD", rates(1e-3, 1.0, 4)),
-    *settings("NAG", rates(1e-3, 0.316, 4), (*MOMENTA, *HIGH_MOMENTA)),
-    *settings("RMSprop", rates(1e-3, 0.316, 4)),
-    *settings("Adam", rates(3.16e-3, 1.0, 4)),
+    *settings("NAG", rates(1e-3, 0.1, 4), (*MOMENTA, *HIGH_MOMENTA, 0.995, 0.998)),
+    *settings("RMSprop", rates(3.16e-3, 3.16, 4)),
+    *settings("Adam", rates(3.16e-2, 3.16, 4)),
 ]
 """The sweep for the quartic toy."""
 

@@ -34,24 +34,20 @@ def quadratic(results: Path = RESULTS / "quadratic") -> str:
         "|---|---|---|---|---|",
     ]
     for name in names:
-        values = [cells[name, *column] for column in columns]
+        values = [cells[name, criterion, horizon] for criterion, horizon in columns]
         shown = [f"{float(v['mean']):.3g} ± {float(v['standard_error']):.2g} ({_ratio(v)})" for v in values]
         label = f"**{name}**, not tuned" if name.startswith("LSTM") else f"{name}, tuned for each column"
         lines.append(f"| {label} | {' | '.join(shown)} |")
     where = json.loads((results / "environment.json").read_text())
     count = rows[0]["n"]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Mean ± standard error over n = {count} fresh batches of 128 functions, 100 steps meta-trained, and in brackets the "
-            "ratio to the best baseline of the column. One row for each of three meta-training seeds; the one with the best "
-            "validation is bundled. Baselines are tuned on other batches; every setting tried is in "
-            "[sweep.csv](docs/results/quadratic/sweep.csv). "
-            f"{where['processor']}, torch {where['torch']}, commit {where['commit']}. "
-            "Command: `make reproduce`.",
-        ]
+    note = (
+        f"Mean ± standard error over n = {count} fresh batches of 128 functions, meta-trained to 100 steps; in brackets the "
+        "ratio to the best baseline of the column. One row for each of three meta-training seeds; the one with the best "
+        "validation is bundled. Baselines are tuned on other batches; every setting tried is in "
+        f"[sweep.csv](docs/results/quadratic/sweep.csv). {where['processor']}, torch {where['torch']}, "
+        f"commit {where['commit']}. Command: `make reproduce`."
     )
+    return "\n".join([*lines, "", note])
 
 
 def _ratio(row: dict[str, str]) -> str:
@@ -85,8 +81,8 @@ def updated(text: str) -> str:
     """
     for name, make in TABLES.items():
         pattern = re.compile(rf"(<!-- results:{name} -->\n).*?(<!-- /results:{name} -->)", re.DOTALL)
-        table = make()
-        text = pattern.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
+        # Backslashes in a replacement would be read as references.
+        text = pattern.sub(r"\1" + make().replace("\\", r"\\") + r"\n\2", text)
     return text
 
 

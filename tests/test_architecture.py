@@ -39,9 +39,13 @@ def test_dependencies_point_one_way(path: Path) -> None:
             assert module.split(".")[1] in ALLOWED[part], module
 
 
-@pytest.mark.parametrize("path", sorted([*PACKAGE.rglob("*.py"), *(ROOT / "meta_train").rglob("*.py")]), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted([*PACKAGE.rglob("*.py"), *(ROOT / "meta_train").rglob("*.py")]), ids=lambda path: path.stem
+)
 def test_only_the_command_line_prints(path: Path) -> None:
-    calls = [n.func.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    calls = [
+        n.func.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+    ]
     assert "print" not in calls or path.name == "__main__.py"
 
 

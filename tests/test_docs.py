@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,9 @@ BLOCK = re.compile(r"(<!-- needs: \w+ -->\n)?```python\n(.*?)```", re.DOTALL)
 BLOCKS = [(page, needs, code) for page in PAGES for needs, code in BLOCK.findall(page.read_text())]
 
 
-@pytest.mark.parametrize(("page", "needs", "code"), BLOCKS, ids=[f"{page.stem}-{i}" for i, (page, _, _) in enumerate(BLOCKS)])
+@pytest.mark.parametrize(
+    ("page", "needs", "code"), BLOCKS, ids=[f"{page.stem}-{i}" for i, (page, _, _) in enumerate(BLOCKS)]
+)
 def test_every_python_block_runs(page: Path, needs: str, code: str) -> None:
     if needs:  # A network: the same calls are made against a stand-in in tests/weights/test_hub.py.
         compile(code, str(page), "exec")

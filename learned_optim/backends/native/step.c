@@ -1,0 +1,289 @@
+/* The fused inner step on a CPU: every stage of both rule families in one pass over parameters and memory.
+ *
+ * Plain C with a plain ABI, loaded by ctypes: no torch headers, no build-time dependency but a compiler. The kernel is
+ * compiled once for each instruction set and chosen at run time; see step_kernel.h for how it works.
+ */
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+enum { PAPER = 0, ADAM_MODULATION = 1 };
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+/* What a rule is, apart from its meta-parameters. Mirrored by native.py. */
+struct rule {
+  int32_t family, layers, hidden, num_times, num_contexts, log_and_sign;
+  float fast_decay, slow_decay, second_moment_decay, step_size, log_gain;
+  float input_scale, output_scale, preprocess_p, threshold;
+  const float *time_scales;
+};
+
+/* What a step reads and writes, one row an item; a pointer is 8 bytes on every machine we know. Mirrored by native.py. */
+struct columns {
+  int64_t count;
+  const int64_t *sizes;
+  void *const *params; /* NULL: the update is returned and not applied */
+  void *const *grads, *const *hidden, *const *cell, *const *moments[3];
+  const float *const *steps, *const *scales; /* one number each */
+  const uint8_t *param_types, *grad_types, *memory_types;
+  float lr, shrink;
+  int32_t maximize;
+  /* For a single item whose update is returned; each may be NULL but the first. */
+  float *update, *inputs, *context;
+  uint8_t *active;
+  const float *coordinate_scales;
+};
+
+/* One row of the columns, and what follows from its step. */
+struct item {
+  void *param, *hidden, *cell, *moments[3];
+  const void *grad;
+  const float *scales;
+  int param_type, grad_type, memory_type, maximize;
+  float lr, shrink, step, scale, fast_factor, slow_factor, second_factor;
+  float *update, *inputs, *context;
+  uint8_t *active;
+};
+
+#define HELPER static inline __attribute__((always_inline, unused))
+
+HELPER int encoded_inputs(const struct rule *rule) {
+  return rule->family == ADAM_MODULATION ? 4 : rule->log_and_sign ? 2 : 1;
+}
+
+HELPER int num_outputs(const struct rule *rule) { return rule->family == ADAM_MODULATION ? 2 : 1; }
+
+HELPER float time_feature(const struct rule *rule, int k, float step) {
+  return tanhf(step / rule->time_scales[k] - 1.0f);
+}
+
+/* Packed weights: for each layer the bias [unit][gate], in the first layer the columns of the features of time
+ * [feature][unit][gate], then [unit][inputs, hiddens][gate]; at the end [output][hiddens, bias]. Gates i, f, g, o. */
+HELPER size_t lstm_weights(const struct rule *rule) {
+  size_t H = rule->hidden;
+  return 4 * H * (1 + rule->num_times + encoded_inputs(rule) + H) + (rule->layers - 1) * 4 * H * (1 + 2 * H);
+}
+
+HELPER const float *readout_weights(const struct rule *rule, const float *weights) { return weights + lstm_weights(rule); }
+
+/* Features of time are the same for a whole tensor, so they join its bias. */
+static void fold_time(float *bias, const struct rule *rule, const float *weights, float step) {
+  size_t size = 4 * (size_t)rule->hidden;
+  memcpy(bias, weights, size * sizeof(float));
+  for (int k = 0; k < rule->num_times; k++) {
+    float feature = time_feature(rule, k, step);
+    const float *column = weights + (k + 1) * size;
+    for (size_t i = 0; i < size; i++) bias[i] += feature * column[i];
+  }
+}
+
+static void prepare_item(struct item *item, const struct rule *rule, const struct columns *columns, int64_t i) {
+  *item = (struct item){
+      .param = columns->params ? columns->params[i] : NULL,
+      .grad = columns->grads[i],
+      .hidden = columns->hidden[i],
+      .cell = columns->cell[i],
+      .scales = columns->coordinate_scales,
+      .param_type = columns->param_types ? columns->param_types[i] : FLOAT32,
+      .grad_type = columns->grad_types[i],
+      .memory_type = columns->memory_types[i],
+      .maximize = columns->maximize,
+      .lr = columns->lr,
+      .shrink = columns->shrink,
+      .step = *columns->steps[i],
+      .update = columns->update,
+      .inputs = columns->inputs,
+      .context = columns->context,
+      .active = columns->active,
+  };
+  if (rule->family != ADAM_MODULATION) return;
+  for (int k = 0; k < 3; k++) item->moments[k] = columns->moments[k][i];
+  if (!item->scales) item->scale = *columns->scales[i];
+  /* In float32 as the reference has it: of 1 - 0.999^t little is left of the digits, and both must lose the same. */
+  item->fast_factor = 1.0f / (1.0f - powf(rule->fast_decay, item->step));
+  item->slow_factor = 1.0f / (1.0f - powf(rule->slow_decay, item->step));
+  item->second_factor = 1.0f / (1.0f - powf(rule->second_moment_decay, item->step));
+}
+
+/* Waking a thread must be worth its microseconds. */
+static int useful_threads(int threads, int64_t coordinates) {
+  int64_t worth = 1 + coordinates / 2048;
+  return threads < 1 ? 1 : threads < worth ? threads : (int)worth;
+}
+
+/* ---- 16-bit floats, in integers so that every compiler can vectorise them ----------------------------------------------- */
+
+HELPER float bits_to_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+HELPER uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+
+HELPER float from_bfloat16(uint16_t half) { return bits_to_float((uint32_t)half << 16); }
+
+HELPER uint16_t to_bfloat16(float x) {
+  uint32_t bits = float_to_bits(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+HELPER float from_float16(uint16_t half) {
+  uint32_t size = half & 0x7fff, normal = (size << 13) + (112u << 23);
+  uint32_t bits = size >= 0x7c00 ? normal + (112u << 23) : normal;
+  uint32_t small = float_to_bits((float)(int32_t)size * 5.9604644775390625e-8f); /* subnormal: multiples of 2^-24 */
+  return bits_to_float((size < 0x400 ? small : bits) | (uint32_t)(half & 0x8000) << 16);
+}
+
+HELPER uint16_t to_float16(float x) {
+  uint32_t bits = float_to_bits(x), size = bits & 0x7fffffff;
+  uint32_t normal = (size - (112u << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
+  uint32_t small = float_to_bits(bits_to_float(size) + 0.5f) - 0x3f000000; /* the addition rounds to multiples of 2^-24 */
+  uint32_t large = size > 0x7f800000 ? 0x7e00 : 0x7c00;
+  uint32_t half = size < 0x38800000 ? small : size >= 0x47800000 ? large : normal;
+  return (uint16_t)(half | (bits >> 16 & 0x8000));
+}
+
+/* ---- one kernel for each instruction set ------------------------------------------------------------------------------------ */
+
+#define LANES 4
+#define SUFFIX _plain
+#include "step_kernel.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define X86_VARIANTS
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define LANES 8
+#define SUFFIX _avx2
+#define ISA_AVX2
+#include "step_kernel.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512")
+#endif
+#define LANES 16
+#define SUFFIX _avx512
+#define ISA_AVX512
+#include "step_kernel.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+/* Instruction sets by name: 0 plain, 1 AVX2, 2 AVX-512. Tests lower the limit to reach each. */
+static int isa_limit = 2;
+
+void learned_optim_limit_isa(int limit) { isa_limit = limit; }
+
+int learned_optim_isa(void) {
+#ifdef X86_VARIANTS
+  if (isa_limit >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    return 2;
+  if (isa_limit >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    return 1;
+#endif
+  return 0;
+}
+
+#ifdef X86_VARIANTS
+#define DISPATCH(function, ...)                               \
+  (learned_optim_isa() == 2   ? function##_avx512(__VA_ARGS__) \
+   : learned_optim_isa() == 1 ? function##_avx2(__VA_ARGS__)   \
+                              : function##_plain(__VA_ARGS__))
+#else
+#define DISPATCH(function, ...) function##_plain(__VA_ARGS__)
+#endif
+
+/* ---- what native.py calls ------------------------------------------------------------------------------------------------- */
+
+/* Numbers that learned_optim_pack writes. */
+int64_t learned_optim_packed_size(const struct rule *rule) {
+  return (int64_t)(lstm_weights(rule) + (size_t)num_outputs(rule) * (rule->hidden + 1));
+}
+
+/* Pack torch's tensors: for each layer weight_ih, weight_hh, bias_ih, bias_hh, then the readout's weight and bias. */
+void learned_optim_pack(const struct rule *rule, const float *const *tensors, float *packed) {
+  const int H = rule->hidden, T = rule->num_times;
+  for (int layer = 0; layer < rule->layers; layer++, tensors += 4) {
+    const int below = layer ? H : encoded_inputs(rule), times = layer ? 0 : T;
+    const float *ih = tensors[0], *hh = tensors[1];
+    for (int unit = 0; unit < H; unit++)
+      for (int g = 0; g < 4; g++) {
+        const int row = g * H + unit, at = 4 * unit + g;
+        const float factor = g == 2 ? 1.0f : -1.44269504f; /* -1/ln 2: the kernel's sigmoids take powers of two */
+        float *matrix = packed + 4 * H * (1 + times) + (size_t)4 * unit * (below + H) + g;
+        packed[at] = factor * (tensors[2][row] + tensors[3][row]);
+        for (int k = 0; k < times; k++) packed[4 * H * (1 + k) + at] = factor * ih[row * (below + times) + below + k];
+        for (int k = 0; k < below; k++) matrix[4 * k] = factor * ih[row * (below + times) + k];
+        for (int k = 0; k < H; k++) matrix[4 * (below + k)] = factor * hh[row * H + k];
+      }
+    packed += (size_t)4 * H * (1 + times + below + H);
+  }
+  for (int output = 0; output < num_outputs(rule); output++) {
+    memcpy(packed, tensors[0] + output * H, H * sizeof(float));
+    packed[H] = tensors[1][output];
+    packed += H + 1;
+  }
+}
+
+/* One inner step of every item, in place. Returns 0, or 1 when out of memory. */
+int learned_optim_step(const struct rule *rule, const float *weights, const struct columns *columns, int threads) {
+  return DISPATCH(step_all, rule, weights, columns, threads);
+}
+
+/* Means of the squared entries. Summed in float64 by pieces of fixed size: threads do not change the result. */
+int learned_optim_mean_squares(int64_t count, void *const *values, const uint8_t *types, const int64_t *sizes,
+                               double *means, int threads) {
+  enum { PIECE = 32768 };
+  int64_t pieces = 0, coordinates = 0;
+  for (int64_t i = 0; i < count; i++) pieces += (sizes[i] + PIECE - 1) / PIECE, coordinates += sizes[i];
+  double *sums = malloc(sizeof(double) * (size_t)(pieces ? pieces : 1));
+  if (!sums) return 1;
+  threads = useful_threads(threads, coordinates / 16);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static, 1)
+  for (int share = 0; share < threads; share++) {
+    int64_t first = pieces * share / threads, last = pieces * (share + 1) / threads, piece = 0;
+    for (int64_t i = 0; i < count && piece < last; i++)
+      for (int64_t start = 0; start < sizes[i]; start += PIECE, piece++)
+        if (piece >= first && piece < last) {
+          int64_t size = sizes[i] - start < PIECE ? sizes[i] - start : PIECE;
+          sums[piece] = DISPATCH(sum_of_squares, values[i], types[i], start, size);
+        }
+  }
+  for (int64_t i = 0, piece = 0; i < count; i++) {
+    double total = 0.0;
+    for (int64_t start = 0; start < sizes[i]; start += PIECE) total += sums[piece++];
+    means[i] = sizes[i] ? total / (double)sizes[i] : 0.0;
+  }
+  free(sums);
+  return 0;
+}
+
+/* For tests: tanh 0, sigmoid 1, exp 2, log 3 of an array. */
+void learned_optim_evaluate(int function, int64_t count, const float *x, float *y) {
+  DISPATCH(evaluate, function, count, x, y);
+}

@@ -1,0 +1,395 @@
+/* One whole inner step -- encode, LSTM, decode, parameter update -- for one instruction set. Included by step.c.
+ *
+ * Coordinates are taken in blocks of BLOCK. Inside a block every number is stored [unit][coordinate], so that each inner
+ * loop runs over coordinates, weights are broadcast and the arithmetic is dense multiply-adds. A block's memory is read
+ * and transposed once, lives in the first-level cache until the block is done, and is written once.
+ */
+#include "vectors.h"
+
+#define block_buffers NAME(block_buffers)
+#define vectors_needed NAME(vectors_needed)
+#define lay_out_buffers NAME(lay_out_buffers)
+#define read_values NAME(read_values)
+#define write_values NAME(write_values)
+#define read_memory NAME(read_memory)
+#define write_memory NAME(write_memory)
+#define decay_moment NAME(decay_moment)
+#define encode_adam NAME(encode_adam)
+#define encode_paper NAME(encode_paper)
+#define run_lstm NAME(run_lstm)
+#define read_out NAME(read_out)
+#define decode_block NAME(decode_block)
+#define step_block NAME(step_block)
+#define step_items NAME(step_items)
+#define step_all NAME(step_all)
+#define sum_of_squares NAME(sum_of_squares)
+#define evaluate NAME(evaluate)
+
+/* Four gates times W vectors of accumulators hide the latency of multiply-add and still fit the registers. */
+#ifndef W
+#define W 2
+#endif
+#define BLOCK (W * LANES)
+
+/* ---- values: parameters, gradients, moments --------------------------------------------------------------------------- */
+
+/* `rows` values from index `start`, as floats: in place where they are floats and fill the block, else in `staging`. */
+INLINE const float *read_values(const void *source, int type, int64_t start, int rows, float *staging) {
+  if (type == FLOAT32) {
+    const float *from = (const float *)source + start;
+    if (rows == BLOCK) return from;
+    memcpy(staging, from, sizeof(float) * rows);
+  } else {
+    uint16_t halves[BLOCK];
+    memcpy(halves, (const uint16_t *)source + start, sizeof(uint16_t) * rows);
+    memset(halves + rows, 0, sizeof(uint16_t) * (BLOCK - rows));
+    if (type == BFLOAT16)
+      for (int i = 0; i < BLOCK; i++) staging[i] = from_bfloat16(halves[i]);
+    else
+      for (int i = 0; i < BLOCK; i++) staging[i] = from_float16(halves[i]);
+  }
+  memset(staging + rows, 0, sizeof(float) * (BLOCK - rows));
+  return staging;
+}
+
+INLINE void write_values(void *target, int type, int64_t start, int rows, const vec values[W]) {
+  if (type == FLOAT32) {
+    memcpy((float *)target + start, values, sizeof(float) * rows);
+    return;
+  }
+  const float *from = (const float *)values;
+  uint16_t halves[BLOCK];
+  if (type == BFLOAT16)
+    for (int i = 0; i < BLOCK; i++) halves[i] = to_bfloat16(from[i]);
+  else
+    for (int i = 0; i < BLOCK; i++) halves[i] = to_float16(from[i]);
+  memcpy((uint16_t *)target + start, halves, sizeof(uint16_t) * rows);
+}
+
+/* ---- LSTM memory: rows of `width` numbers, one row a coordinate -------------------------------------------------------- */
+
+/* To [unit][coordinate]. Another way to store memory (8-bit blocks, say) needs a branch here and in write_memory. */
+INLINE void read_memory(vec *block, const void *memory, int type, int64_t start, int rows, int width) {
+  float *to = (float *)block;
+  int bfloat16 = type == BFLOAT16, tiled = width >= 4 ? rows / TILE * TILE : 0;
+  if (rows < BLOCK) memset(to, 0, sizeof(float) * (size_t)width * BLOCK);
+  for (int r = 0; r < tiled; r += TILE) {
+    for (int next = 0; next < width; next += 4) {
+      int c = next + 4 > width ? width - 4 : next; /* the last tile overlaps the one before */
+      size_t at = (size_t)(start + r) * width + c;
+      tile m[4];
+      if (bfloat16)
+        load_tile(m, (const uint16_t *)memory + at, width, 1);
+      else
+        load_tile(m, (const float *)memory + at, width, 0);
+      transpose_tile(m);
+      UNROLL for (int j = 0; j < 4; j++) *(tile *)(to + (size_t)(c + j) * BLOCK + r) = m[j];
+    }
+  }
+  for (int r = tiled; r < rows; r++)
+    for (int c = 0; c < width; c++) {
+      size_t at = (size_t)(start + r) * width + c;
+      to[(size_t)c * BLOCK + r] = bfloat16 ? from_bfloat16(((const uint16_t *)memory)[at]) : ((const float *)memory)[at];
+    }
+}
+
+INLINE void write_memory(void *memory, int type, int64_t start, int rows, int width, const vec *block) {
+  const float *from = (const float *)block;
+  int bfloat16 = type == BFLOAT16, tiled = width >= 4 ? rows / TILE * TILE : 0;
+  for (int r = 0; r < tiled; r += TILE) {
+    for (int next = 0; next < width; next += 4) {
+      int c = next + 4 > width ? width - 4 : next;
+      size_t at = (size_t)(start + r) * width + c;
+      tile m[4];
+      UNROLL for (int j = 0; j < 4; j++) m[j] = *(const tile *)(from + (size_t)(c + j) * BLOCK + r);
+      transpose_tile(m);
+      if (bfloat16)
+        store_tile(m, (uint16_t *)memory + at, width, 1);
+      else
+        store_tile(m, (float *)memory + at, width, 0);
+    }
+  }
+  for (int r = tiled; r < rows; r++)
+    for (int c = 0; c < width; c++) {
+      size_t at = (size_t)(start + r) * width + c;
+      float value = from[(size_t)c * BLOCK + r];
+      if (bfloat16)
+        ((uint16_t *)memory)[at] = to_bfloat16(value);
+      else
+        ((float *)memory)[at] = value;
+    }
+}
+
+/* ---- the three stages --------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+  vec *inputs;               /* F x W, without the features of time, which are in the bias */
+  vec *hidden, *cell, *next; /* L*H x W: before, before and then after, would-be after */
+  float *bias;               /* of layer 0, with the features of time: H x 4 */
+  vec grad[W], context[2][W], update[W];
+  ivec active[W];
+} block_buffers;
+
+INLINE size_t vectors_needed(const struct rule *rule) {
+  return W * (size_t)(encoded_inputs(rule) + 3 * rule->layers * rule->hidden) + (size_t)rule->hidden * 4 / LANES + 1;
+}
+
+INLINE void lay_out_buffers(block_buffers *b, vec *memory, const struct rule *rule) {
+  size_t width = (size_t)rule->layers * rule->hidden * W;
+  b->inputs = memory;
+  b->hidden = b->inputs + (size_t)encoded_inputs(rule) * W;
+  b->cell = b->hidden + width;
+  b->next = b->cell + width;
+  b->bias = (float *)(b->next + width);
+}
+
+/* torch.lerp(value, moment, decay), in the form that torch takes on either side of 1/2. */
+INLINE vec decay_moment(vec moment, vec value, float decay) {
+  if (decay < 0.5f) return value + decay * (moment - value);
+  return moment + (decay - 1.0f) * (moment - value);
+}
+
+/* Moments, inputs, context and active mask of the Adam-modulation rule; the moments are written. */
+INLINE void encode_adam(block_buffers *b, const struct rule *rule, const struct item *item, int64_t start, int rows) {
+  float staging[3][BLOCK] __attribute__((aligned(64)));
+  const float *old[3];
+  vec new[3][W];
+  for (int i = 0; i < 3; i++) old[i] = read_values(item->moments[i], FLOAT32, start, rows, staging[i]);
+  for (int v = 0; v < W; v++) {
+    vec grad = b->grad[v], square = grad * grad;
+    ivec finite = square <= FLT_MAX; /* a second moment of Inf would never recover */
+    grad = select_vec(finite, grad, splat(0.0f));
+    vec fast = load_vec(old[0] + v * LANES), slow = load_vec(old[1] + v * LANES), second = load_vec(old[2] + v * LANES);
+    fast = new[0][v] = select_vec(finite, decay_moment(fast, grad, rule->fast_decay), fast);
+    slow = new[1][v] = select_vec(finite, decay_moment(slow, grad, rule->slow_decay), slow);
+    second = new[2][v] = select_vec(finite, decay_moment(second, square, rule->second_moment_decay), second);
+    ivec active = b->active[v] = finite & (second > 0.0f);
+
+    vec inverse_root = 1.0f / sqrt_vec(select_vec(active, second * item->second_factor, splat(1.0f)));
+    vec normalised = grad * inverse_root;
+    fast = fast * item->fast_factor * inverse_root;
+    b->inputs[v] = clamp_vec(normalised, -5.0f, 5.0f);
+    b->inputs[W + v] = fast;
+    b->inputs[2 * W + v] = slow * item->slow_factor * inverse_root;
+    b->inputs[3 * W + v] = 0.1f * log_vec(normalised * normalised + 1e-8f);
+    b->context[0][v] = fast;
+    b->context[1][v] = select_vec(active, splat(-rule->step_size * item->scale), splat(0.0f));
+  }
+  if (item->scales) {
+    const float *scales = read_values(item->scales, FLOAT32, start, rows, staging[0]);
+    for (int v = 0; v < W; v++)
+      b->context[1][v] = select_vec(b->active[v], -rule->step_size * load_vec(scales + v * LANES), splat(0.0f));
+  }
+  for (int i = 0; i < 3; i++) write_values(item->moments[i], FLOAT32, start, rows, new[i]);
+}
+
+/* Inputs, context and active mask of the paper's rules. A coordinate that was ever active has a cell that is not zero. */
+INLINE void encode_paper(block_buffers *b, const struct rule *rule) {
+  for (int v = 0; v < W; v++) {
+    vec grad = b->grad[v];
+    ivec finite = abs_vec(grad) <= FLT_MAX;
+    grad = select_vec(finite, grad, splat(0.0f));
+    ivec seen = grad != 0.0f;
+    for (int i = 0; i < rule->layers * rule->hidden; i++) seen |= b->cell[i * W + v] != 0.0f;
+    b->active[v] = finite & seen;
+    if (rule->log_and_sign) {
+      vec size = max_vec(splat(rule->threshold), abs_vec(grad));
+      b->inputs[v] = log_vec(size) / rule->preprocess_p;
+      b->inputs[W + v] = clamp_vec(grad / rule->threshold, -1.0f, 1.0f);
+    } else {
+      b->inputs[v] = grad * rule->input_scale;
+    }
+    b->context[0][v] = select_vec(b->active[v], splat(rule->output_scale), splat(0.0f));
+  }
+}
+
+/* Every layer: from inputs, hidden and cell to next (the hidden state as it would be) and cell, held where not active. */
+INLINE void run_lstm(block_buffers *b, const struct rule *rule, const float *weights) {
+  const int H = rule->hidden;
+  const vec *below = b->inputs;
+  int below_size = encoded_inputs(rule);
+  for (int layer = 0; layer < rule->layers; layer++) {
+    const float *bias = layer ? weights : b->bias;
+    const float *w = weights + 4 * H * (layer ? 1 : 1 + rule->num_times);
+    const vec *hidden = b->hidden + (size_t)layer * H * W;
+    vec *cell = b->cell + (size_t)layer * H * W, *next = b->next + (size_t)layer * H * W;
+    for (int unit = 0; unit < H; unit++, bias += 4) {
+      vec acc[4][W];
+      UNROLL for (int g = 0; g < 4; g++)
+        UNROLL for (int v = 0; v < W; v++) acc[g][v] = splat(bias[g]);
+      for (int k = 0; k < below_size; k++, w += 4)
+        UNROLL for (int g = 0; g < 4; g++)
+          UNROLL for (int v = 0; v < W; v++) acc[g][v] += w[g] * below[k * W + v];
+      for (int k = 0; k < H; k++, w += 4)
+        UNROLL for (int g = 0; g < 4; g++)
+          UNROLL for (int v = 0; v < W; v++) acc[g][v] += w[g] * hidden[k * W + v];
+      /* Weights of the sigmoids were packed times -1/ln 2: sigmoid = 1 / (1 + 2^acc). One division for cell, one for
+       * hidden, over common denominators. */
+      UNROLL for (int v = 0; v < W; v++) {
+        vec write = 1.0f + exp2_vec(acc[0][v]), forget = 1.0f + exp2_vec(acc[1][v]), read = 1.0f + exp2_vec(acc[3][v]);
+        vec old = cell[unit * W + v], candidate_den, state_den;
+        vec candidate = tanh_parts(acc[2][v], &candidate_den);
+        vec write_den = write * candidate_den;
+        vec state = (old * write_den + candidate * forget) / (forget * write_den);
+        vec squashed = tanh_parts(state, &state_den);
+        next[unit * W + v] = squashed / (read * state_den);
+        cell[unit * W + v] = select_vec(b->active[v], state, old);
+      }
+    }
+    weights = w;
+    below = next;
+    below_size = H;
+  }
+}
+
+INLINE vec read_out(const vec *hidden, const float *weights, int H) {
+  vec sum = splat(weights[H]);
+  for (int k = 0; k < H; k++) sum += weights[k] * hidden[k * W];
+  return sum;
+}
+
+INLINE void decode_block(block_buffers *b, const struct rule *rule, const float *readout) {
+  const int H = rule->hidden;
+  const vec *top = b->next + (size_t)(rule->layers - 1) * H * W;
+  for (int v = 0; v < W; v++) {
+    if (rule->family == PAPER) {
+      b->update[v] = read_out(top + v, readout, H) * b->context[0][v];
+    } else {
+      vec magnitude = read_out(top + v, readout, H), direction = read_out(top + v, readout + H + 1, H);
+      vec gain = exp_vec(rule->log_gain * tanh_vec(magnitude / rule->log_gain));
+      b->update[v] = b->context[1][v] * gain * (b->context[0][v] + tanh_vec(direction));
+    }
+  }
+}
+
+INLINE void step_block(block_buffers *b, const struct rule *rule, const float *weights, const struct item *item,
+                       int64_t start, int rows) {
+  const int width = rule->layers * rule->hidden, F = encoded_inputs(rule);
+  float staging[BLOCK] __attribute__((aligned(64)));
+  const float *grads = read_values(item->grad, item->grad_type, start, rows, staging);
+  for (int v = 0; v < W; v++) {
+    vec grad = load_vec(grads + v * LANES);
+    b->grad[v] = item->maximize ? -grad : grad;
+  }
+  if (rule->family == PAPER) {
+    read_memory(b->cell, item->cell, item->memory_type, start, rows, width);
+    encode_paper(b, rule);
+  } else {
+    encode_adam(b, rule, item, start, rows);
+  }
+  ivec any = b->active[0], all = b->active[0];
+  for (int v = 1; v < W; v++) any |= b->active[v], all &= b->active[v];
+
+  /* A block at rest (an embedding's rows that no batch has touched) costs no LSTM and no memory traffic. */
+  if (any_lane(any)) {
+    read_memory(b->hidden, item->hidden, item->memory_type, start, rows, width);
+    if (rule->family != PAPER) read_memory(b->cell, item->cell, item->memory_type, start, rows, width);
+    run_lstm(b, rule, weights);
+    decode_block(b, rule, readout_weights(rule, weights));
+    if (!all_lanes(all))
+      for (int i = 0; i < width; i++)
+        for (int v = 0; v < W; v++)
+          b->next[i * W + v] = select_vec(b->active[v], b->next[i * W + v], b->hidden[i * W + v]);
+    write_memory(item->hidden, item->memory_type, start, rows, width, b->next);
+    write_memory(item->cell, item->memory_type, start, rows, width, b->cell);
+  } else {
+    for (int v = 0; v < W; v++) b->update[v] = splat(0.0f);
+  }
+
+  if (item->param) {
+    const float *params = read_values(item->param, item->param_type, start, rows, staging);
+    for (int v = 0; v < W; v++) b->update[v] = load_vec(params + v * LANES) * item->shrink + item->lr * b->update[v];
+    write_values(item->param, item->param_type, start, rows, b->update);
+    return;
+  }
+  write_values(item->update, FLOAT32, start, rows, b->update);
+  const float *inputs = (const float *)b->inputs, *context = (const float *)b->context;
+  const int32_t *active = (const int32_t *)b->active;
+  for (int r = 0; r < rows; r++) {
+    if (item->inputs) {
+      float *to = item->inputs + (start + r) * (F + rule->num_times);
+      for (int k = 0; k < F; k++) to[k] = inputs[k * BLOCK + r];
+      for (int k = 0; k < rule->num_times; k++) to[F + k] = time_feature(rule, k, item->step);
+    }
+    if (item->context)
+      for (int k = 0; k < rule->num_contexts; k++)
+        item->context[(start + r) * rule->num_contexts + k] = context[k * BLOCK + r];
+    if (item->active) item->active[start + r] = (uint8_t)(active[r] & 1);
+  }
+}
+
+/* The blocks `first` to `last`, counted over all items in order; 1 when out of memory. */
+static int step_items(const struct rule *rule, const float *weights, const struct columns *columns, int64_t first,
+                      int64_t last) {
+  void *scratch = NULL;
+  if (posix_memalign(&scratch, 64, vectors_needed(rule) * sizeof(vec))) return 1;
+  block_buffers buffers;
+  lay_out_buffers(&buffers, scratch, rule);
+  for (int64_t i = 0; first < last; i++) {
+    int64_t size = columns->sizes[i], blocks = (size + BLOCK - 1) / BLOCK;
+    if (first < blocks) {
+      struct item item;
+      prepare_item(&item, rule, columns, i);
+      fold_time(buffers.bias, rule, weights, item.step);
+      for (int64_t block = first; block < blocks && block < last; block++) {
+        int64_t start = block * BLOCK;
+        step_block(&buffers, rule, weights, &item, start, size - start < BLOCK ? (int)(size - start) : BLOCK);
+      }
+    }
+    /* Count from the next item's first block. */
+    first = first < blocks ? 0 : first - blocks;
+    last -= blocks;
+  }
+  free(scratch);
+  return 0;
+}
+
+/* Every block, shared among threads in contiguous runs. Coordinates are independent: the split changes no result. */
+static int step_all(const struct rule *rule, const float *weights, const struct columns *columns, int threads) {
+  int64_t blocks = 0, coordinates = 0;
+  for (int64_t i = 0; i < columns->count; i++) {
+    blocks += (columns->sizes[i] + BLOCK - 1) / BLOCK;
+    coordinates += columns->sizes[i];
+  }
+  threads = useful_threads(threads, coordinates);
+  int failed = 0;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static, 1) reduction(| : failed)
+  for (int share = 0; share < threads; share++)
+    failed |= step_items(rule, weights, columns, blocks * share / threads, blocks * (share + 1) / threads);
+  return failed;
+}
+
+static double sum_of_squares(const void *values, int type, int64_t start, int64_t count) {
+  double sums[BLOCK] = {0}, total = 0.0;
+  float staging[BLOCK] __attribute__((aligned(64)));
+  for (int64_t i = 0; i < count; i += BLOCK) {
+    const float *x = read_values(values, type, start + i, count - i < BLOCK ? (int)(count - i) : BLOCK, staging);
+    for (int j = 0; j < BLOCK; j++) sums[j] += (double)x[j] * (double)x[j];
+  }
+  for (int j = 0; j < BLOCK; j++) total += sums[j];
+  return total;
+}
+
+/* For tests: one of the functions above over an array. */
+static void evaluate(int function, int64_t count, const float *x, float *y) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    float staging[LANES] = {0};
+    size_t bytes = sizeof(float) * (size_t)(count - i < LANES ? count - i : LANES);
+    memcpy(staging, x + i, bytes);
+    vec value = load_vec(staging);
+    if (function == 0) value = tanh_vec(value);
+    if (function == 1) value = 1.0f / (1.0f + exp2_vec(value * -1.44269504f));
+    if (function == 2) value = exp_vec(value);
+    if (function == 3) value = log_vec(value);
+    memcpy(y + i, &value, bytes);
+  }
+}
+
+#undef BLOCK
+#undef W
+#undef TILE
+#undef SHUFFLE_PARTS
+#undef LANES
+#undef SUFFIX
+#undef ISA_AVX2
+#undef ISA_AVX512
