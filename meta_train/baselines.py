@@ -100,19 +100,20 @@ def settings(optimizer: str, grid: Iterable[float], momenta: Sequence[float] = M
 QUADRATIC = [
     *settings("SGD", rates(0.562, 5.62, 8)),
     *settings("NAG", rates(0.316, 3.16, 8), (*MOMENTA, *HIGH_MOMENTA)),
+    *settings("NAG", (1.4, 1.47, 1.54, 1.6), (0.9, 0.95, 0.97, 0.98)),
     *settings("RMSprop", rates(5.62e-3, 0.178, 8)),
     *settings("Adam", rates(0.0562, 1.78, 8)),
 ]
 """The sweep for quadratic problems whose loss is a mean over many functions: gradients are small, rates are large.
 
-Eight rates a decade, because gradient descent is best just below the rate at which it diverges.
+Eight rates a decade, and more for NAG where it is best, just below the rate at which it diverges.
 """
 
 QUARTIC = [
     *settings("SGD", rates(1e-3, 1.0, 4)),
     *settings("NAG", rates(1e-3, 0.1, 4), (*MOMENTA, *HIGH_MOMENTA, 0.995, 0.998)),
     *settings("RMSprop", rates(3.16e-3, 3.16, 4)),
-    *settings("Adam", rates(3.16e-2, 3.16, 4)),
+    *settings("Adam", rates(3.16e-2, 31.6, 4)),
 ]
 """The sweep for the quartic toy."""
 
