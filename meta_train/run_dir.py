@@ -197,13 +197,17 @@ def _processor() -> str:
     return f"{names[0] if names else 'unknown'}, {vector}"
 
 
+_CODE = (":/", ":(exclude,top)docs/results")
+"""Everything but the tables, which an evaluation that asks is busy writing."""
+
+
 def _commit() -> str:
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "--", *_CODE) else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
