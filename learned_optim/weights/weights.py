@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import struct
 import threading
 import weakref
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from learned_optim.rules import UpdateRule
 
@@ -187,8 +189,14 @@ def fingerprint(rule: UpdateRule) -> str:
     digest = hashlib.sha256(json.dumps([rule.family, config], sort_keys=True).encode())
     for name, tensor in sorted(rule.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(to_little_endian(tensor))
     return digest.hexdigest()
+
+
+def to_little_endian(tensor: Tensor) -> bytes:
+    """Return a tensor's values as little-endian float32, without NumPy: PyTorch does not bring it along."""
+    values = tensor.detach().to("cpu", torch.float32).flatten().tolist()
+    return struct.pack(f"<{len(values)}f", *values)
 
 
 def _from_pickle(data: bytes, name: str) -> Weights:
