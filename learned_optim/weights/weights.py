@@ -107,8 +107,11 @@ class Weights:
         token: str | bool | None = None,
         revision: str | None = None,
         commit_message: str | None = None,
+        results: str = "",
     ) -> str:
         """Publish on the Hugging Face Hub, with a model card, in one commit.
+
+        The card states the licence in ``metadata["license"]``, or that it is unknown.
 
         Args:
             repo_id: ``"owner/repo"``; created if missing.
@@ -116,13 +119,22 @@ class Weights:
             token: Hub token with write access; by default the one ``hf auth login`` saved.
             revision: Branch to commit to.
             commit_message: By default names the weights.
+            results: Markdown for the card, the measured results.
 
         Returns:
             ``"owner/repo@commit"``, which is what ``weights=`` takes: these very weights, whatever is pushed later.
         """
         from learned_optim.weights.hub import push_to_hub
 
-        return push_to_hub(self, repo_id, private=private, token=token, revision=revision, commit_message=commit_message)
+        return push_to_hub(
+            self,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            results=results,
+        )
 
     def called(self, name: str) -> Weights:
         """Return the same weights, sharing the one network, under another name; the title stays.
