@@ -31,6 +31,9 @@ _OPCODES = """
 OPCODES = frozenset(_OPCODES.split())
 """Constants, containers, references to what was read, and the two ways NumPy's arrays are described."""
 
+RENAMED = {"__builtin__": "builtins", "dill.dill": "dill._dill"}
+"""Modules since Python 2."""
+
 
 def read_arrays(data: bytes, source: str) -> dict[str, dict[str, Tensor]]:
     """Parse a pickle of ``{module: {variable: array}}`` in float32, of any protocol, by pickle or dill.
@@ -122,13 +125,13 @@ class _Reader(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> _StandIn:
         """Return the stand-in for a name; refuse all others by name."""
-        old = {"dill.dill": "dill._dill"}.get(module, module).replace("numpy._core", "numpy.core")
-        if f"{old}.{name}" not in self.stand_ins:
+        known = f"{RENAMED.get(module, module).replace('numpy._core', 'numpy.core')}.{name}"
+        if known not in self.stand_ins:
             raise WeightsError(
                 f"{self.source} is refused: it asks for {module}.{name}, which could run code and which arrays have no need "
                 "of. Nothing was run; do not load this file in any other way"
             )
-        return _StandIn(self.stand_ins[f"{old}.{name}"])
+        return _StandIn(self.stand_ins[known])
 
     def refuse_call(self, *_: object) -> NoReturn:
         raise ValueError("numpy.ndarray is called directly")
