@@ -43,10 +43,9 @@ def quadratic(results: Path = RESULTS / "quadratic") -> str:
     note = (
         f"Mean ± standard error over n = {count} fresh batches of 128 functions, meta-trained to 100 steps; in brackets the "
         "ratio to the best baseline of the column. One row for each of three meta-training seeds; the one with the best "
-        "validation is bundled. Baselines are tuned on other batches, and one that diverges on a fresh batch gives way to the next best; every setting "
-        "tried is in "
-        f"[sweep.csv](docs/results/quadratic/sweep.csv). {where['processor']}, torch {where['torch']}, "
-        f"commit {where['commit']}. Command: `make reproduce`."
+        "validation is bundled. Baselines are tuned on other batches, and one that diverges on a fresh batch gives way to "
+        "its next best setting; every one tried is in [sweep.csv](docs/results/quadratic/sweep.csv). "
+        f"{where['processor']}, torch {where['torch']}, commit {where['commit']}. Command: `make reproduce`."
     )
     return "\n".join([*lines, "", note])
 
