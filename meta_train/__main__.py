@@ -68,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--suite", choices=SUITES, help="judge on whole models instead: synthetic kinds, or real data")
     judge.add_argument("--data", type=Path, help="directory of the real data; docs/judging.md says what it holds")
     judge.add_argument("--cache", type=Path, default=Path("runs/judging"), help="finished runs; default: %(default)s")
-    judge.add_argument("--workers", type=int, default=1, help="processes of one thread each; default: %(default)s")
+    judge.add_argument(
+        "--workers", type=int, default=1, help="processes of one thread each; default: %(default)s, 0: this one"
+    )
     judge.add_argument("--horizon", type=int, help="leave out longer horizons")
     judge.add_argument("--lr", type=float, nargs="+", default=[1.0], help="factors on the learned update; default: 1")
     judge.set_defaults(verb=_evaluate)
@@ -132,8 +134,8 @@ def _labelled(names: Sequence[str]) -> list[Weights]:
 
 
 def _judge_suite(options: argparse.Namespace) -> int:
-    if options.workers < 1:
-        raise ValueError(f"--workers must be at least 1, got {options.workers}")
+    if options.workers < 0:
+        raise ValueError(f"--workers must not be negative, got {options.workers}")
     rules = [learned(name, lr) for name in options.weights for lr in options.lr]
 
     def progress(runs: Iterable[Any], total: int) -> Iterable[Any]:
@@ -185,6 +187,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _figures(options: argparse.Namespace) -> int:
     rows = evaluate.read_rows(options.results / "curves.csv")
+    if "task" in rows[0]:
+        for ending in (".svg", ".png"):
+            figures.suite_curves(rows, options.results / f"curves{ending}")
+        return 0
     probe = evaluate.read_rows(options.results / "probe.csv")
     about = {"task": "", "trained_to": None, **json.loads((options.results / "environment.json").read_text())}
     first = next(row["optimizer"] for row in rows if row["optimizer"].startswith(evaluate.LEARNED))

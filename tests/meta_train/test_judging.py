@@ -87,6 +87,21 @@ def test_the_report_compares_at_every_horizon(runner):
     assert next(row for row in report.summary if row["against"] == "Adam(0.001)")["wins"] == 1
 
 
+def test_a_judgement_is_written_and_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(SUITES, "held-out-kinds", TINY)
+    out, cache = str(tmp_path / "out"), str(tmp_path / "cache")
+    evaluate = ["evaluate", "default", "--suite", "held-out-kinds", "--out", out, "--cache", cache, "--workers", "0"]
+    assert main(evaluate) == 0
+    assert "against Adam, tuned" in capsys.readouterr().out
+    assert main(["figures", out]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *(f"{name}.csv" for name in ("results", "ratios", "summary", "sweep", "curves")),
+        "environment.json",
+        "curves.svg",
+        "curves.png",
+    }
+
+
 def test_processes_give_the_same_bits(tmp_path, monkeypatch):
     suite = SUITES["held-out-kinds"]
     small = JudgingTask("linear", HELD_OUT_KINDS[9].about, HELD_OUT_KINDS[9].make, (20,))
