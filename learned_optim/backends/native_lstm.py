@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from learned_optim.rules.lstm import Carry
 from learned_optim.rules.rule import Advance
@@ -130,14 +131,17 @@ class _Sequence(torch.autograd.Function):
         sizes: tuple[int, int, int],
     ) -> Tensor:
         top = inputs.new_empty(*inputs.shape[:2], sizes[1])
-        ctx.saved = (packed, inputs, hidden, cell, mask, sizes)
-        _run_sequence(*ctx.saved, top=top)
+        ctx.save_for_backward(packed, inputs, hidden, cell, mask)
+        ctx.sizes = sizes
+        _run_sequence(packed, inputs, hidden, cell, mask, sizes, top=top)
         return top
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = torch.zeros_like(ctx.saved[0])
-        _run_sequence(*ctx.saved, d_top=grads[0].contiguous(), d_packed=gradient)
+        packed, inputs, hidden, cell, mask = ctx.saved_tensors
+        gradient = torch.zeros_like(packed)
+        _run_sequence(packed, inputs, hidden, cell, mask, ctx.sizes, d_top=grads[0].contiguous(), d_packed=gradient)
         return gradient, None, None, None, None, None
 
 
