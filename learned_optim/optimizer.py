@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from learned_optim.backends import StepItem, advance_with, apply_step, check_backend
+from learned_optim.backends import StepItem, apply_step, check_backend
 from learned_optim.rules import UpdateRule
 from learned_optim.weights import Weights, resolve_weights
 
@@ -186,14 +186,13 @@ class LearnedOptimizer(Optimizer):
             weights = self._weights[group["fingerprint"]]
             for (device, dtype), items in self._items(group, weights).items():
                 lr = group["lr"]
-                rule = weights.rule_on(device, dtype)
                 apply_step(
-                    rule,
+                    self.backend,
+                    weights.rule_on(device, dtype),
                     items,
                     lr=lr.detach().to(device, dtype).reshape(()) if isinstance(lr, Tensor) else lr,
                     weight_decay=group["weight_decay"],
                     maximize=group["maximize"],
-                    advance=advance_with(self.backend, rule),
                 )
         return loss
 
