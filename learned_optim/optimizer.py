@@ -277,6 +277,7 @@ class LearnedOptimizer(Optimizer):
             ValueError: If the checkpoint was made by another optimizer or with other weights, or does not fit the
                 parameters. Nothing is changed then.
         """
+        self._plan = None  # It would keep the old state alive beside the new.
         checked: list[dict[str, Any]] = []
 
         def check(_: Optimizer, state_dict: dict[str, Any]) -> None:

@@ -218,7 +218,7 @@ class Table:
     """The addresses of all that one call of the kernel reads and writes, but for the gradients.
 
     Args:
-        params: Contiguous, at least one.
+        params: Contiguous.
         memory: ``hidden`` of every parameter, then ``cell`` of every parameter, then each moment; contiguous.
         steps: One number each.
         scales: One number each; empty where the rule takes none.
@@ -232,12 +232,12 @@ class Table:
         self.addresses = array("Q", map(Tensor.data_ptr, self.tensors))
         self.sizes = array("q", map(Tensor.numel, params))
         self.types = array("B", [VALUE_TYPES[x.dtype] for x in params] + [MEMORY_TYPES[x.dtype] for x in memory[:count]])
-        start, types = self.addresses.buffer_info()[0], self.types.buffer_info()[0]
-        param, hidden, cell, *rest = range(start, start + 8 * len(self.addresses), 8 * count)
-        moments = rest[: len(memory) // count - 2]
+        types = self.types.buffer_info()[0]
+        params_at, hidden, cell, *rest = (self.addresses.buffer_info()[0] + 8 * count * column for column in range(8))
+        moments = max(len(memory) // max(count, 1) - 2, 0)
         self.columns = _Columns(
-            count=count, sizes=self.sizes.buffer_info()[0], params=param, hidden=hidden, cell=cell,
-            moments=(pointer * 3)(*moments), steps=rest[len(moments)], scales=rest[-1],
+            count=count, sizes=self.sizes.buffer_info()[0], params=params_at, hidden=hidden, cell=cell,
+            moments=(pointer * 3)(*rest[:moments]), steps=rest[moments], scales=rest[moments + 1],
             param_types=types, memory_types=types + count,
         )  # fmt: skip
 

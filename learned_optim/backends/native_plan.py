@@ -9,6 +9,7 @@ and planned, anew. It keeps no gradient alive.
 from __future__ import annotations
 
 import ctypes
+import functools
 from array import array
 from collections.abc import Sequence
 from operator import attrgetter, is_
@@ -48,7 +49,8 @@ class _Look:
         return bool(getattr(self._library, function)(self._functions, *map(pointer, places)))
 
 
-def _find_look() -> _Look | None:
+@functools.cache
+def _look() -> _Look | None:
     """Return None where torch does not have the functions; no plan is made then."""
     try:
         return _Look() if AVAILABLE else None
@@ -56,22 +58,21 @@ def _find_look() -> _Look | None:
         return None
 
 
-_look = _find_look()
-
-
 class Plan:
     """The next step of an optimizer, if nothing but gradients and options changes until then.
 
     Args:
-        groups: The parameter groups, each with a gradient.
+        look: How to look at tensors.
+        groups: The parameter groups.
         rules: The rule of each group; frozen.
         state: The optimizer's state: for each parameter a dict of tensors.
     """
 
-    def __init__(self, groups: Sequence[Group], rules: Sequence[UpdateRule], state: dict[Tensor, Any]) -> None:
+    def __init__(self, look: _Look, groups: Sequence[Group], rules: Sequence[UpdateRule], state: dict[Tensor, Any]) -> None:
+        self._look = look
         self._objects = [value for memory in state.values() for value in memory.values()]
         self._ids = array("Q", map(id, self._objects))
-        self._groups = [_PlannedGroup(*each, state) for each in zip(groups, rules, strict=True)]
+        self._groups = [_PlannedGroup(look, *each, state) for each in zip(groups, rules, strict=True)]
 
     def renew(self, groups: Sequence[Group], rules: Sequence[UpdateRule], state: dict[Tensor, Any]) -> bool:
         """Look whether everything still lies where it lay, and where the gradients of the next step lie.
@@ -84,10 +85,9 @@ class Plan:
         Returns:
             Whether :meth:`run` may take the step.
         """
-        assert _look is not None
         return (
             len(groups) == len(self._groups)
-            and _look("learned_optim_holds", id(state), len(self._ids), self._ids)
+            and self._look("learned_optim_holds", id(state), len(self._ids), self._ids)
             and all(planned.renew(group, rule) for planned, group, rule in zip(self._groups, groups, rules, strict=True))
         )
 
@@ -102,22 +102,21 @@ class Plan:
 
 
 class _PlannedGroup:
-    def __init__(self, group: Group, rule: UpdateRule, state: dict[Tensor, Any]) -> None:
+    def __init__(self, look: _Look, group: Group, rule: UpdateRule, state: dict[Tensor, Any]) -> None:
         params = list(_with_gradient(group["params"])[0])
         states, count = [state[param] for param in params], len(params)
         memory = [state[name] for name in ("hidden", "cell", *rule.moment_names) for state in states]
         steps = [state["step"] for state in states]
-        self._rule, self._params = rule, params
+        self._look, self._rule, self._params = look, rule, params
         self._means, self._scales = torch.empty(count, dtype=torch.float64), torch.empty(count)
         self._table = Table(params, memory, steps, self._scales.unbind() if rule.uses_scale else ())
         self._handles = array("Q", map(_handle, self._table.tensors))
-        self._dtypes = array("i", [_look.dtypes[param.dtype] for param in params])  # type: ignore[union-attr]
+        self._dtypes = array("i", [look.dtypes[param.dtype] for param in params])
         self._grad_addresses, self._param_addresses = (array("Q", bytes(8 * count)) for _ in range(2))
         self._table.columns.grads = self._grad_addresses.buffer_info()[0]
         self._table.columns.grad_types = self._table.columns.param_types
 
     def renew(self, group: Group, rule: UpdateRule) -> bool:
-        assert _look is not None
         params, grads = _with_gradient(group["params"])
         if not (
             rule is self._rule
@@ -127,14 +126,16 @@ class _PlannedGroup:
             and not any(map(Tensor.is_neg, grads))
         ):
             return False
-        count, sizes, handles = len(params), self._table.sizes, array("Q", map(_handle, grads))
+        look, handles, like = self._look, array("Q", map(_handle, grads)), (self._table.sizes, self._dtypes)
         return (
-            _look("learned_optim_in_place", len(self._handles), self._handles, self._table.addresses)
-            and _look("learned_optim_locate", count, self._handles, sizes, self._dtypes, self._param_addresses)
-            and _look("learned_optim_locate", count, handles, sizes, self._dtypes, self._grad_addresses)
+            look("learned_optim_in_place", len(self._handles), self._handles, self._table.addresses)
+            and look("learned_optim_locate", len(params), self._handles, *like, self._param_addresses)
+            and look("learned_optim_locate", len(params), handles, *like, self._grad_addresses)
         )
 
     def run(self, lr: Tensor | float, weight_decay: float, maximize: bool) -> None:
+        if not self._params:
+            return
         rule, columns, means = self._rule, self._table.columns, self._means
         if rule.uses_scale:
             where = columns.params, columns.param_types, columns.sizes, means.data_ptr()
@@ -155,13 +156,14 @@ def make_plan(groups: Sequence[Group], rules: Sequence[UpdateRule], state: dict[
     Returns:
         None where it cannot.
     """
-    if _look is None or not all(map(supports, rules)):
+    look = _look()
+    if look is None or not all(map(supports, rules)) or not all(isinstance(memory, dict) for memory in state.values()):
         return None
     for group, rule in zip(groups, rules, strict=True):
         params, grads = _with_gradient(group["params"])
-        if not params or not all(_fits(rule, *each, state.get(each[0])) for each in zip(params, grads, strict=True)):
+        if not all(_fits(rule, *each, state.get(each[0])) for each in zip(params, grads, strict=True)):
             return None
-    return Plan(groups, rules, state)
+    return Plan(look, groups, rules, state)
 
 
 def _fits(rule: UpdateRule, param: Tensor, grad: Tensor, state: Any) -> bool:

@@ -277,7 +277,7 @@ def test_functions_to_a_millionth() -> None:
 # The optimizer's step, planned
 
 
-def stepper(case: str, params: list[nn.Parameter], **options: Any) -> LearnedOptimizer:
+def stepper(case: str, params: Any, **options: Any) -> LearnedOptimizer:
     return LearnedOptimizer(params, weights=small_rule(case), **options)
 
 
@@ -364,6 +364,34 @@ def test_a_plan_keeps_no_gradient_and_refuses_sparse_ones() -> None:
     with pytest.raises(RuntimeError, match="sparse"):
         optimizer.step()
     assert_identical(copies(params), before)
+
+
+def test_a_plan_spans_groups_with_options_of_their_own_and_groups_at_rest() -> None:
+    results = []
+    for backend in ("native", "reference"):
+        params = make_params(((5,), (4, 3), (7,), (2,)))
+        groups: list[dict[str, Any]] = [
+            {"params": params[:2], "lr": 0.5},
+            {"params": params[2:3], "weights": small_rule("paper-raw"), "weight_decay": 2.0, "maximize": True},
+            {"params": params[3:]},
+        ]
+        optimizer = stepper("adam-modulation", groups, backend=backend)
+        for step in range(4):
+            for param in params[:3]:
+                param.grad = torch.full_like(param, step - 1.5)
+            optimizer.step()
+        assert (optimizer._plan is not None) == (backend == "native")
+        results.append((copies(params), [dict(optimizer.state[param]) for param in params[:3]]))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_loading_a_checkpoint_frees_the_old_state() -> None:
+    params = make_params(((5,),))
+    optimizer = stepper("adam-modulation", params)
+    take_steps(optimizer, params, 3)
+    old = weakref.ref(optimizer.state[params[0]]["hidden"])
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert old() is None
 
 
 def test_a_planned_step_tells_autograd() -> None:
