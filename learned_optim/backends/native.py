@@ -105,7 +105,7 @@ def apply_step(
     memory = [item.memory[name] for name in names for item in items]
     numbers = [item.step for item in items], [item.scale for item in items if item.scale is not None]
     if torch.compiler.is_compiling():
-        rate = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
+        rate = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
         operator = torch.ops.learned_optim.native_step
         operator(pack(rule), describe(rule), params, grads, memory, *numbers, rate, weight_decay, maximize)
     else:

@@ -108,7 +108,8 @@ class _PlannedGroup:
         memory = [state[name] for name in ("hidden", "cell", *rule.moment_names) for state in states]
         steps = [state["step"] for state in states]
         self._look, self._rule, self._params = look, rule, params
-        self._means, self._scales = torch.empty(count, dtype=torch.float64), torch.empty(count)
+        self._means = torch.empty(count, dtype=torch.float64, device="cpu")
+        self._scales = torch.empty(count, dtype=torch.float32, device="cpu")
         self._table = Table(params, memory, steps, self._scales.unbind() if rule.uses_scale else ())
         self._handles = array("Q", map(_handle, self._table.tensors))
         self._dtypes = array("i", [look.dtypes[param.dtype] for param in params])
