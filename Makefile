@@ -9,7 +9,7 @@ RESULTS := docs/results/quadratic
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
 
-.venv/ready: pyproject.toml setup.py constraints.txt learned_optim/backends/native/lstm.c learned_optim/backends/native/lstm_kernel.h
+.venv/ready: pyproject.toml setup.py constraints.txt $(wildcard learned_optim/backends/native/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	touch $@
