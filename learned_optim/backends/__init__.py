@@ -27,7 +27,7 @@ _INSTALL = {
 """What to do where a backend is not available."""
 
 BACKENDS = ("auto", "reference", *_MODULES)
-"""``reference`` is eager PyTorch, ``triton`` a fused kernel on CUDA, ``native`` compiled C on the CPU, ``auto`` the fastest."""
+"""``reference`` is eager PyTorch, ``triton`` fused on CUDA, ``native`` compiled C on the CPU, ``auto`` takes the fastest."""
 
 
 def check_backend(name: str) -> None:

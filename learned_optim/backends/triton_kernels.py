@@ -3,19 +3,22 @@
 A program takes one chunk of one tensor; which, it reads from a table, so that one launch serves a model of any number of
 tensors. Importing this file needs Triton.
 
-There are two forms of the LSTM. *Unrolled* keeps one coordinate a thread with every unit in a register, and takes its
-weights as kernel arguments, which the hardware reads as operands of the multiply-adds: the fastest while the code is small.
-*Tiled* multiplies matrices, for everything larger.
+There are two forms of the LSTM. *Unrolled* keeps one coordinate a thread with every unit in a register, and has its weights
+compiled in, as operands of the multiply-adds: nothing is loaded but the state, and nothing is shared. *Tiled* multiplies
+matrices, for LSTMs whose code would not fit in the instruction cache.
 
 Letters: F input features, L layers, H hidden size, WIDTH the memory of one coordinate ``L * H``, PADDED the next power of
 two of whatever a tile is wide.
 """
+
+import os
 
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 # Rows of the table of addresses.
 PARAM = tl.constexpr(0)
@@ -39,8 +42,17 @@ def _pointer(addresses, tensors, tensor, offset, row: tl.constexpr, dtype: tl.co
 
 
 @triton.jit
+def _reciprocal(x):
+    """Return ``1 / x`` to one unit in the last place: for divisors of at least 1 that is one instruction, not eight."""
+    if INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
 def _tanh(x):
-    return 2.0 / (1.0 + tl.exp2(x * (-2.0 * LOG2_E))) - 1.0
+    return 2.0 * _reciprocal(1.0 + tl.exp2(x * (-2.0 * LOG2_E))) - 1.0
 
 
 @triton.jit
@@ -92,31 +104,34 @@ def _tile(columns, WIDTH: tl.constexpr, PADDED: tl.constexpr, LOG_PADDED: tl.con
 
 
 @triton.jit
-def _gate(below, hidden, weights, K: tl.constexpr, H: tl.constexpr, FIRST: tl.constexpr, AT: tl.constexpr):
-    """Return one gate's pre-activation: its weights, from ``AT``, are K inputs, H hiddens and the bias."""
-    total = below[0] * weights[AT] + weights[AT + K + H]
+def _gate(below, hidden, WEIGHTS: tl.constexpr, K: tl.constexpr, H: tl.constexpr, FIRST: tl.constexpr, AT: tl.constexpr):
+    """Return one gate's pre-activation: its WEIGHTS, from ``AT``, are K inputs, H hiddens and the bias."""
+    total = below[0] * WEIGHTS[AT] + WEIGHTS[AT + K + H]
     for k in tl.static_range(1, K):
-        total += below[k] * weights[AT + k]
+        total += below[k] * WEIGHTS[AT + k]
     for j in tl.static_range(H):
-        total += hidden[FIRST + j] * weights[AT + K + j]
+        total += hidden[FIRST + j] * WEIGHTS[AT + K + j]
     return total
 
 
 @triton.jit
 def _cell_step(write, forget, candidate, read, cell):
     """Advance a cell. The gates come multiplied by ``-log2 e``, the candidate by twice that."""
-    new_cell = cell / (1.0 + tl.exp2(forget)) + (2.0 / (1.0 + tl.exp2(candidate)) - 1.0) / (1.0 + tl.exp2(write))
-    return _tanh(new_cell) / (1.0 + tl.exp2(read)), new_cell
+    wanted = 2.0 * _reciprocal(1.0 + tl.exp2(candidate)) - 1.0
+    new_cell = cell * _reciprocal(1.0 + tl.exp2(forget)) + wanted * _reciprocal(1.0 + tl.exp2(write))
+    return _tanh(new_cell) * _reciprocal(1.0 + tl.exp2(read)), new_cell
 
 
 @triton.jit
-def _layer_unrolled(below, hidden, cell, weights, K: tl.constexpr, H: tl.constexpr, FIRST: tl.constexpr, AT: tl.constexpr):
+def _layer_unrolled(
+    below, hidden, cell, WEIGHTS: tl.constexpr, K: tl.constexpr, H: tl.constexpr, FIRST: tl.constexpr, AT: tl.constexpr
+):
     hiddens, cells = (), ()
     for u in tl.static_range(H):
-        write = _gate(below, hidden, weights, K, H, FIRST, AT + (4 * u + 0) * (K + H + 1))
-        forget = _gate(below, hidden, weights, K, H, FIRST, AT + (4 * u + 1) * (K + H + 1))
-        candidate = _gate(below, hidden, weights, K, H, FIRST, AT + (4 * u + 2) * (K + H + 1))
-        read = _gate(below, hidden, weights, K, H, FIRST, AT + (4 * u + 3) * (K + H + 1))
+        write = _gate(below, hidden, WEIGHTS, K, H, FIRST, AT + (4 * u + 0) * (K + H + 1))
+        forget = _gate(below, hidden, WEIGHTS, K, H, FIRST, AT + (4 * u + 1) * (K + H + 1))
+        candidate = _gate(below, hidden, WEIGHTS, K, H, FIRST, AT + (4 * u + 2) * (K + H + 1))
+        read = _gate(below, hidden, WEIGHTS, K, H, FIRST, AT + (4 * u + 3) * (K + H + 1))
         new_hidden, new_cell = _cell_step(write, forget, candidate, read, cell[FIRST + u])
         hiddens = hiddens + (new_hidden,)
         cells = cells + (new_cell,)
@@ -124,13 +139,13 @@ def _layer_unrolled(below, hidden, cell, weights, K: tl.constexpr, H: tl.constex
 
 
 @triton.jit
-def _lstm_unrolled(inputs, hidden, cell, weights, F: tl.constexpr, H: tl.constexpr, L: tl.constexpr):
+def _lstm_unrolled(inputs, hidden, cell, WEIGHTS: tl.constexpr, F: tl.constexpr, H: tl.constexpr, L: tl.constexpr):
     """Advance every layer; hidden and cell are tuples of columns."""
-    below, cells = _layer_unrolled(inputs, hidden, cell, weights, F, H, 0, 0)
+    below, cells = _layer_unrolled(inputs, hidden, cell, WEIGHTS, F, H, 0, 0)
     hiddens = below
     for layer in tl.static_range(1, L):
         below, top = _layer_unrolled(
-            below, hidden, cell, weights, H, H, layer * H, 4 * H * (F + H + 1) + (layer - 1) * 4 * H * (2 * H + 1)
+            below, hidden, cell, WEIGHTS, H, H, layer * H, 4 * H * (F + H + 1) + (layer - 1) * 4 * H * (2 * H + 1)
         )
         hiddens = hiddens + below
         cells = cells + top
@@ -138,11 +153,11 @@ def _lstm_unrolled(inputs, hidden, cell, weights, F: tl.constexpr, H: tl.constex
 
 
 @triton.jit
-def _read_out(hidden, weights, H: tl.constexpr, AT: tl.constexpr):
-    """Return one output; its weights, from ``AT``, are H hiddens and the bias."""
-    total = hidden[0] * weights[AT] + weights[AT + H]
+def _read_out(hidden, WEIGHTS: tl.constexpr, H: tl.constexpr, AT: tl.constexpr):
+    """Return one output; its WEIGHTS, from ``AT``, are H hiddens and the bias."""
+    total = hidden[0] * WEIGHTS[AT] + WEIGHTS[AT + H]
     for j in tl.static_range(1, H):
-        total += hidden[j] * weights[AT + j]
+        total += hidden[j] * WEIGHTS[AT + j]
     return total
 
 
@@ -180,17 +195,17 @@ def _encode_paper(grad, finite, settled, RULE: tl.constexpr):
 @triton.jit
 def _encode_adam(grad, finite, moments, values, RULE: tl.constexpr):
     """Return inputs, the mask of active coordinates and new moments; ``values`` are this tensor's, from CORRECTIONS."""
-    square = grad * grad
-    fast = tl.where(finite, _lerp(grad, moments[0], RULE.fast_decay, RULE.fast_complement), moments[0])
-    slow = tl.where(finite, _lerp(grad, moments[1], RULE.slow_decay, RULE.slow_complement), moments[1])
-    mean = tl.where(finite, _lerp(square, moments[2], RULE.square_decay, RULE.square_complement), moments[2])
+    fast = _lerp(grad, moments[0], RULE.fast_decay, RULE.fast_complement)
+    slow = _lerp(grad, moments[1], RULE.slow_decay, RULE.slow_complement)
+    mean = _lerp(grad * grad, moments[2], RULE.square_decay, RULE.square_complement)
     active = finite & (mean > 0)
     inverse_root = _rsqrt(tl.where(active, mean * values[2], 1.0))
     normalised = grad * inverse_root
     log_ratio = tl.log2(normalised * normalised + 1e-8) * (0.1 * LN_2)
     clamped = tl.minimum(tl.maximum(normalised, -5.0), 5.0)
     inputs = (clamped, fast * values[0] * inverse_root, slow * values[1] * inverse_root, log_ratio)
-    for i in tl.static_range(RULE.time_scales):
+    TIMES: tl.constexpr = RULE.time_scales
+    for i in tl.static_range(TIMES):
         inputs = inputs + (values[3 + i] + tl.zeros_like(grad),)
     return inputs, active, (fast, slow, mean)
 
@@ -207,12 +222,12 @@ def _places(rows, inside, FIRST: tl.constexpr, USED: tl.constexpr, PADDED: tl.co
 
 
 @triton.jit
-def _aligned(pointers, ALIGNED: tl.constexpr):
-    """Promise that rows start on 16-byte boundaries, where they do."""
+def _at(base, where, ALIGNED: tl.constexpr):
+    """Return pointers to a tile of memory, promising that rows start on 16-byte boundaries where they do."""
     if ALIGNED:
-        return tl.multiple_of(pointers, (16, 16))
+        return tl.multiple_of(base + where, (16, 16))
     else:
-        return pointers
+        return base + where
 
 
 @triton.jit(do_not_specialize=["tensors"])
@@ -227,6 +242,7 @@ def step_kernel(
     F: tl.constexpr,
     H: tl.constexpr,
     L: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     RULE: tl.constexpr,
     PARAM_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
@@ -250,10 +266,11 @@ def step_kernel(
         addresses: int64 ``(rows, tensors)``.
         values: float32 ``(rows, tensors)``.
         tensors: Number of tensors.
-        weights: Unrolled, a tuple of numbers; tiled, a float32 pointer. Packed by ``triton_step``.
+        weights: The tiled form's, a float32 pointer, packed by ``triton_step``.
         F: Input features.
         H: Hidden size.
         L: Layers.
+        WEIGHTS: The unrolled form's, a tuple of numbers.
         RULE: The family's constants.
         PARAM_TYPE: Of the parameters.
         GRAD_TYPE: Of the gradients.
@@ -286,74 +303,82 @@ def step_kernel(
     if RULE.adam:
         for i in tl.static_range(3):
             moments = moments + (_pointer(addresses, tensors, tensor, start, MOMENTS + i, MOMENT_TYPE),)
-        for i in tl.static_range(3 + RULE.time_scales):
+        VALUES: tl.constexpr = 3 + RULE.time_scales
+        for i in tl.static_range(VALUES):
             corrections = corrections + (tl.load(values + (CORRECTIONS + i) * tensors + tensor),)
 
-    first = 0
-    while first < count:
-        rows = first + tl.arange(0, BLOCK)
-        inside = rows < count
-        grad = tl.load(grads + rows, mask=inside, other=0.0).to(tl.float32)
-        param = tl.load(params + rows, mask=inside, other=0.0).to(tl.float32)
-        old_moments = ()
-        if RULE.adam:
-            for i in tl.static_range(3):
-                old_moments = old_moments + (tl.load(moments[i] + rows, mask=inside, other=0.0).to(tl.float32),)
-        old_hidden, old_cell = (), ()
-        for tile in tl.static_range(L if TILED else 1):
-            where, held = _places(rows, inside, tile * H, USED, PADDED, WIDTH)
-            old_hidden = old_hidden + (tl.load(_aligned(hiddens + where, ALIGNED), mask=held, other=0.0).to(tl.float32),)
-            old_cell = old_cell + (tl.load(_aligned(cells + where, ALIGNED), mask=held, other=0.0).to(tl.float32),)
-
-        if MAXIMIZE:
-            grad = -grad
-        if RULE.adam:
-            finite = grad * grad < float("inf")
-            grad = tl.where(finite, grad, 0.0)
-            inputs, active, new_moments = _encode_adam(grad, finite, old_moments, corrections, RULE)
-            for i in tl.static_range(3):
-                tl.store(moments[i] + rows, new_moments[i].to(MOMENT_TYPE), mask=inside)
-        else:
-            finite = tl.abs(grad) < float("inf")
-            bottom = tl.where((tl.arange(0, PADDED) < H)[None, :], tl.abs(old_cell[0]), 0.0)
-            inputs, active = _encode_paper(tl.where(finite, grad, 0.0), finite, tl.max(bottom, 1) != 0, RULE)
-
-        if TILED:
-            below, new_cell = _layer_tiled(inputs, old_hidden[0], old_cell[0], weights, F, True, PADDED, PRECISION)
-            new_hidden, new_cell = (below,), (new_cell,)
-            at = weights + 4 * (F + PADDED + 1) * PADDED
-            for layer in tl.static_range(1, L):
-                below, cell = _layer_tiled(below, old_hidden[layer], old_cell[layer], at, PADDED, False, PADDED, PRECISION)
-                new_hidden = new_hidden + (below,)
-                new_cell = new_cell + (cell,)
-                at += 4 * (2 * PADDED + 1) * PADDED
-            columns = tl.arange(0, PADDED)
-            output = tl.sum(below * tl.load(at + columns)[None, :], 1) + tl.load(at + PADDED)
+    # Not `range(0, count, BLOCK)`: a loop whose number of turns is known lets the compiler see that rows are contiguous.
+    for block in range(CHUNK // BLOCK):
+        if block * BLOCK < count:
+            rows = block * BLOCK + tl.arange(0, BLOCK)
+            inside = rows < count
+            grad = tl.load(grads + rows, mask=inside, other=0.0).to(tl.float32)
+            param = tl.load(params + rows, mask=inside, other=0.0).to(tl.float32)
+            old_moments = ()
             if RULE.adam:
-                at += PADDED + 1
-                direction = tl.sum(below * tl.load(at + columns)[None, :], 1) + tl.load(at + PADDED)
-        else:
-            READOUT: tl.constexpr = 4 * H * (F + H + 1) + (L - 1) * 4 * H * (2 * H + 1)
-            hidden = _columns(old_hidden[0], PADDED, LOG_PADDED, BLOCK)
-            cell = _columns(old_cell[0], PADDED, LOG_PADDED, BLOCK)
-            below, hidden, cell = _lstm_unrolled(inputs, hidden, cell, weights, F, H, L)
-            output = _read_out(below, weights, H, READOUT)
-            if RULE.adam:
-                direction = _read_out(below, weights, H, READOUT + H + 1)
-            new_hidden = (_tile(hidden, WIDTH, PADDED, LOG_PADDED, BLOCK),)
-            new_cell = (_tile(cell, WIDTH, PADDED, LOG_PADDED, BLOCK),)
+                for i in tl.static_range(3):
+                    old_moments = old_moments + (tl.load(moments[i] + rows, mask=inside, other=0.0).to(tl.float32),)
+            old_hidden, old_cell = (), ()
+            for tile in tl.static_range(L if TILED else 1):
+                where, mask = _places(rows, inside, tile * H, USED, PADDED, WIDTH)
+                old_hidden = old_hidden + (tl.load(_at(hiddens, where, ALIGNED), mask=mask, other=0.0).to(tl.float32),)
+                old_cell = old_cell + (tl.load(_at(cells, where, ALIGNED), mask=mask, other=0.0).to(tl.float32),)
+            if not TILED:
+                old_hidden = _columns(old_hidden[0], PADDED, LOG_PADDED, BLOCK)
+                old_cell = _columns(old_cell[0], PADDED, LOG_PADDED, BLOCK)
 
-        for tile in tl.static_range(L if TILED else 1):
-            where, held = _places(rows, inside, tile * H, USED, PADDED, WIDTH)
-            hidden_tile = tl.where(active[:, None], new_hidden[tile], old_hidden[tile]).to(MEMORY_TYPE)
-            cell_tile = tl.where(active[:, None], new_cell[tile], old_cell[tile]).to(MEMORY_TYPE)
-            tl.store(_aligned(hiddens + where, ALIGNED), hidden_tile, mask=held)
-            tl.store(_aligned(cells + where, ALIGNED), cell_tile, mask=held)
-        if RULE.adam:
-            gain = tl.exp2(_tanh(output * (1.0 / RULE.log_gain)) * (RULE.log_gain * LOG2_E))
-            update = gain * (inputs[1] + _tanh(direction))
-        else:
-            update = output
-        update = tl.where(active, amplitude * update, 0.0)
-        tl.store(params + rows, (param * keep + lr * update).to(PARAM_TYPE), mask=inside)
-        first += BLOCK
+            if MAXIMIZE:
+                grad = -grad
+            if RULE.adam:
+                finite = grad * grad < float("inf")
+                grad = tl.where(finite, grad, 0.0)
+                inputs, active, new_moments = _encode_adam(grad, finite, old_moments, corrections, RULE)
+                for i in tl.static_range(3):
+                    tl.store(moments[i] + rows, new_moments[i].to(MOMENT_TYPE), mask=inside & finite)
+            else:
+                finite = tl.abs(grad) < float("inf")
+                if TILED:
+                    bottom = tl.max(tl.abs(old_cell[0]), 1)
+                else:
+                    bottom = tl.abs(old_cell[0])
+                    for u in tl.static_range(1, H):
+                        bottom = tl.maximum(bottom, tl.abs(old_cell[u]))
+                inputs, active = _encode_paper(tl.where(finite, grad, 0.0), finite, bottom != 0, RULE)
+
+            if TILED:
+                below, new_cell = _layer_tiled(inputs, old_hidden[0], old_cell[0], weights, F, True, PADDED, PRECISION)
+                new_hidden, new_cell = (below,), (new_cell,)
+                at = weights + 4 * (F + PADDED + 1) * PADDED
+                for layer in tl.static_range(1, L):
+                    below, cell = _layer_tiled(
+                        below, old_hidden[layer], old_cell[layer], at, PADDED, False, PADDED, PRECISION
+                    )
+                    new_hidden = new_hidden + (below,)
+                    new_cell = new_cell + (cell,)
+                    at += 4 * (2 * PADDED + 1) * PADDED
+                columns = tl.arange(0, PADDED)
+                output = tl.sum(below * tl.load(at + columns)[None, :], 1) + tl.load(at + PADDED)
+                if RULE.adam:
+                    at += PADDED + 1
+                    direction = tl.sum(below * tl.load(at + columns)[None, :], 1) + tl.load(at + PADDED)
+            else:
+                READOUT: tl.constexpr = 4 * H * (F + H + 1) + (L - 1) * 4 * H * (2 * H + 1)
+                below, hidden, cell = _lstm_unrolled(inputs, old_hidden, old_cell, WEIGHTS, F, H, L)
+                output = _read_out(below, WEIGHTS, H, READOUT)
+                if RULE.adam:
+                    direction = _read_out(below, WEIGHTS, H, READOUT + H + 1)
+                new_hidden = (_tile(hidden, WIDTH, PADDED, LOG_PADDED, BLOCK),)
+                new_cell = (_tile(cell, WIDTH, PADDED, LOG_PADDED, BLOCK),)
+
+            for tile in tl.static_range(L if TILED else 1):
+                where, mask = _places(rows, inside, tile * H, USED, PADDED, WIDTH)
+                mask = mask & active[:, None]
+                tl.store(_at(hiddens, where, ALIGNED), new_hidden[tile].to(MEMORY_TYPE), mask=mask)
+                tl.store(_at(cells, where, ALIGNED), new_cell[tile].to(MEMORY_TYPE), mask=mask)
+            if RULE.adam:
+                gain = tl.exp2(_tanh(output * (1.0 / RULE.log_gain)) * (RULE.log_gain * LOG2_E))
+                update = gain * (inputs[1] + _tanh(direction))
+            else:
+                update = output
+            update = tl.where(active, amplitude * update, 0.0)
+            tl.store(params + rows, (param * keep + lr * update).to(PARAM_TYPE), mask=inside)

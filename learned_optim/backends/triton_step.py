@@ -25,8 +25,8 @@ from learned_optim.backends import chunks
 from learned_optim.backends.chunks import StepItem
 from learned_optim.rules import AdamModulationConfig, AdamModulationRule, PaperRule, PaperRuleConfig, UpdateRule
 
-UNROLLED_WEIGHTS = 900
-"""Up to this many weights the LSTM is unrolled, beyond it is tiled: kernel arguments hold 4 KiB."""
+UNROLLED_WEIGHTS = 1500
+"""Up to this many weights the LSTM is unrolled, beyond it is tiled: each is an instruction, and 2,000 fill a cache."""
 
 KEPT_TABLES = 16
 """Tables of addresses kept for one rule: one for each parameter group and combination of element types."""
@@ -221,8 +221,9 @@ class Program:
                 table.addresses,
                 values,
                 len(items),
-                self.weights,
+                self.weights if self.form.tiled else None,
                 *self.rule_sizes,
+                WEIGHTS=None if self.form.tiled else self.weights,
                 RULE=self.constants,
                 PARAM_TYPE=getattr(tl, str(types[0]).removeprefix("torch.")),
                 GRAD_TYPE=getattr(tl, str(types[1]).removeprefix("torch.")),
@@ -311,7 +312,7 @@ def _constants(rule: UpdateRule) -> PaperConstants | AdamConstants:
     if isinstance(config, AdamModulationConfig):
         decays = torch.tensor((config.fast_decay, config.slow_decay, config.second_moment_decay))
         pairs = torch.stack((decays, 1 - decays), 1).flatten().tolist()
-        return AdamConstants(*pairs, log_gain=config.log_gain, time_scales=len(config.time_scales))
+        return AdamConstants(*pairs, config.log_gain, len(config.time_scales))
     assert isinstance(config, PaperRuleConfig)
     p = config.preprocess_p
     return PaperConstants(config.inputs == "log_and_sign", p, math.exp(-p), config.input_scale)
