@@ -49,10 +49,10 @@ class AdamConstants(NamedTuple):
     """What the device code of :class:`AdamModulationRule` has compiled in; complements are rounded as torch rounds."""
 
     fast_decay: float
-    fast_complement: float
     slow_decay: float
-    slow_complement: float
     square_decay: float
+    fast_complement: float
+    slow_complement: float
     square_complement: float
     log_gain: float
     time_scales: int
@@ -310,9 +310,9 @@ def choose_form(rule: UpdateRule) -> Form:
 def _constants(rule: UpdateRule) -> PaperConstants | AdamConstants:
     config = rule.config
     if isinstance(config, AdamModulationConfig):
-        decays = torch.tensor((config.fast_decay, config.slow_decay, config.second_moment_decay))
-        pairs = torch.stack((decays, 1 - decays), 1).flatten().tolist()
-        return AdamConstants(*pairs, config.log_gain, len(config.time_scales))
+        decays = (config.fast_decay, config.slow_decay, config.second_moment_decay)
+        complements = (1 - torch.tensor(decays)).tolist()
+        return AdamConstants(*decays, *complements, config.log_gain, len(config.time_scales))
     assert isinstance(config, PaperRuleConfig)
     p = config.preprocess_p
     return PaperConstants(config.inputs == "log_and_sign", p, math.exp(-p), config.input_scale)
