@@ -311,8 +311,8 @@ def _constants(rule: UpdateRule) -> PaperConstants | AdamConstants:
     config = rule.config
     if isinstance(config, AdamModulationConfig):
         decays = (config.fast_decay, config.slow_decay, config.second_moment_decay)
-        complements = (1 - torch.tensor(decays)).tolist()
-        return AdamConstants(*decays, *complements, config.log_gain, len(config.time_scales))
+        fast, slow, square = (1 - torch.tensor(decays)).tolist()
+        return AdamConstants(*decays, fast, slow, square, config.log_gain, len(config.time_scales))
     assert isinstance(config, PaperRuleConfig)
     p = config.preprocess_p
     return PaperConstants(config.inputs == "log_and_sign", p, math.exp(-p), config.input_scale)
