@@ -49,7 +49,8 @@ class LearnedOptimizer(Optimizer):
         maximize: Ascend instead of descend.
         state_dtype: ``torch.float32`` (default) or ``torch.bfloat16`` for the LSTM memory. float64 parameters keep
             float64.
-        backend: ``"auto"`` (the fastest that fits), ``"reference"`` (PyTorch) or ``"native"`` (compiled, on the CPU).
+        backend: ``"auto"`` (the fastest that fits), ``"reference"`` (PyTorch), ``"native"`` (compiled, on the CPU)
+            or ``"triton"`` (fused, on CUDA).
         capturable: Keep step counts on the parameters' device, as CUDA graph capture needs.
         foreach: Accepted for compatibility; small tensors are always processed together.
         fused: Accepted for compatibility; True is refused, choose a ``backend`` instead.
