@@ -30,7 +30,7 @@ setup(
     ext_modules=[
         Extension(
             "learned_optim.backends._native",
-            sources=[f"{NATIVE}/lstm.c", f"{NATIVE}/step.c"],
+            sources=[f"{NATIVE}/lstm.c", f"{NATIVE}/step.c", f"{NATIVE}/unchanged.c"],
             depends=[f"{NATIVE}/{name}" for name in ("lstm_kernel.h", "step_kernel.h", "vectors.h")],
             optional=True,
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from learned_optim.backends import StepItem, apply_step, check_backend
+from learned_optim.backends.native_plan import Plan, make_plan
 from learned_optim.rules import UpdateRule
 from learned_optim.weights import Weights, resolve_weights
 
@@ -74,6 +75,8 @@ class LearnedOptimizer(Optimizer):
     References:
         Andrychowicz et al. 2016, arXiv:1606.04474, equation 3 (there :math:`g_t` is the update).
     """
+
+    _plan: Plan | None = None
 
     def __init__(
         self,
@@ -182,6 +185,8 @@ class LearnedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._repeat_step():
+            return loss
         self._refuse_sparse_gradients()
         for group in self.param_groups:
             weights = self._weights[group["fingerprint"]]
@@ -195,7 +200,25 @@ class LearnedOptimizer(Optimizer):
                     weight_decay=group["weight_decay"],
                     maximize=group["maximize"],
                 )
+        self._plan_step()
         return loss
+
+    def _repeat_step(self) -> bool:
+        """Take the step as the last one was taken, if nothing but gradients and options has changed."""
+        if self._plan is None or torch.compiler.is_compiling():
+            return False
+        if not self._plan.renew(self.param_groups, self._cpu_rules(), self.state):
+            return False
+        self._plan.run(self.param_groups)
+        return True
+
+    def _plan_step(self) -> None:
+        if self.backend in ("auto", "native") and not torch.compiler.is_compiling():
+            self._plan = make_plan(self.param_groups, self._cpu_rules(), self.state)
+
+    def _cpu_rules(self) -> list[UpdateRule]:
+        cpu = torch.device("cpu")
+        return [self._weights[group["fingerprint"]].rule_on(cpu, torch.float32) for group in self.param_groups]
 
     def _refuse_sparse_gradients(self) -> None:
         """Refuse before anything is written, so that a caller who catches the error has lost nothing."""
@@ -259,6 +282,7 @@ class LearnedOptimizer(Optimizer):
             ValueError: If the checkpoint was made by another optimizer or with other weights, or does not fit the
                 parameters. Nothing is changed then.
         """
+        self._plan = None  # It would keep the old state alive beside the new.
         checked: list[dict[str, Any]] = []
 
         def check(_: Optimizer, state_dict: dict[str, Any]) -> None:

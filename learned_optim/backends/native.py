@@ -1,7 +1,7 @@
 """The compiled CPU backend: encode, LSTM, decode and parameter update in one pass over parameters and memory.
 
-``native/step.c`` says how the kernel works. What it cannot take (float64, tensor subclasses, other ways to store memory) goes
-to the reference, item by item.
+``native/step.c`` says how the kernel works. What it cannot take (float64, tensor subclasses, other ways to store
+memory) goes to the reference, item by item.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ VALUE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MEMORY_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes of hidden and cell."""
 
-_PLAIN_TENSORS = {Tensor, nn.Parameter}
+PLAIN_TENSORS = {Tensor, nn.Parameter}
 _LOG2_E = 1.44269504
 
 
@@ -91,7 +91,7 @@ def apply_step(
         weight_decay: Decoupled; parameters shrink by ``1e-3 * lr * weight_decay``.
         maximize: Ascend instead of descend.
     """
-    taken = [_takes(rule, item) for item in items]
+    taken = [takes(rule, item) for item in items]
     others = [item for item, taking in zip(items, taken, strict=True) if not taking]
     if others:
         chunks.apply_step(rule, others, lr=lr, weight_decay=weight_decay, maximize=maximize)
@@ -101,25 +101,23 @@ def apply_step(
     # The kernel reads and writes flat tensors; a copy stands in for one that is not.
     params = [item.param.resolve_neg().contiguous() for item in items]
     names = ("hidden", "cell", *rule.moment_names)
-    arguments = (
-        params,
-        [item.grad.resolve_neg().contiguous() for item in items],
-        [item.memory[name] for name in names for item in items],
-        [item.step for item in items],
-        [item.scale for item in items if item.scale is not None],
-    )
+    grads = [item.grad.resolve_neg().contiguous() for item in items]
+    memory = [item.memory[name] for name in names for item in items]
+    numbers = [item.step for item in items], [item.scale for item in items if item.scale is not None]
     if torch.compiler.is_compiling():
-        rate = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
-        torch.ops.learned_optim.native_step(pack(rule), describe(rule), *arguments, rate, weight_decay, maximize)
+        rate = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
+        operator = torch.ops.learned_optim.native_step
+        operator(pack(rule), describe(rule), params, grads, memory, *numbers, rate, weight_decay, maximize)
     else:
-        _Table(_struct(tuple(describe(rule))), _packed(rule), *arguments).run(lr, weight_decay, maximize)
+        Table(params, memory, *numbers).run(struct(describe(rule)), packed(rule), grads, lr, weight_decay, maximize)
         increment_version(params)
     for item, flat in zip(items, params, strict=True):
         if flat is not item.param:
             item.param.copy_(flat)
 
 
-def _takes(rule: UpdateRule, item: StepItem) -> bool:
+def takes(rule: UpdateRule, item: StepItem) -> bool:
+    """Return whether the kernel can take an item, perhaps by way of a contiguous copy of parameter and gradient."""
     size, memory = item.param.numel(), item.memory
     if set(memory) != {"hidden", "cell", *rule.moment_names}:
         return False
@@ -128,8 +126,7 @@ def _takes(rule: UpdateRule, item: StepItem) -> bool:
     states = (memory["hidden"], memory["cell"])
     return (
         all(
-            type(x) in _PLAIN_TENSORS and x.device.type == "cpu"
-            for x in (item.param, item.grad, *states, *moments, *numbers)
+            type(x) in PLAIN_TENSORS and x.device.type == "cpu" for x in (item.param, item.grad, *states, *moments, *numbers)
         )
         and item.param.dtype in VALUE_TYPES
         and item.grad.dtype in VALUE_TYPES
@@ -187,15 +184,20 @@ def pack(rule: UpdateRule) -> Tensor:
     return torch.cat((*parts, readout)).detach().contiguous()
 
 
-_cache: weakref.WeakKeyDictionary[UpdateRule, tuple[list[int], Tensor]] = weakref.WeakKeyDictionary()
+_packed: weakref.WeakKeyDictionary[UpdateRule, tuple[list[int], Tensor]] = weakref.WeakKeyDictionary()
 
 
-def _packed(rule: UpdateRule) -> Tensor:
-    """Pack a rule's weights once, and again if they were written since."""
+def packed(rule: UpdateRule) -> Tensor:
+    """Return :func:`pack` of a rule, packed once, and again if its weights were written since."""
     versions = [x for weight in rule.parameters() for x in (weight._version, weight.data_ptr())]
-    if rule not in _cache or _cache[rule][0] != versions:
-        _cache[rule] = (versions, pack(rule))
-    return _cache[rule][1]
+    if rule not in _packed or _packed[rule][0] != versions:
+        _packed[rule] = (versions, pack(rule))
+    return _packed[rule][1]
+
+
+def struct(description: Sequence[float]) -> ctypes.Structure:
+    """Return the C form of :func:`describe`."""
+    return _struct(tuple(description))
 
 
 @functools.lru_cache(maxsize=64)
@@ -212,60 +214,73 @@ def _struct(description: tuple[float, ...]) -> _Rule:
 # ---- one call of the kernel -------------------------------------------------------------------------------------------
 
 
-class _Table:
-    """The addresses of all that one call of the kernel reads and writes.
+class Table:
+    """The addresses of all that one call of the kernel reads and writes, but for the gradients.
 
     Args:
-        struct: The rule.
-        weights: Its packed weights.
         params: Contiguous.
-        grads: Contiguous, in the order of the parameters.
         memory: ``hidden`` of every parameter, then ``cell`` of every parameter, then each moment; contiguous.
         steps: One number each.
         scales: One number each; empty where the rule takes none.
     """
 
     def __init__(
-        self,
-        struct: _Rule,
-        weights: Tensor,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        memory: Sequence[Tensor],
-        steps: Sequence[Tensor],
-        scales: Sequence[Tensor],
+        self, params: Sequence[Tensor], memory: Sequence[Tensor], steps: Sequence[Tensor], scales: Sequence[Tensor]
     ) -> None:
         count = len(params)
-        self.struct, self.weights = struct, weights
         self.tensors = [*params, *memory, *steps, *scales]
         self.addresses = array("Q", map(Tensor.data_ptr, self.tensors))
         self.sizes = array("q", map(Tensor.numel, params))
         self.types = array("B", [VALUE_TYPES[x.dtype] for x in params] + [MEMORY_TYPES[x.dtype] for x in memory[:count]])
-        start, types = self.addresses.buffer_info()[0], self.types.buffer_info()[0]
-        param, hidden, cell, *rest = range(start, start + 8 * len(self.addresses), 8 * count)
-        moments = rest[: len(memory) // count - 2]
+        types = self.types.buffer_info()[0]
+        params_at, hidden, cell, *rest = (self.addresses.buffer_info()[0] + 8 * count * column for column in range(8))
+        moments = max(len(memory) // max(count, 1) - 2, 0)
         self.columns = _Columns(
-            count=count, sizes=self.sizes.buffer_info()[0], params=param, hidden=hidden, cell=cell,
-            moments=(pointer * 3)(*moments), steps=rest[len(moments)], scales=rest[-1],
+            count=count, sizes=self.sizes.buffer_info()[0], params=params_at, hidden=hidden, cell=cell,
+            moments=(pointer * 3)(*rest[:moments]), steps=rest[moments], scales=rest[moments + 1],
             param_types=types, memory_types=types + count,
         )  # fmt: skip
-        self.take_gradients(grads)
 
-    def take_gradients(self, grads: Sequence[Tensor]) -> None:
-        """Point to the gradients of the next step."""
-        self.grads = grads
-        self._grad_addresses = array("Q", map(Tensor.data_ptr, grads))
-        self._grad_types = array("B", [VALUE_TYPES[x.dtype] for x in grads])
-        self.columns.grads = self._grad_addresses.buffer_info()[0]
-        self.columns.grad_types = self._grad_types.buffer_info()[0]
+    def run(
+        self,
+        rule: ctypes.Structure,
+        weights: Tensor,
+        grads: Sequence[Tensor],
+        lr: Tensor | float,
+        weight_decay: float,
+        maximize: bool,
+    ) -> None:
+        """Take a step, already counted.
 
-    def run(self, lr: Tensor | float, weight_decay: float, maximize: bool, *, count_step: bool = False) -> None:
-        """Take the step; the number of the step is increased first if ``count_step``."""
+        Args:
+            rule: From :func:`struct`.
+            weights: From :func:`pack`.
+            grads: Contiguous, in the order of the parameters.
+            lr: As for :func:`apply_step`.
+            weight_decay: As for :func:`apply_step`.
+            maximize: As for :func:`apply_step`.
+        """
+        addresses = array("Q", map(Tensor.data_ptr, grads))
+        types = array("B", [VALUE_TYPES[grad.dtype] for grad in grads])
+        self.columns.grads, self.columns.grad_types = addresses.buffer_info()[0], types.buffer_info()[0]
+        self.call(rule, weights, lr, weight_decay, maximize, count_step=False)
+
+    def call(
+        self,
+        rule: ctypes.Structure,
+        weights: Tensor,
+        lr: Tensor | float,
+        weight_decay: float,
+        maximize: bool,
+        *,
+        count_step: bool,
+    ) -> None:
+        """Call the kernel; ``columns`` already points to the gradients. Counts the step first if ``count_step``."""
         lr = float(lr)
         self.columns.lr, self.columns.shrink = lr, 1.0 - lr * 1e-3 * weight_decay
         self.columns.maximize, self.columns.count_step = maximize, count_step
-        rule, columns = ctypes.byref(self.struct), ctypes.byref(self.columns)
-        call("learned_optim_step", rule, self.weights.data_ptr(), columns, torch.get_num_threads())
+        columns = ctypes.byref(self.columns)
+        call("learned_optim_step", ctypes.byref(rule), weights.data_ptr(), columns, torch.get_num_threads())
 
 
 torch.library.define(
@@ -288,8 +303,7 @@ def _native_step(
     weight_decay: float,
     maximize: bool,
 ) -> None:
-    table = _Table(_struct(tuple(rule)), weights, params, grads, memory, steps, scales)
-    table.run(lr, weight_decay, maximize)
+    Table(params, memory, steps, scales).run(struct(rule), weights, grads, lr, weight_decay, maximize)
 
 
 @torch.library.register_fake("learned_optim::native_step")

@@ -4,6 +4,8 @@ The library is optional. It is built by ``pip install`` where there is a C compi
 C ABI, so that neither torch's headers nor Python's are needed to build it.
 """
 
+from __future__ import annotations
+
 import ctypes
 from pathlib import Path
 
@@ -14,11 +16,14 @@ ARGUMENTS = {
     "learned_optim_lstm_sequence": [integer, long, *[integer] * 3, *[pointer] * 8, integer],
     "learned_optim_step": [pointer, pointer, pointer, integer],
     "learned_optim_mean_squares": [long, *[pointer] * 4, integer],
+    "learned_optim_holds": [pointer, pointer, long, pointer],
+    "learned_optim_in_place": [pointer, long, pointer, pointer],
+    "learned_optim_locate": [pointer, long, *[pointer] * 4],
     "learned_optim_limit_isa": [integer],
     "learned_optim_isa": [],
     "learned_optim_evaluate": [integer, long, pointer, pointer],
 }
-"""Every function of the library. Those that can fail return 0, or 1 when out of memory."""
+"""Every function of the library."""
 
 
 def _load() -> ctypes.CDLL | None:
@@ -40,7 +45,7 @@ AVAILABLE = LIBRARY is not None
 
 
 def call(function: str, *arguments: object) -> None:
-    """Call a function of the library.
+    """Call a function of the library that returns 0, or 1 when out of memory.
 
     Args:
         function: One of :data:`ARGUMENTS`.
