@@ -7,7 +7,6 @@ captured in a CUDA graph once one step has been taken outside.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import math
 import os
@@ -30,6 +29,10 @@ UNROLLED_WEIGHTS = 1500
 
 KEPT_TABLES = 16
 """Tables of addresses kept for one rule: one for each parameter group and combination of element types."""
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether kernels run in Triton's interpreter, which takes tensors on the CPU; for tests."""
 
 FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 PLAIN_TENSORS = {Tensor, nn.Parameter}
@@ -82,16 +85,9 @@ UNROLLED = Form(tiled=False, block=128, chunk=1024, warps=4)
 TILED = Form(tiled=True, block=64, chunk=512, warps=4)
 
 
-@functools.cache
 def available() -> bool:
-    """Return whether Triton is installed and there is a GPU, or its interpreter (``TRITON_INTERPRET=1``) stands in."""
-    return importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or interpreted())
-
-
-@functools.cache
-def interpreted() -> bool:
-    """Return whether kernels run in Triton's interpreter, which takes tensors on the CPU; for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    """Return whether Triton is installed and there is a GPU, or its interpreter stands in."""
+    return INSTALLED and (INTERPRETED or torch.cuda.is_available())
 
 
 def supports(rule: UpdateRule) -> bool:
@@ -100,7 +96,7 @@ def supports(rule: UpdateRule) -> bool:
     return (
         type(rule) in (PaperRule, AdamModulationRule)
         and weight.dtype == torch.float32
-        and weight.device.type == ("cpu" if interpreted() else "cuda")
+        and weight.device.type == ("cpu" if INTERPRETED else "cuda")
         and not torch.compiler.is_compiling()
     )
 
