@@ -70,9 +70,8 @@ FORMS: dict[str, Variant] = {
     "default bfloat16, block 64 on 2 warps": Variant("default", "bfloat16", replace(UNROLLED, block=64, warps=2)),
     "quadratic bfloat16, unrolled": Variant("quadratic", "bfloat16", UNROLLED),
     "quadratic bfloat16, unrolled, chunk 4096": Variant("quadratic", "bfloat16", replace(UNROLLED, chunk=4096)),
-    "quadratic bfloat16, tiled 128 on 8 warps": Variant("quadratic", "bfloat16", replace(TILED, block=128, warps=8)),
-    "quadratic bfloat16, tiled 32 on 4 warps": Variant("quadratic", "bfloat16", replace(TILED, block=32)),
-    "quadratic bfloat16, tiled without tensor cores": Variant("quadratic", "bfloat16", replace(TILED, precision="ieee")),
+    "quadratic bfloat16, tiled 64 on 4 warps": Variant("quadratic", "bfloat16", replace(TILED, block=64, warps=4)),
+    "quadratic bfloat16, tiled, chunk 2048": Variant("quadratic", "bfloat16", replace(TILED, chunk=2048)),
 }
 EVERY = VARIANTS | FORMS
 

@@ -82,7 +82,7 @@ class Form:
 
 
 UNROLLED = Form(tiled=False, block=128, chunk=1024, warps=4)
-TILED = Form(tiled=True, block=64, chunk=512, warps=4)
+TILED = Form(tiled=True, block=128, chunk=512, warps=8)
 
 
 def available() -> bool:
