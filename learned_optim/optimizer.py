@@ -50,7 +50,8 @@ class LearnedOptimizer(Optimizer):
         maximize: Ascend instead of descend.
         state_dtype: ``torch.float32`` (default) or ``torch.bfloat16`` for the LSTM memory. float64 parameters keep
             float64.
-        backend: ``"auto"`` (the fastest that fits), ``"reference"`` (PyTorch) or ``"native"`` (compiled, on the CPU).
+        backend: ``"auto"`` (the fastest that fits), ``"reference"`` (PyTorch), ``"native"`` (compiled, on the CPU)
+            or ``"triton"`` (fused, on CUDA).
         capturable: Keep step counts on the parameters' device, as CUDA graph capture needs.
         foreach: Accepted for compatibility; small tensors are always processed together.
         fused: Accepted for compatibility; True is refused, choose a ``backend`` instead.
@@ -195,7 +196,7 @@ class LearnedOptimizer(Optimizer):
                     self.backend,
                     weights.rule_on(device, dtype),
                     items,
-                    lr=lr.detach().to(device, dtype).reshape(()) if isinstance(lr, Tensor) else lr,
+                    lr=lr.detach().to(device, dtype, non_blocking=True).reshape(()) if isinstance(lr, Tensor) else lr,
                     weight_decay=group["weight_decay"],
                     maximize=group["maximize"],
                 )
@@ -229,28 +230,32 @@ class LearnedOptimizer(Optimizer):
 
     def _items(self, group: dict[str, Any], weights: Weights) -> dict[tuple[torch.device, torch.dtype], list[StepItem]]:
         """Collect the parameters to step, by device and compute dtype, and count the step."""
-        items: dict[tuple[torch.device, torch.dtype], list[StepItem]] = defaultdict(list)
+        stepped: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+        steps = []
         for param in group["params"]:
             if param.grad is None:
                 continue
-            state = self.state[param]
-            if not state:
-                state.update(self._initial_state(param, group, weights.rule))
-            state["step"] += 1
-            if param.numel() == 0:
-                continue
-            dtype = compute_dtype(param.dtype)
-            rule = weights.rule_on(param.device, dtype)
-            scale = rule.tensor_scale(_as_real(param))
-            items[param.device, dtype].append(
+            if not self.state[param]:
+                self.state[param].update(self._initial_state(param, group, weights.rule))
+            steps.append(self.state[param]["step"])
+            if param.numel() > 0:
+                stepped[param.device, compute_dtype(param.dtype)].append(param)
+        if steps:
+            torch._foreach_add_(steps, 1)  # Of thousands of steps on a GPU, in a few launches.
+        items: dict[tuple[torch.device, torch.dtype], list[StepItem]] = {}
+        for where, params in stepped.items():
+            rule = weights.rule_on(*where)
+            scales = rule.tensor_scales([_as_real(param) for param in params])
+            items[where] = [
                 StepItem(
                     param=_local(_as_real(param)),
-                    grad=_local(_placed_like(_as_real(param.grad), _as_real(param))),
-                    memory={name: _local(state[name]) for name in _memory_names(rule)},
-                    step=state["step"],
+                    grad=_local(_placed_like(_as_real(param.grad), _as_real(param))),  # type: ignore[arg-type]
+                    memory={name: _local(self.state[param][name]) for name in _memory_names(rule)},
+                    step=self.state[param]["step"],
                     scale=None if scale is None else _whole(scale),
                 )
-            )
+                for param, scale in zip(params, scales, strict=True)
+            ]
         return items
 
     def _initial_state(self, param: Tensor, group: dict[str, Any], rule: UpdateRule) -> dict[str, Tensor]:

@@ -13,18 +13,21 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from learned_optim.backends import chunks, native
+from learned_optim.backends import chunks, native, triton_step
 from learned_optim.backends.chunks import StepItem
 from learned_optim.rules import UpdateRule
 
-_MODULES: dict[str, ModuleType] = {"native": native}
+_MODULES: dict[str, ModuleType] = {"triton": triton_step, "native": native}
 """Every backend but the reference, fastest first."""
 
-_INSTALL = {"native": "install a C compiler and reinstall learned-optim"}
+_INSTALL = {
+    "triton": "it needs an NVIDIA GPU that torch can use, and `pip install triton`",
+    "native": "install a C compiler and reinstall learned-optim",
+}
 """What to do where a backend is not available."""
 
 BACKENDS = ("auto", "reference", *_MODULES)
-"""``reference`` is eager PyTorch, ``native`` compiled C on the CPU, ``auto`` takes the fastest that fits."""
+"""``reference`` is eager PyTorch, ``triton`` fused on CUDA, ``native`` compiled C on the CPU, ``auto`` takes the fastest."""
 
 
 def check_backend(name: str) -> None:

@@ -21,7 +21,7 @@ ONE = [(3,)]
         ({"lr": torch.tensor(-0.5)}, ValueError, "Invalid learning rate"),
         ({"lr": torch.tensor([0.1, 0.2])}, ValueError, "Tensor lr must be 1-element"),
         ({"weight_decay": -0.1}, ValueError, "Invalid weight_decay value: -0.1"),
-        ({"backend": "warp"}, ValueError, "Invalid backend: 'warp'; choose one of auto, reference, native"),
+        ({"backend": "warp"}, ValueError, "Invalid backend: 'warp'; choose one of auto, reference"),
         ({"fused": True}, RuntimeError, "`fused=True` is not an option.*backend="),
         ({"differentiable": True}, RuntimeError, "not differentiable.*meta_train"),
         ({"state_dtype": torch.float16}, ValueError, "Invalid state_dtype: torch.float16; choose one of float32"),
