@@ -1,6 +1,7 @@
 """The direction of dependencies, and what an import may cost."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ ALLOWED = {
     "weights": {"weights", "rules"},
     "optimizer": {"backends", "rules", "weights"},
     "__init__": {"optimizer", "rules", "weights"},
+    "__main__": {"rules", "weights"},
 }
 
 
@@ -62,6 +64,30 @@ print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     extra = set(done.stdout.split()) - set(sys.stdlib_module_names)
     assert extra <= {"learned_optim", "safetensors"}, extra
+
+
+def test_nothing_needs_numpy(tmp_path: Path) -> None:
+    """PyTorch does not bring it along, so an environment with only the runtime dependencies has none."""
+    code = """
+import pickle, sys
+sys.modules["numpy"] = None
+import torch
+from learned_optim import LearnedOptimizer, Weights
+param = torch.nn.Parameter(torch.ones(3))
+optimizer = LearnedOptimizer([param])
+param.grad = torch.ones(3)
+optimizer.step()
+assert (param < 1).all()
+pickle.loads(pickle.dumps(optimizer)).load_state_dict(optimizer.state_dict())
+weights = Weights.from_pretrained("default")
+weights.save("copy.safetensors")
+assert Weights.from_pretrained("copy.safetensors").fingerprint == weights.fingerprint
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_public_name_is_documented() -> None:

@@ -3,6 +3,7 @@
 from learned_optim.weights.errors import WeightsError, WeightsNotFoundError
 from learned_optim.weights.file_format import read_weights, write_weights
 from learned_optim.weights.registry import available_weights, resolve_weights
+from learned_optim.weights.sonnet import read_sonnet
 from learned_optim.weights.weights import Weights
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "WeightsError",
     "WeightsNotFoundError",
     "available_weights",
+    "read_sonnet",
     "read_weights",
     "resolve_weights",
     "write_weights",

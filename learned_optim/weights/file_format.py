@@ -21,12 +21,11 @@ from typing import Any, NoReturn
 import torch
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from learned_optim.rules import UpdateRule, build_rule
 from learned_optim.weights.errors import WeightsError, WeightsNotFoundError
-from learned_optim.weights.weights import Weights
+from learned_optim.weights.weights import Weights, to_little_endian
 
 FORMAT_VERSION = 1
 FILE = "model.safetensors"
@@ -55,7 +54,7 @@ def to_bytes(weights: Weights) -> bytes:
                 f"metadata {key!r}: {value!r} cannot be written; keys and values are strings, and the format itself "
                 f"uses {', '.join(RESERVED)}"
             )
-    tensors = {name: tensor.contiguous() for name, tensor in sorted(weights.rule.state_dict().items())}
+    tensors = dict(sorted(weights.rule.state_dict().items()))
     _check_finite(tensors, f"weights {weights.name!r}")
     header = {
         **weights.metadata,
@@ -64,7 +63,7 @@ def to_bytes(weights: Weights) -> bytes:
         "name": weights.title,
         "recipe": weights.recipe,
     }
-    return _sort_header(save_tensors(tensors, metadata=header))
+    return _assemble(header, tensors)
 
 
 def from_bytes(data: bytes, source: str = "the weight file") -> Weights:
@@ -170,14 +169,16 @@ def read_bytes(path: Path) -> bytes:
         raise WeightsError(f"cannot read weights from {path}: {error.strerror or error}") from error
 
 
-def _sort_header(data: bytes) -> bytes:
-    """Order the header's keys: safetensors writes metadata in an order that changes from run to run."""
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+def _assemble(header: dict[str, str], tensors: dict[str, Tensor]) -> bytes:
+    """Lay out a safetensors file: its own writer orders the header differently from run to run, and may need NumPy."""
+    table: dict[str, Any] = {"__metadata__": dict(sorted(header.items()))}
+    content = b""
+    for name, tensor in tensors.items():
+        start, content = len(content), content + to_little_endian(tensor)
+        table[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, len(content)]}
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+    return len(text).to_bytes(8, "little") + text + content
 
 
 def _explain_content(data: bytes, source: str, error: SafetensorError) -> NoReturn:

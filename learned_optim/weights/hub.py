@@ -75,10 +75,12 @@ def push_to_hub(
     token: str | bool | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
+    results: str = "",
 ) -> str:
     """Publish weights: the file, its configuration and a model card, in one commit.
 
-    A README.md that is there already is replaced; the repository's history keeps it.
+    A README.md that is there already is replaced; the repository's history keeps it. The card states the licence in the
+    weights' metadata, ``Weights(rule, metadata={"license": "mit"})``, or that it is unknown.
 
     Args:
         weights: What to publish.
@@ -87,6 +89,7 @@ def push_to_hub(
         token: Hub token with write access.
         revision: Branch to commit to.
         commit_message: By default names the weights.
+        results: Markdown for the card, the measured results.
 
     Returns:
         ``"owner/repo@commit"``.
@@ -102,7 +105,7 @@ def push_to_hub(
     with _explained(repo_id, revision):
         api = HfApi(token=token, library_name=LIBRARY)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        files["README.md"] = model_card(weights, repo_id).encode()
+        files["README.md"] = model_card(weights, repo_id, results).encode()
         commit = api.create_commit(
             repo_id,
             operations=[CommitOperationAdd(name, data) for name, data in files.items()],

@@ -5,15 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
+
+from learned_optim.weights.facts import ADAM_BYTES, bytes_per_parameter, license_of, training_facts
 from learned_optim.weights.weights import Weights
 
+_LICENCE = {"mit": "MIT.", "unknown": "Not stated; ask its maker before you share or build on it."}
 
-def model_card(weights: Weights, repo_id: str) -> str:
+
+def model_card(weights: Weights, repo_id: str, results: str = "") -> str:
     """Write a model card.
 
     Args:
         weights: What it describes.
         repo_id: Where it will stand.
+        results: Markdown, the measured results; without it the card says that there are none.
 
     Returns:
         Markdown with a YAML head.
@@ -21,11 +27,13 @@ def model_card(weights: Weights, repo_id: str) -> str:
     rule = weights.rule
     size = sum(parameter.numel() for parameter in rule.parameters())
     moments, memory = len(rule.moment_names), 2 * rule.memory_width
+    license = license_of(weights)
+    training = training_facts(weights.recipe)
     recipe = weights.recipe.strip() or "# Not recorded."
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", recipe))])
     return f"""---
 library_name: learned-optim
-license: mit
+license: {license if re.fullmatch("[a-z0-9.-]+", license) else "other"}
 tags:
 - learned-optimizer
 - optimizer
@@ -51,9 +59,17 @@ optimizer = LearnedOptimizer(model.parameters(), weights="{repo_id}")
 The rule at `{repo_id}` may change. To get the same one always, and without a network once it is cached, pin a commit:
 `weights="{repo_id}@<40 hexadecimal digits>"`.
 
-It keeps {moments} moments and {memory} LSTM numbers for each parameter of your model: {4 * (moments + memory)} bytes, or
-{4 * moments + 2 * memory} with `state_dtype=torch.bfloat16` (Adam keeps 8). It works best on problems like those it was
-meta-trained on, in the recipe below, and for about as many steps; measure before you rely on it elsewhere.
+It keeps {moments} moments and {memory} LSTM numbers for each parameter of your model: {bytes_per_parameter(rule)} bytes, or
+{bytes_per_parameter(rule, torch.bfloat16)} with `state_dtype=torch.bfloat16` (Adam keeps {ADAM_BYTES}). It works best on
+problems like those it was meta-trained on, and for about as many steps; measure before you rely on it elsewhere.
+
+## Meta-training
+
+{_table(training) if training else "See the recipe below."}
+
+## Results
+
+{results.strip() or "None were published with these weights."}
 
 ## Rule
 
@@ -62,6 +78,10 @@ meta-trained on, in the recipe below, and for about as many steps; measure befor
 ## Provenance
 
 {_table({**dict(sorted(weights.metadata.items())), "fingerprint": weights.fingerprint})}
+
+## Licence
+
+{_LICENCE.get(license, _line(license))}
 
 ## Recipe
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import struct
 import threading
 import weakref
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from learned_optim.rules import UpdateRule
 
@@ -105,8 +107,11 @@ class Weights:
         token: str | bool | None = None,
         revision: str | None = None,
         commit_message: str | None = None,
+        results: str = "",
     ) -> str:
         """Publish on the Hugging Face Hub, with a model card, in one commit.
+
+        The card states the licence in ``metadata["license"]``, or that it is unknown.
 
         Args:
             repo_id: ``"owner/repo"``; created if missing.
@@ -114,13 +119,22 @@ class Weights:
             token: Hub token with write access; by default the one ``hf auth login`` saved.
             revision: Branch to commit to.
             commit_message: By default names the weights.
+            results: Markdown for the card, the measured results.
 
         Returns:
             ``"owner/repo@commit"``, which is what ``weights=`` takes: these very weights, whatever is pushed later.
         """
         from learned_optim.weights.hub import push_to_hub
 
-        return push_to_hub(self, repo_id, private=private, token=token, revision=revision, commit_message=commit_message)
+        return push_to_hub(
+            self,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            results=results,
+        )
 
     def called(self, name: str) -> Weights:
         """Return the same weights, sharing the one network, under another name; the title stays.
@@ -187,8 +201,14 @@ def fingerprint(rule: UpdateRule) -> str:
     digest = hashlib.sha256(json.dumps([rule.family, config], sort_keys=True).encode())
     for name, tensor in sorted(rule.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(to_little_endian(tensor))
     return digest.hexdigest()
+
+
+def to_little_endian(tensor: Tensor) -> bytes:
+    """Return a tensor's values as little-endian float32, without NumPy: PyTorch does not bring it along."""
+    values = tensor.detach().to("cpu", torch.float32).flatten().tolist()
+    return struct.pack(f"<{len(values)}f", *values)
 
 
 def _from_pickle(data: bytes, name: str) -> Weights:

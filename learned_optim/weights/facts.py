@@ -1,0 +1,71 @@
+"""What can be said of weights without running them: for model cards and the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from typing import Any
+
+import torch
+
+from learned_optim.rules import UpdateRule
+from learned_optim.weights.weights import Weights
+
+ADAM_BYTES = 8
+"""Adam's optimizer state per parameter: two moments in float32."""
+
+
+def bytes_per_parameter(rule: UpdateRule, state_dtype: torch.dtype = torch.float32) -> int:
+    """Return the optimizer state of one model parameter: moments in float32, LSTM memory in ``state_dtype``."""
+    return 4 * len(rule.moment_names) + 2 * rule.memory_width * state_dtype.itemsize
+
+
+def license_of(weights: Weights) -> str:
+    """Return the licence that the metadata states; ``"mit"`` for bundled weights, else ``"unknown"``."""
+    return weights.metadata.get("license") or ("mit" if weights.fingerprint in _bundled() else "unknown")
+
+
+@functools.cache
+def _bundled() -> frozenset[str]:
+    from learned_optim.weights.registry import available_weights, resolve_weights
+
+    return frozenset(resolve_weights(name).fingerprint for name in available_weights())
+
+
+def training_facts(recipe: str) -> dict[str, str]:
+    """Return what a recipe says of the tasks and horizon of meta-training, in words.
+
+    Args:
+        recipe: TOML; may be empty, or of another version.
+
+    Returns:
+        Fact by name; those that the recipe does not state are missing, all of them where Python reads no TOML (3.10).
+    """
+    tables = _parsed(recipe)
+    task, inner, outer = (_table(tables, name) for name in ("task", "inner", "outer"))
+    facts: dict[str, str] = {}
+    if "name" in task:
+        settings = ", ".join(f"{key} = {value}" for key, value in task.items() if key != "name")
+        facts["task distribution"] = f"{task['name']} ({settings})" if settings else str(task["name"])
+    if horizon := inner.get("horizon"):
+        ends = dict.fromkeys(horizon if isinstance(horizon, list) else [horizon])
+        facts["horizon"] = f"{' to '.join(f'{end:,}' if isinstance(end, int) else str(end) for end in ends)} inner steps"
+    for table, key in ((inner, "truncation"), (outer, "steps"), (outer, "objective")):
+        if key in table:
+            facts["outer steps" if key == "steps" else key] = str(table[key])
+    return facts
+
+
+def _parsed(recipe: str) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            return tomllib.loads(recipe)
+    return {}
+
+
+def _table(tables: dict[str, Any], name: str) -> dict[str, Any]:
+    found = tables.get(name)
+    return found if isinstance(found, dict) else {}
