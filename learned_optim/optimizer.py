@@ -160,8 +160,8 @@ class LearnedOptimizer(Optimizer):
         if any(getattr(param, "_fsdp_flattened", False) for param in group["params"]):
             self.param_groups.pop()
             raise RuntimeError(
-                "LearnedOptimizer does not support FullyShardedDataParallel (FSDP1): it flattens parameters together, so the "
-                "rule cannot see a whole tensor, nor a checkpoint hold its memory; use torch.distributed.fsdp.fully_shard"
+                "LearnedOptimizer does not support FullyShardedDataParallel (FSDP1): it flattens parameters together, so "
+                "no rule can see a whole tensor, no checkpoint hold its memory; use torch.distributed.fsdp.fully_shard"
             )
         for param in group["params"]:  # Cast the rule now: torch.compile could not trace it.
             self._weights[group["fingerprint"]].rule_on(param.device, compute_dtype(param.dtype))
