@@ -287,7 +287,7 @@ def run_checks(rank: int, folder: str) -> None:
         try:
             check()
             outcome[name] = ""
-        except Exception:
+        except BaseException:  # Neither pytest's failures nor those of checkpoints are Exceptions.
             outcome[name] = f"rank {rank}: {traceback.format_exc()}"
         try:
             dist.barrier()
