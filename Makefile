@@ -4,10 +4,10 @@ BIN := .venv/bin
 RUNS := runs
 RESULTS := docs/results/quadratic
 
-.PHONY: help demo test check reproduce bench clean
+.PHONY: help demo test test-integrations check reproduce bench clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 20
 
 .venv/ready: pyproject.toml setup.py constraints.txt $(wildcard learned_optim/backends/native/*)
 	$(PYTHON) -m venv .venv
@@ -19,6 +19,10 @@ demo: .venv/ready ## train a digit classifier with Adam and with LearnedOptimize
 
 test: .venv/ready ## run the tests
 	$(BIN)/python -m pytest -n 2
+
+test-integrations: .venv/ready ## install Lightning, transformers, accelerate and a factory; run what needs them
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,integrations]"
+	$(BIN)/python -m pytest -n 2 tests/integrations
 
 check: .venv/ready ## lint, format and types
 	$(BIN)/ruff check .

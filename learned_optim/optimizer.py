@@ -64,7 +64,7 @@ class LearnedOptimizer(Optimizer):
 
     Raises:
         ValueError: If a value is out of range or ``weights`` is unknown or unreadable; the message says what to do.
-        RuntimeError: If ``fused`` or ``differentiable`` is True.
+        RuntimeError: If ``fused`` or ``differentiable`` is True, or if FSDP1 flattened the parameters.
 
     Example:
         >>> model = torch.nn.Linear(3, 1)
@@ -148,6 +148,7 @@ class LearnedOptimizer(Optimizer):
 
         Raises:
             ValueError: If an option is out of range or its weights cannot be loaded.
+            RuntimeError: If FSDP1 flattened the parameters.
         """
         if isinstance(param_group, dict):
             param_group = dict(param_group)
@@ -160,6 +161,12 @@ class LearnedOptimizer(Optimizer):
             _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        if any(getattr(param, "_fsdp_flattened", False) for param in group["params"]):
+            self.param_groups.pop()
+            raise RuntimeError(
+                "LearnedOptimizer does not support FullyShardedDataParallel (FSDP1): it flattens parameters together, so "
+                "no rule can see a whole tensor, no checkpoint hold its memory; use torch.distributed.fsdp.fully_shard"
+            )
         for param in group["params"]:  # Cast the rule now: torch.compile could not trace it.
             self._weights[group["fingerprint"]].rule_on(param.device, compute_dtype(param.dtype))
 
