@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from learned_optim.backends import StepItem, advance_with, apply_step, check_backend
+from learned_optim.guard import check_guard, judge, nominal, snapshot
 from learned_optim.rules import UpdateRule
+from learned_optim.summary import summarize
 from learned_optim.weights import Weights, resolve_weights
 
 WeightsLike = str | PathLike[str] | UpdateRule | Weights
@@ -50,6 +52,8 @@ class LearnedOptimizer(Optimizer):
         state_dtype: ``torch.float32`` (default) or ``torch.bfloat16`` for the LSTM memory. float64 parameters keep
             float64.
         backend: ``"auto"`` (the fastest that fits), ``"reference"`` (PyTorch) or ``"native"`` (compiled, on the CPU).
+        guard: Watch the updates and, where ``step`` gets a closure, the loss, and fall back to plain Adam where they
+            misbehave: :mod:`learned_optim.guard`. Costs a copy of the parameters during each step.
         capturable: Keep step counts on the parameters' device, as CUDA graph capture needs.
         foreach: Accepted for compatibility; small tensors are always processed together.
         fused: Accepted for compatibility; True is refused, choose a ``backend`` instead.
@@ -84,6 +88,7 @@ class LearnedOptimizer(Optimizer):
         maximize: bool = False,
         state_dtype: torch.dtype | str | None = None,
         backend: str = "auto",
+        guard: bool = False,
         capturable: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -114,6 +119,7 @@ class LearnedOptimizer(Optimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
             "state_dtype": _dtype_name(state_dtype),
+            "guard": guard,
             "capturable": capturable,
             "foreach": foreach,
             "fused": None,
@@ -139,8 +145,8 @@ class LearnedOptimizer(Optimizer):
         """Add parameters, with their own options if given; they start with fresh memory.
 
         Args:
-            param_group: ``{"params": ...}`` and any of ``lr``, ``weights``, ``weight_decay``, ``maximize`` and
-                ``state_dtype``.
+            param_group: ``{"params": ...}`` and any of ``lr``, ``weights``, ``weight_decay``, ``maximize``, ``guard``
+                and ``state_dtype``.
 
         Raises:
             ValueError: If an option is out of range or its weights cannot be loaded.
@@ -153,11 +159,13 @@ class LearnedOptimizer(Optimizer):
                 param_group |= {"weights": loaded.name, "fingerprint": loaded.fingerprint}
             if "state_dtype" in param_group:
                 param_group["state_dtype"] = _dtype_name(param_group["state_dtype"])
-            _check_options({**self.defaults, **param_group})
+            options = {**self.defaults, **param_group}
+            _check_options(options)
+            check_guard(options)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for param in group["params"]:  # Cast the rule now: torch.compile could not trace it.
-            self._weights[group["fingerprint"]].rule_on(param.device, compute_dtype(param.dtype))
+            self._rule_of(param, group)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -182,8 +190,9 @@ class LearnedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._refuse_sparse_gradients()
+        before = snapshot(self.param_groups)
         for group in self.param_groups:
-            weights = self._weights[group["fingerprint"]]
+            weights = self._weights_of(group)
             for (device, dtype), items in self._items(group, weights).items():
                 lr = group["lr"]
                 rule = weights.rule_on(device, dtype)
@@ -195,7 +204,21 @@ class LearnedOptimizer(Optimizer):
                     maximize=group["maximize"],
                     advance=advance_with(self.backend, rule),
                 )
+        judge(self.param_groups, self.state, before, loss)
         return loss
+
+    def summary(self) -> str:
+        """Return a table of the groups: weights, rule, parameters, memory and the backend that runs them."""
+        return summarize(self.param_groups, self.backend, self._rule_of, self._initial_state)
+
+    def _weights_of(self, group: dict[str, Any]) -> Weights:
+        """Return what steps a group: its weights, or plain Adam once the guard has fallen back."""
+        weights = self._weights[group["fingerprint"]]
+        return nominal(weights) if group.get("guard_tripped") else weights
+
+    def _rule_of(self, param: Tensor, group: dict[str, Any]) -> UpdateRule:
+        """Return the rule that steps a parameter, on its device and in the dtype it computes in."""
+        return self._weights_of(group).rule_on(param.device, compute_dtype(param.dtype))
 
     def _refuse_sparse_gradients(self) -> None:
         """Refuse before anything is written, so that a caller who catches the error has lost nothing."""
@@ -291,13 +314,13 @@ class LearnedOptimizer(Optimizer):
                     f"to another LSTM, so construct it with weights={name!r}"
                 )
         for index, saved, param, group in self._saved_states(state_dict):
-            _check_memory(index, saved, param, self._weights[group["fingerprint"]].rule)
+            _check_memory(index, saved, param, self._weights_of(group).rule)
 
     def _saved_states(self, state_dict: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any], Tensor, dict[str, Any]]]:
-        """Yield index, saved state, parameter and group of every parameter of which the checkpoint holds state."""
-        saved_indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        """Yield index, saved state, parameter and saved group of every parameter of which the checkpoint holds state."""
+        saved = _params_with_groups(state_dict["param_groups"])
         live = _params_with_groups(self.param_groups)
-        for index, (saved_index, (param, group)) in enumerate(zip(saved_indices, live, strict=True)):
+        for index, ((saved_index, group), (param, _)) in enumerate(zip(saved, live, strict=True)):
             if state_dict["state"].get(saved_index):
                 yield index, state_dict["state"][saved_index], param, group
 
@@ -306,8 +329,9 @@ class LearnedOptimizer(Optimizer):
         for _, saved, param, group in self._saved_states(state_dict):
             state = self.state[param]
             step = torch.as_tensor(saved["step"], dtype=torch.float32)
-            state["step"] = step.to(param.device if group["capturable"] else "cpu", copy=True)
-            for name in _memory_names(self._weights[group["fingerprint"]].rule):
+            capturable = group.get("capturable", self.defaults["capturable"])
+            state["step"] = step.to(param.device if capturable else "cpu", copy=True)
+            for name in _memory_names(self._weights_of(group).rule):
                 state[name] = saved[name].detach().to(param.device, copy=True).contiguous()
 
     def __getstate__(self) -> dict[str, Any]:

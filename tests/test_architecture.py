@@ -15,7 +15,9 @@ ALLOWED = {
     "rules": {"rules"},
     "backends": {"backends", "rules"},
     "weights": {"weights", "rules"},
-    "optimizer": {"backends", "rules", "weights"},
+    "guard": {"rules", "weights"},
+    "summary": {"backends", "rules"},
+    "optimizer": {"backends", "guard", "rules", "summary", "weights"},
     "__init__": {"optimizer", "rules", "weights"},
 }
 

@@ -51,4 +51,9 @@ def advance_with(backend: str, rule: UpdateRule) -> Advance | None:
     return _kernels[rule]
 
 
-__all__ = ["BACKENDS", "StepItem", "advance_with", "apply_step", "check_backend"]
+def backend_in_use(backend: str, rule: UpdateRule) -> str:
+    """Return the name of what runs a frozen rule when ``backend`` is asked for; never ``auto``."""
+    return "reference" if advance_with(backend, rule) is None else "native"
+
+
+__all__ = ["BACKENDS", "StepItem", "advance_with", "apply_step", "backend_in_use", "check_backend"]
