@@ -18,7 +18,8 @@ ALLOWED = {
     "guard": {"rules", "weights"},
     "summary": {"backends", "rules"},
     "optimizer": {"backends", "guard", "rules", "summary", "weights"},
-    "__init__": {"optimizer", "rules", "weights"},
+    "recorder": {"optimizer", "rules"},
+    "__init__": {"optimizer", "recorder", "rules", "weights"},
 }
 
 
