@@ -1,6 +1,6 @@
 """What recording and guarding cost: 100 steps with and without a Recorder that samples one of them, and with guard=True.
 
-python -m benchmarks.recorder [--coordinates N]
+python -m benchmarks.recorder
 """
 
 import argparse
@@ -15,11 +15,12 @@ from learned_optim import LearnedOptimizer, Recorder
 STEPS = 100
 
 
-def run_of(weights: str, coordinates: int, recorded: bool, guard: bool = False) -> Callable[[], object]:
+def run_of(weights: str, shapes: list[int], recorded: bool = False, guard: bool = False) -> Callable[[], object]:
     """Return a function that takes the steps."""
-    param = nn.Parameter(torch.randn(coordinates))
-    param.grad = torch.randn(coordinates)
-    optimizer = LearnedOptimizer([param], weights=weights, guard=guard)
+    params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer = LearnedOptimizer(params, weights=weights, guard=guard)
     if recorded:
         Recorder(optimizer, every=STEPS)
 
@@ -30,23 +31,30 @@ def run_of(weights: str, coordinates: int, recorded: bool, guard: bool = False) 
     return run
 
 
+MODELS = {
+    "1 x 100": [100],
+    "100 x 100": [100] * 100,
+    "1 x 200,000": [200_000],
+}
+"""Parameters, and coordinates in each."""
+
+
 def main() -> None:
-    """Time both side by side and print what is added to the optimizer's own time."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--coordinates", type=int, nargs="+", default=[100, 10_000, 200_000])
+    """Time all side by side and print what is added to the optimizer's own time."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows = []
-    for count in parser.parse_args().coordinates:
+    for model, shapes in MODELS.items():
         for weights in ("default", "quadratic"):
             contestants = {
-                "plain": run_of(weights, count, recorded=False),
-                "recorder, every=100": run_of(weights, count, recorded=True),
-                "guard": run_of(weights, count, recorded=False, guard=True),
+                "plain": run_of(weights, shapes),
+                "recorder": run_of(weights, shapes, recorded=True),
+                "guard": run_of(weights, shapes, guard=True),
             }
-            seconds = side_by_side(contestants, repeats=3 if count > 50_000 else 8)
-            for name in ("recorder, every=100", "guard"):
-                added = 100 * (seconds[name] / seconds["plain"] - 1)
-                print(f"{weights:<12}{count:>10,} coordinates  {name:<22}{added:>6.1f} % added to a step")
-                rows.append({"contestant": name, "weights": weights, "coordinates": count, "percent_added": round(added, 1)})
+            seconds = side_by_side(contestants, repeats=3 if sum(shapes) > 50_000 else 8)
+            for name in ("recorder", "guard"):
+                added = round(100 * (seconds[name] / seconds["plain"] - 1), 1)
+                print(f"{weights:<12}{model:<14}{name:<12}{added:>6.1f} % added to a step")
+                rows.append({"contestant": name, "weights": weights, "parameters": model, "percent_added": added})
     write_table("recorder", rows)
 
 

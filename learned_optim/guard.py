@@ -151,13 +151,12 @@ def judge(
 
 
 def _update_fault(group: dict[str, Any], before: dict[Tensor, Tensor]) -> str:
-    changes = [torch.where(old.isfinite(), param.detach() - old, 0) for param, old in before.items()]
-    update, size = _root_mean_square(changes), _root_mean_square(before.values())
-    if not math.isfinite(update):
+    update = _root_mean_square(param.detach() - old for param, old in before.items())
+    if not math.isfinite(update) and any((old.isfinite() & ~param.isfinite()).any() for param, old in before.items()):
         for param, old in before.items():
             param.copy_(old)
         return "an update was not finite; that step was undone"
-    ratio = update / max(size, MIN_SCALE)
+    ratio = update / max(_root_mean_square(before.values()), MIN_SCALE)
     if _in_a_row(group, "guard_long_updates", ratio > MAX_RATIO):
         return f"{PATIENCE} updates in a row were longer than {MAX_RATIO} of the parameters, the last {ratio:.3g}"
     return ""
@@ -186,6 +185,9 @@ def _in_a_row(group: dict[str, Any], name: str, bad: bool) -> bool:
 
 def _root_mean_square(tensors: Iterable[Tensor]) -> float:
     """Return it over all tensors together, a complex number counting once."""
-    pairs = [(torch.linalg.vector_norm(tensor.flatten().abs(), dtype=torch.float64), tensor.numel()) for tensor in tensors]
-    total = torch.stack([norm.to(pairs[0][0].device) for norm, _ in pairs]).square().sum()
-    return math.sqrt(float(total) / sum(count for _, count in pairs))
+    norms, count = [], 0
+    for tensor in tensors:
+        norms.append(torch.linalg.vector_norm(tensor, dtype=torch.float32 if tensor.dtype.itemsize == 2 else None))
+        count += tensor.numel()
+    total = torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]).square().sum()
+    return math.sqrt(float(total) / count)

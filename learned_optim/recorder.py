@@ -1,13 +1,15 @@
 """What a learned optimizer is doing, sampled every so many steps: to a list of rows, to TensorBoard, to any function."""
 
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from learned_optim.optimizer import LearnedOptimizer, _as_real, _local, _placed_like
+from learned_optim.backends.chunks import CHUNK
+from learned_optim.optimizer import LearnedOptimizer, _as_real, _local, _placed_like, compute_dtype
 from learned_optim.rules import UpdateRule
 
 Row = dict[str, float]
@@ -105,7 +107,8 @@ class Recorder:
         for number, group in enumerate(optimizer.param_groups if before else ()):
             moved = [param for param in group["params"] if param.grad is not None and optimizer.state.get(param)]
             if moved:
-                sums = torch.stack([_sums(optimizer, group, param, before[param]) for param in moved]).sum(0)
+                batches = _batches(moved, optimizer.state)
+                sums = torch.stack([_sums(optimizer, group, batch, before) for batch in batches]).sum(0)
                 step = max(int(optimizer.state[param]["step"]) for param in moved)
                 self._write({"step": step, "group": number, **_figures(*sums.tolist())})
 
@@ -138,33 +141,53 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
 
-def _sums(optimizer: LearnedOptimizer, group: dict[str, Any], param: Tensor, before: Tensor) -> Tensor:
-    """Return what :func:`_figures` needs of one parameter, summed over its coordinates, on the CPU in float64."""
-    state, rule = optimizer.state[param], optimizer._rule_of(param, group)
-    before = before.double()
-    change = _flat(param).double() - before
-    grad = _flat(_placed_like(_as_real(param.grad), _as_real(param))).to(rule.readout.weight.dtype)  # type: ignore[arg-type]
+def _batches(params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Tensor]]) -> Iterator[list[Tensor]]:
+    """Gather small parameters that can be joined, so that a sample does not pay for each of them."""
+    alike: dict[Any, list[Tensor]] = defaultdict(list)
+    for param in params:
+        placement = getattr(param, "device_mesh", None), getattr(param, "placements", None)
+        batch = alike[param.device, compute_dtype(param.dtype), float(state[param]["step"]), placement]
+        batch.append(param)
+        if sum(member.numel() for member in batch) >= CHUNK:
+            yield batch.copy()
+            batch.clear()
+    yield from filter(None, alike.values())
+
+
+def _sums(
+    optimizer: LearnedOptimizer, group: dict[str, Any], params: Sequence[Tensor], originals: Mapping[Tensor, Tensor]
+) -> Tensor:
+    """Return what :func:`_figures` needs of a batch, summed over its coordinates, on the CPU in float64."""
+    states, rule = [optimizer.state[param] for param in params], optimizer._rule_of(params[0], group)
+    before = torch.cat([originals[param] for param in params]).double()
+    change = torch.cat([_flat(param) for param in params]).double() - before
+    grads = [_placed_like(_as_real(param.grad), _as_real(param)) for param in params]  # type: ignore[arg-type]
+    grad = torch.cat([_flat(grad) for grad in grads]).to(rule.readout.weight.dtype)
     finite = (grad * grad if rule.moment_names else grad).isfinite()
     descent = torch.where(finite, grad if group["maximize"] else -grad, 0).double()
-    cell = _local(state["cell"]).reshape(-1, rule.memory_width)
+    cell = torch.cat([_local(state["cell"]).reshape(-1, rule.memory_width) for state in states])
     if rule.moment_names:
-        seen, adam = _flat(state["exp_avg_sq"]) > 0, _adam_step(rule, state)
+        seen, adam = _adam_step(rule, states)
     else:
         seen, adam = cell[:, : rule.config.hidden_size].any(-1), torch.zeros_like(change)
     saturated = (cell.abs() > SATURATED) & seen.unsqueeze(-1)
     pairs = ((change, change), (before, before), (change, descent), (descent, descent), (change, adam), (adam, adam))
     counts = (~finite, ~seen, saturated, seen.unsqueeze(-1).expand_as(cell))
     sums = [change.new_tensor(change.numel()), *(a @ b for a, b in pairs), *(count.sum().double() for count in counts)]
-    return _over_ranks(torch.stack(sums), param).cpu()
+    return _over_ranks(torch.stack(sums), params[0]).cpu()
 
 
-def _adam_step(rule: UpdateRule, state: dict[str, Tensor]) -> Tensor:
-    """Return ``-m / sqrt(v)``, both corrected for bias, of a rule that keeps Adam's moments; 0 at rest."""
+def _adam_step(rule: UpdateRule, states: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return where a second moment is positive, and there ``-m / sqrt(v)`` corrected for bias; step counts are equal."""
+    momentum, second_moment = (
+        torch.cat([_flat(state[name]) for state in states]).double() for name in ("exp_avg", "exp_avg_sq")
+    )
     config: Any = rule.config
-    step = state["step"].double()
-    momentum = _flat(state["exp_avg"]).double() / (1 - config.fast_decay**step).to(state["exp_avg"].device)
-    second_moment = _flat(state["exp_avg_sq"]).double() / (1 - config.second_moment_decay**step).to(momentum.device)
-    return torch.where(second_moment > 0, -momentum * second_moment.rsqrt(), 0)
+    step = float(states[0]["step"])
+    momentum /= 1 - config.fast_decay**step
+    second_moment /= 1 - config.second_moment_decay**step
+    seen = second_moment > 0
+    return seen, torch.where(seen, -momentum * second_moment.rsqrt(), 0)
 
 
 def _over_ranks(sums: Tensor, param: Tensor) -> Tensor:

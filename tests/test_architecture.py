@@ -18,7 +18,7 @@ ALLOWED = {
     "guard": {"rules", "weights"},
     "summary": {"backends", "rules"},
     "optimizer": {"backends", "guard", "rules", "summary", "weights"},
-    "recorder": {"optimizer", "rules"},
+    "recorder": {"backends", "optimizer", "rules"},
     "__init__": {"optimizer", "recorder", "rules", "weights"},
 }
 
