@@ -304,6 +304,43 @@ MUTANTS = (
     _one(
         "weight decay", "10 % a step at 0.1", CHUNKS, "lr * 1e-3 * weight_decay", "lr * weight_decay", STEP, "weight_decay"
     ),
+    _one(
+        "profiler",
+        "step is wrapped and not seen",
+        OPTIMIZER,
+        "        super().__init__(params, defaults)\n",
+        "        super().__init__(params, defaults)\n        self.step = type(self).step.__wrapped__.__get__(self)\n",
+        STEP,
+        "profiler",
+    ),
+    _one(
+        "capturable",
+        "the step count is another tensor each step",
+        OPTIMIZER,
+        'state["step"] += 1',
+        'state["step"] = state["step"] + 1',
+        STEP,
+        "storage",
+    ),
+    _one(
+        "determinism, DDP",
+        "a step draws random numbers",
+        CHUNKS,
+        "(param + lr * change)",
+        "(param + lr * change * (1 + 1e-3 * torch.rand_like(change)))",
+        ONE_CORE,
+        "last_bit",
+    ),
+    _one(
+        "state_dict",
+        "groups hold the network",
+        OPTIMIZER,
+        '            "weights": loaded.name,\n            "fingerprint"',
+        '            "weights": loaded,\n            "fingerprint"',
+        CHECKPOINT,
+        "plain",
+        "weights_only",
+    ),
     # Shapes, layouts, dtypes
     _one(
         "complex parameters",
@@ -614,9 +651,8 @@ MUTANTS = (
         "weights/registry.py",
         "        return loaded.shared()\n",
         "        return loaded\n",
-        "tests/weights/test_registry.py",
-        "share",
-        "same_network",
+        CHECKPOINT,
+        "shares_the_network",
     ),
     # Two processes
     _one(
@@ -673,10 +709,10 @@ MUTANTS = (
     ),
     _one(
         "recorder",
-        "counts the step after the next",
+        "a sample comes a step late",
         "recorder.py",
-        "self._taken += 1",
-        "self._taken += 2",
+        "if self._taken % self._every == 0:",
+        "if self._taken % self._every == 1:",
         RECORDER,
         "nth_step",
     ),
