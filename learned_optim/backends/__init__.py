@@ -88,4 +88,10 @@ def _say_once() -> None:
         )
 
 
-__all__ = ["BACKENDS", "StepItem", "apply_step", "check_backend", "choose_backend"]
+def backend_in_use(backend: str, rule: UpdateRule) -> str:
+    """Return the name of what runs a frozen rule when ``backend`` is asked for; never ``auto``."""
+    chosen = choose_backend(backend, rule)
+    return next((name for name, module in _MODULES.items() if module is chosen), "reference")
+
+
+__all__ = ["BACKENDS", "StepItem", "apply_step", "backend_in_use", "check_backend", "choose_backend"]

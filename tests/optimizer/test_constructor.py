@@ -188,8 +188,11 @@ def test_parameters_replaced_in_a_group_are_the_ones_stepped() -> None:
     # accelerate and FSDP2 replace the objects in `group["params"]`.
     old, new = make_params(ONE), make_params(ONE)
     optimizer = LearnedOptimizer(old, weights=small_rule())
+    take_steps(optimizer, old, 1)
     optimizer.param_groups[0]["params"] = new
     before = copies(old)
     take_steps(optimizer, new, 1)
     assert_identical(copies(old), before)
+    assert_identical(new, old)  # The same first step.
+    take_steps(optimizer, new, 1)
     assert not torch.equal(new[0], old[0])

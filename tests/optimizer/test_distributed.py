@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from learned_optim import LearnedOptimizer
+from learned_optim import LearnedOptimizer, Recorder
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
@@ -255,6 +255,20 @@ def check_zero_redundancy(case: str) -> None:
         assert_identical(dict(optimizer.state_dict()["state"]), dict(reference.state_dict()["state"]))
 
 
+def check_recorder(case: str) -> None:
+    model, optimizer = sharded(case, rows=7)
+    alone = make_model(7)
+    reference = LearnedOptimizer(alone.parameters(), weights=small_rule(case))
+    recorders = [Recorder(opt, every=2) for opt in (optimizer, reference)]
+    for step in range(STEPS):
+        for net, opt in ((model, optimizer), (alone, reference)):
+            backward(net, inputs_of(step))
+            opt.step()
+    assert len(recorders[0].rows) == 2
+    for row, expected in zip(*(recorder.rows for recorder in recorders), strict=True):
+        assert row == pytest.approx(expected, rel=1e-6, nan_ok=True)
+
+
 def checks(folder: str) -> dict[str, Callable[[], None]]:
     named: dict[str, Callable[[], None]] = {}
     for case in ALL_CASES:
@@ -265,6 +279,7 @@ def checks(folder: str) -> dict[str, Callable[[], None]]:
         named[f"tensor parallel {case}"] = lambda case=case: check_tensor_parallel_placements(case)
         named[f"zero redundancy {case}"] = lambda case=case: check_zero_redundancy(case)
     for case in FEW_CASES:
+        named[f"recorder {case}"] = lambda case=case: check_recorder(case)
         named[f"full checkpoint {case}"] = lambda case=case: check_full_checkpoint(case)
         for flatten in (False, True):
             name = f"sharded checkpoint {'flat' if flatten else 'nested'} {case}"
