@@ -4,14 +4,14 @@ BIN := .venv/bin
 RUNS := runs
 RESULTS := docs/results/quadratic
 
-.PHONY: help demo test check reproduce bench clean
+.PHONY: help demo test test-integrations check docs mutants reproduce bench clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 20
 
-.venv/ready: pyproject.toml setup.py constraints.txt learned_optim/backends/native/lstm.c learned_optim/backends/native/lstm_kernel.h
+.venv/ready: pyproject.toml setup.py constraints.txt $(wildcard learned_optim/backends/native/*)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs,test]"
 	touch $@
 
 demo: .venv/ready ## train a digit classifier with Adam and with LearnedOptimizer; table and demo.png
@@ -20,10 +20,21 @@ demo: .venv/ready ## train a digit classifier with Adam and with LearnedOptimize
 test: .venv/ready ## run the tests
 	$(BIN)/python -m pytest -n 2
 
-check: .venv/ready ## lint, format and types
+test-integrations: .venv/ready ## install Lightning, transformers, accelerate and a factory; run what needs them
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,integrations]"
+	$(BIN)/python -m pytest -n 2 tests/integrations
+
+check: .venv/ready ## lint, format, types and the documentation's links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mkdocs build --quiet
+
+docs: .venv/ready ## show the documentation on http://127.0.0.1:8000
+	$(BIN)/mkdocs serve
+
+mutants: .venv/ready ## break each promise on purpose and see that a test notices
+	$(BIN)/python -m tests.mutants
 
 reproduce: .venv/ready ## meta-train the quadratic weights with three seeds, judge them, draw the figures
 	for seed in 0 1 2; do \
@@ -40,6 +51,7 @@ bench: .venv/ready ## time an optimizer step and a meta-training step; run it on
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.meta_training
 	$(BIN)/python -m benchmarks.import_time
+	$(BIN)/python -m benchmarks.recorder
 
 clean: ## remove what the other targets made
-	rm -rf .venv build dist *.egg-info learned_optim/backends/_native*.so demo.png
+	rm -rf .venv build dist site *.egg-info learned_optim/backends/_native*.so demo.png

@@ -30,8 +30,8 @@ setup(
     ext_modules=[
         Extension(
             "learned_optim.backends._native",
-            sources=[f"{NATIVE}/lstm.c"],
-            depends=[f"{NATIVE}/lstm_kernel.h"],
+            sources=[f"{NATIVE}/lstm.c", f"{NATIVE}/step.c", f"{NATIVE}/unchanged.c"],
+            depends=[f"{NATIVE}/{name}" for name in ("lstm_kernel.h", "step_kernel.h", "vectors.h")],
             optional=True,
         )
     ],

@@ -1,6 +1,7 @@
 """A PyTorch optimizer whose update rule was itself learned."""
 
 from learned_optim.optimizer import LearnedOptimizer
+from learned_optim.recorder import Recorder
 from learned_optim.rules import UpdateRule, build_rule
 from learned_optim.weights import Weights, WeightsError, WeightsNotFoundError, available_weights
 
@@ -8,6 +9,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LearnedOptimizer",
+    "Recorder",
     "UpdateRule",
     "Weights",
     "WeightsError",

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from learned_optim.backends import StepItem, advance_with, apply_step, check_backend
+from learned_optim.backends import StepItem, apply_step, check_backend
+from learned_optim.backends.native_plan import Plan, make_plan
+from learned_optim.guard import check_guard, judge, nominal, snapshot
 from learned_optim.rules import UpdateRule
+from learned_optim.summary import summarize
 from learned_optim.weights import Weights, resolve_weights
 
 WeightsLike = str | PathLike[str] | UpdateRule | Weights
@@ -49,7 +52,10 @@ class LearnedOptimizer(Optimizer):
         maximize: Ascend instead of descend.
         state_dtype: ``torch.float32`` (default) or ``torch.bfloat16`` for the LSTM memory. float64 parameters keep
             float64.
-        backend: ``"auto"`` (the fastest that fits), ``"reference"`` (PyTorch) or ``"native"`` (compiled, on the CPU).
+        backend: ``"auto"`` (the fastest that fits), ``"reference"`` (PyTorch), ``"native"`` (compiled, on the CPU)
+            or ``"triton"`` (fused, on CUDA).
+        guard: Watch the updates and, where ``step`` gets a closure, the loss, and fall back to plain Adam where they
+            misbehave: :mod:`learned_optim.guard`. Costs a copy of the parameters during each step.
         capturable: Keep step counts on the parameters' device, as CUDA graph capture needs.
         foreach: Accepted for compatibility; small tensors are always processed together.
         fused: Accepted for compatibility; True is refused, choose a ``backend`` instead.
@@ -62,7 +68,7 @@ class LearnedOptimizer(Optimizer):
 
     Raises:
         ValueError: If a value is out of range or ``weights`` is unknown or unreadable; the message says what to do.
-        RuntimeError: If ``fused`` or ``differentiable`` is True.
+        RuntimeError: If ``fused`` or ``differentiable`` is True, or if FSDP1 flattened the parameters.
 
     Example:
         >>> model = torch.nn.Linear(3, 1)
@@ -74,6 +80,8 @@ class LearnedOptimizer(Optimizer):
         Andrychowicz et al. 2016, arXiv:1606.04474, equation 3 (there :math:`g_t` is the update).
     """
 
+    _plan: Plan | None = None
+
     def __init__(
         self,
         params: ParamsT,
@@ -84,6 +92,7 @@ class LearnedOptimizer(Optimizer):
         maximize: bool = False,
         state_dtype: torch.dtype | str | None = None,
         backend: str = "auto",
+        guard: bool = False,
         capturable: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -114,6 +123,7 @@ class LearnedOptimizer(Optimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
             "state_dtype": _dtype_name(state_dtype),
+            "guard": guard,
             "capturable": capturable,
             "foreach": foreach,
             "fused": None,
@@ -139,11 +149,12 @@ class LearnedOptimizer(Optimizer):
         """Add parameters, with their own options if given; they start with fresh memory.
 
         Args:
-            param_group: ``{"params": ...}`` and any of ``lr``, ``weights``, ``weight_decay``, ``maximize`` and
-                ``state_dtype``.
+            param_group: ``{"params": ...}`` and any of ``lr``, ``weights``, ``weight_decay``, ``maximize``, ``guard``
+                and ``state_dtype``.
 
         Raises:
             ValueError: If an option is out of range or its weights cannot be loaded.
+            RuntimeError: If FSDP1 flattened the parameters.
         """
         if isinstance(param_group, dict):
             param_group = dict(param_group)
@@ -153,11 +164,19 @@ class LearnedOptimizer(Optimizer):
                 param_group |= {"weights": loaded.name, "fingerprint": loaded.fingerprint}
             if "state_dtype" in param_group:
                 param_group["state_dtype"] = _dtype_name(param_group["state_dtype"])
-            _check_options({**self.defaults, **param_group})
+            options = {**self.defaults, **param_group}
+            _check_options(options)
+            check_guard(options)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        if any(getattr(param, "_fsdp_flattened", False) for param in group["params"]):
+            self.param_groups.pop()
+            raise RuntimeError(
+                "LearnedOptimizer does not support FullyShardedDataParallel (FSDP1): it flattens parameters together, so "
+                "no rule can see a whole tensor, no checkpoint hold its memory; use torch.distributed.fsdp.fully_shard"
+            )
         for param in group["params"]:  # Cast the rule now: torch.compile could not trace it.
-            self._weights[group["fingerprint"]].rule_on(param.device, compute_dtype(param.dtype))
+            self._rule_of(param, group)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -181,21 +200,59 @@ class LearnedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._repeat_step():
+            return loss
         self._refuse_sparse_gradients()
+        before = snapshot(self.param_groups)
         for group in self.param_groups:
-            weights = self._weights[group["fingerprint"]]
+            weights = self._weights_of(group)
             for (device, dtype), items in self._items(group, weights).items():
                 lr = group["lr"]
-                rule = weights.rule_on(device, dtype)
                 apply_step(
-                    rule,
+                    self.backend,
+                    weights.rule_on(device, dtype),
                     items,
-                    lr=lr.detach().to(device, dtype).reshape(()) if isinstance(lr, Tensor) else lr,
+                    lr=lr.detach().to(device, dtype, non_blocking=True).reshape(()) if isinstance(lr, Tensor) else lr,
                     weight_decay=group["weight_decay"],
                     maximize=group["maximize"],
-                    advance=advance_with(self.backend, rule),
                 )
+        judge(self.param_groups, self.state, before, loss)
+        self._plan_step()
         return loss
+
+    def _repeat_step(self) -> bool:
+        """Take the step as the last one was taken, if nothing but gradients and options has changed."""
+        if self._plan is None or not self._may_repeat():
+            return False
+        if not self._plan.renew(self.param_groups, self._cpu_rules(), self.state):
+            return False
+        self._plan.run(self.param_groups)
+        return True
+
+    def _plan_step(self) -> None:
+        if self.backend in ("auto", "native") and self._may_repeat():
+            self._plan = make_plan(self.param_groups, self._cpu_rules(), self.state)
+
+    def _may_repeat(self) -> bool:
+        """Return whether steps may be repeated unseen: not while tracing, nor under a guard."""
+        return not torch.compiler.is_compiling() and not any(group["guard"] for group in self.param_groups)
+
+    def _cpu_rules(self) -> list[UpdateRule]:
+        cpu = torch.device("cpu")
+        return [self._weights_of(group).rule_on(cpu, torch.float32) for group in self.param_groups]
+
+    def summary(self) -> str:
+        """Return a table of the groups: weights, rule, parameters, memory and the backend that runs them."""
+        return summarize(self.param_groups, self.backend, self._rule_of, self._initial_state)
+
+    def _weights_of(self, group: dict[str, Any]) -> Weights:
+        """Return what steps a group: its weights, or plain Adam once the guard has fallen back."""
+        weights = self._weights[group["fingerprint"]]
+        return nominal(weights) if group.get("guard_tripped") else weights
+
+    def _rule_of(self, param: Tensor, group: dict[str, Any]) -> UpdateRule:
+        """Return the rule that steps a parameter, on its device and in the dtype it computes in."""
+        return self._weights_of(group).rule_on(param.device, compute_dtype(param.dtype))
 
     def _refuse_sparse_gradients(self) -> None:
         """Refuse before anything is written, so that a caller who catches the error has lost nothing."""
@@ -207,28 +264,32 @@ class LearnedOptimizer(Optimizer):
 
     def _items(self, group: dict[str, Any], weights: Weights) -> dict[tuple[torch.device, torch.dtype], list[StepItem]]:
         """Collect the parameters to step, by device and compute dtype, and count the step."""
-        items: dict[tuple[torch.device, torch.dtype], list[StepItem]] = defaultdict(list)
+        stepped: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+        steps = []
         for param in group["params"]:
             if param.grad is None:
                 continue
-            state = self.state[param]
-            if not state:
-                state.update(self._initial_state(param, group, weights.rule))
-            state["step"] += 1
-            if param.numel() == 0:
-                continue
-            dtype = compute_dtype(param.dtype)
-            rule = weights.rule_on(param.device, dtype)
-            scale = rule.tensor_scale(_as_real(param))
-            items[param.device, dtype].append(
+            if not self.state[param]:
+                self.state[param].update(self._initial_state(param, group, weights.rule))
+            steps.append(self.state[param]["step"])
+            if param.numel() > 0:
+                stepped[param.device, compute_dtype(param.dtype)].append(param)
+        if steps:
+            torch._foreach_add_(steps, 1)  # Of thousands of steps on a GPU, in a few launches.
+        items: dict[tuple[torch.device, torch.dtype], list[StepItem]] = {}
+        for where, params in stepped.items():
+            rule = weights.rule_on(*where)
+            scales = rule.tensor_scales([_as_real(param) for param in params])
+            items[where] = [
                 StepItem(
                     param=_local(_as_real(param)),
-                    grad=_local(_placed_like(_as_real(param.grad), _as_real(param))),
-                    memory={name: _local(state[name]) for name in _memory_names(rule)},
-                    step=state["step"],
+                    grad=_local(_placed_like(_as_real(param.grad), _as_real(param))),  # type: ignore[arg-type]
+                    memory={name: _local(self.state[param][name]) for name in _memory_names(rule)},
+                    step=self.state[param]["step"],
                     scale=None if scale is None else _whole(scale),
                 )
-            )
+                for param, scale in zip(params, scales, strict=True)
+            ]
         return items
 
     def _initial_state(self, param: Tensor, group: dict[str, Any], rule: UpdateRule) -> dict[str, Tensor]:
@@ -255,6 +316,7 @@ class LearnedOptimizer(Optimizer):
             ValueError: If the checkpoint was made by another optimizer or with other weights, or does not fit the
                 parameters. Nothing is changed then.
         """
+        self._plan = None  # It would keep the old state alive beside the new.
         checked: list[dict[str, Any]] = []
 
         def check(_: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -291,13 +353,13 @@ class LearnedOptimizer(Optimizer):
                     f"to another LSTM, so construct it with weights={name!r}"
                 )
         for index, saved, param, group in self._saved_states(state_dict):
-            _check_memory(index, saved, param, self._weights[group["fingerprint"]].rule)
+            _check_memory(index, saved, param, self._weights_of(group).rule)
 
     def _saved_states(self, state_dict: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any], Tensor, dict[str, Any]]]:
-        """Yield index, saved state, parameter and group of every parameter of which the checkpoint holds state."""
-        saved_indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        """Yield index, saved state, parameter and saved group of every parameter of which the checkpoint holds state."""
+        saved = _params_with_groups(state_dict["param_groups"])
         live = _params_with_groups(self.param_groups)
-        for index, (saved_index, (param, group)) in enumerate(zip(saved_indices, live, strict=True)):
+        for index, ((saved_index, group), (param, _)) in enumerate(zip(saved, live, strict=True)):
             if state_dict["state"].get(saved_index):
                 yield index, state_dict["state"][saved_index], param, group
 
@@ -306,8 +368,9 @@ class LearnedOptimizer(Optimizer):
         for _, saved, param, group in self._saved_states(state_dict):
             state = self.state[param]
             step = torch.as_tensor(saved["step"], dtype=torch.float32)
-            state["step"] = step.to(param.device if group["capturable"] else "cpu", copy=True)
-            for name in _memory_names(self._weights[group["fingerprint"]].rule):
+            capturable = group.get("capturable", self.defaults["capturable"])
+            state["step"] = step.to(param.device if capturable else "cpu", copy=True)
+            for name in _memory_names(self._weights_of(group).rule):
                 state[name] = saved[name].detach().to(param.device, copy=True).contiguous()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -6,13 +6,16 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from learned_optim.weights import Weights, available_weights, resolve_weights
 from meta_train import evaluate, figures
+from meta_train.judging.report import judge_suite
+from meta_train.judging.suite import SEEDS, SUITES, TUNING_SEED, Runner, learned
 from meta_train.publish import publish
 from meta_train.recipe import parse_recipe, read_recipe
 from meta_train.run_dir import BEST, RunDir, training_table
@@ -60,7 +63,16 @@ def _parser() -> argparse.ArgumentParser:
     judge = verbs.add_parser("evaluate", help="compare weights with tuned baselines on fresh optimizees")
     judge.add_argument("weights", nargs="+", help="bundled names, files or Hub ids; the first is the one drawn")
     judge.add_argument("--out", type=Path, required=True, help="directory for the tables")
-    judge.add_argument("--task", choices=evaluate.ARENAS, default="quadratic", help="default: %(default)s")
+    what = judge.add_mutually_exclusive_group()
+    what.add_argument("--task", choices=evaluate.ARENAS, default="quadratic", help="default: %(default)s")
+    what.add_argument("--suite", choices=SUITES, help="judge on whole models instead: synthetic kinds, or real data")
+    judge.add_argument("--data", type=Path, help="directory of the real data; docs/judging.md says what it holds")
+    judge.add_argument("--cache", type=Path, default=Path("runs/judging"), help="finished runs; default: %(default)s")
+    judge.add_argument(
+        "--workers", type=int, default=1, help="processes of one thread each; default: %(default)s, 0: this one"
+    )
+    judge.add_argument("--horizon", type=int, help="leave out longer horizons")
+    judge.add_argument("--lr", type=float, nargs="+", default=[1.0], help="factors on the learned update; default: 1")
     judge.set_defaults(verb=_evaluate)
 
     draw = verbs.add_parser("figures", help="draw the figures of an evaluation from its tables")
@@ -121,7 +133,35 @@ def _labelled(names: Sequence[str]) -> list[Weights]:
     return [Weights(one.rule, label, one.recipe, one.metadata) for one, label in zip(loaded, labels, strict=True)]
 
 
+def _judge_suite(options: argparse.Namespace) -> int:
+    if options.workers < 0:
+        raise ValueError(f"--workers must not be negative, got {options.workers}")
+    rules = [learned(name, lr) for name in options.weights for lr in options.lr]
+
+    def progress(runs: Iterable[Any], total: int) -> Iterable[Any]:
+        return tqdm(runs, total=total, unit="run", dynamic_ncols=True, disable=not total)
+
+    suite = SUITES[options.suite]
+    runner = Runner(suite, options.cache, options.data, options.horizon, options.workers, progress)
+    report = judge_suite(runner, rules)
+    about = {
+        "suite": suite.name,
+        "fingerprints": {rule.name: rule.fingerprint for rule in rules},
+        "seeds": {"tuning": [TUNING_SEED], "evaluation": list(SEEDS)},
+        "command": f"python -m meta_train evaluate {' '.join(options.weights)} --suite {suite.name}",
+    }
+    evaluate.write_judgement(report, options.out, about)
+    for row in report.summary:
+        print(
+            f"{row['horizon']:>6} steps  {row['rule']:<16} against {row['against']:<22} {row['ratio']:>6.3f} x  "
+            f"wins {row['wins']:>2} of {row['tasks']:<2}  worst {row['worst']:.2f} ({row['worst_task']})"
+        )
+    return 0
+
+
 def _evaluate(options: argparse.Namespace) -> int:
+    if options.suite:
+        return _judge_suite(options)
     weights, arena = _labelled(options.weights), evaluate.ARENAS[options.task]
     judgement = evaluate.judge(
         weights, **vars(arena), progress=lambda settings: tqdm(list(settings), unit="setting", dynamic_ncols=True)
@@ -147,6 +187,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _figures(options: argparse.Namespace) -> int:
     rows = evaluate.read_rows(options.results / "curves.csv")
+    if "task" in rows[0]:
+        for ending in (".svg", ".png"):
+            figures.suite_curves(rows, options.results / f"curves{ending}")
+        return 0
     probe = evaluate.read_rows(options.results / "probe.csv")
     about = {"task": "", "trained_to": None, **json.loads((options.results / "environment.json").read_text())}
     first = next(row["optimizer"] for row in rows if row["optimizer"].startswith(evaluate.LEARNED))

@@ -49,12 +49,28 @@ class Setting:
         return f"lr={self.lr:g}" + (f" momentum={self.momentum:g}" if self.momentum else "")
 
 
+def _prodigy(params: Iterable[Tensor], lr: float) -> Optimizer:
+    from prodigyopt import Prodigy
+
+    return Prodigy(params, lr=lr)
+
+
+def _schedule_free(params: Iterable[Tensor], lr: float) -> Optimizer:
+    from schedulefree import AdamWScheduleFree
+
+    optimizer = AdamWScheduleFree(params, lr=lr)
+    optimizer.train()
+    return optimizer
+
+
 _CLASSES: dict[str, Callable[..., Optimizer]] = {
     "SGD": SGD,
     "NAG": SGD,
     "RMSprop": RMSprop,
     "Adam": Adam,
     "AdamW+cosine": AdamW,
+    "Prodigy": _prodigy,
+    "ScheduleFree": _schedule_free,
 }
 MOMENTA = (0.5, 0.7, 0.8, 0.9, 0.95)
 """Nesterov momenta; each is tried with every rate."""

@@ -333,11 +333,11 @@ def probe(weights: Weights, scale: float = 1.0, adam_lr: float = 0.1, steps: int
     return rows
 
 
-def write_judgement(judgement: Judgement, out: Path, about: Mapping[str, Any] | None = None) -> None:
+def write_judgement(judgement: object, out: Path, about: Mapping[str, Any] | None = None) -> None:
     """Write the tables of a judgement and where they were made.
 
     Args:
-        judgement: From :func:`judge`.
+        judgement: A dataclass whose every field is a table, such as :class:`Judgement`.
         out: Directory; created if missing.
         about: Anything else that a reader needs to make them again, for ``environment.json``.
     """

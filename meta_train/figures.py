@@ -130,3 +130,43 @@ def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
     figure.savefig(path, metadata=metadata, dpi=160)
+
+
+def suite_curves(rows: Sequence[dict[str, str]], path: Path, columns: int = 4) -> None:
+    """Draw training loss against inner step for every task of a suite: learned solid, baselines dashed.
+
+    Args:
+        rows: ``curves.csv`` of a suite.
+        path: The picture.
+        columns: Panels side by side.
+    """
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    lines = -(-len(tasks) // columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2.9 * columns, 2.3 * lines + 0.5), layout="constrained")
+        panels = figure.subplots(lines, columns, squeeze=False).flatten()
+        handles: dict[str, Any] = {}
+        for axes, task in zip(panels, tasks, strict=False):
+            of_task = [row for row in rows if row["task"] == task]
+            for name in dict.fromkeys(row["optimizer"] for row in of_task):
+                of_name = [row for row in of_task if row["optimizer"] == name]
+                learned = name.startswith("LSTM")
+                (handles[name],) = axes.plot(
+                    *_columns(of_name, "inner_step", "loss"),
+                    color=_suite_colour(name),
+                    lw=2.2 if learned else 1.2,
+                    ls="-" if learned else ":" if "(" in name else "--",
+                )
+            axes.set(xscale="log", yscale="log", title=task)
+            axes.title.set_fontsize(9)
+        for axes in panels[len(tasks) :]:
+            axes.axis("off")
+        figure.supxlabel("inner step")
+        figure.supylabel("training loss")
+        figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(len(handles), 5))
+        _save(figure, path)
+
+
+def _suite_colour(name: str) -> str:
+    """Colour by optimizer, with or without its rate in brackets."""
+    return COLOURS.get(name.split(",")[0].split("(")[0].strip(), "#E69F00")

@@ -1,4 +1,4 @@
-"""The README's tables, made from committed CSVs: ``python -m meta_train.tables`` writes them, a test compares.
+"""The tables of README and docs, made from committed CSVs: ``python -m meta_train.tables`` writes them, a test compares.
 
 A table stands between ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->``.
 """
@@ -43,10 +43,9 @@ def quadratic(results: Path = RESULTS / "quadratic") -> str:
     note = (
         f"Mean ± standard error over n = {count} fresh batches of 128 functions, meta-trained to 100 steps; in brackets the "
         "ratio to the best baseline of the column. One row for each of three meta-training seeds; the one with the best "
-        "validation is bundled. Baselines are tuned on other batches, and one that diverges on a fresh batch gives way to the next best; every setting "
-        "tried is in "
-        f"[sweep.csv](docs/results/quadratic/sweep.csv). {where['processor']}, torch {where['torch']}, "
-        f"commit {where['commit']}. Command: `make reproduce`."
+        "validation is bundled. Baselines are tuned on other batches, and one that diverges on a fresh batch gives way to "
+        "its next best setting; every one tried is in [sweep.csv](docs/results/quadratic/sweep.csv). "
+        f"{where['processor']}, torch {where['torch']}, commit {where['commit']}. Command: `make reproduce`."
     )
     return "\n".join([*lines, "", note])
 
@@ -71,11 +70,16 @@ def demo(results: Path = RESULTS / "demo") -> str:
 TABLES = {"quadratic": quadratic, "demo": demo}
 
 
-def updated(text: str) -> str:
+PAGES = {ROOT / "README.md": "docs/", ROOT / "docs" / "results.md": ""}
+"""Documents with tables, and the way from each to docs/."""
+
+
+def updated(text: str, docs: str = "docs/") -> str:
     """Return a document with every table made again.
 
     Args:
         text: The document.
+        docs: The way from it to docs/.
 
     Returns:
         The same with what stands between the marks replaced.
@@ -83,10 +87,11 @@ def updated(text: str) -> str:
     for name, make in TABLES.items():
         pattern = re.compile(rf"(<!-- results:{name} -->\n).*?(<!-- /results:{name} -->)", re.DOTALL)
         # Backslashes in a replacement would be read as references.
-        text = pattern.sub(r"\1" + make().replace("\\", r"\\") + r"\n\2", text)
+        table = make().replace("](docs/", f"]({docs}").replace("\\", r"\\")
+        text = pattern.sub(r"\1" + table + r"\n\2", text)
     return text
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    write_atomically(readme, updated(readme.read_text()).encode())
+    for page, docs in PAGES.items():
+        write_atomically(page, updated(page.read_text(), docs).encode())

@@ -16,8 +16,11 @@ ALLOWED = {
     "rules": {"rules"},
     "backends": {"backends", "rules"},
     "weights": {"weights", "rules"},
-    "optimizer": {"backends", "rules", "weights"},
-    "__init__": {"optimizer", "rules", "weights"},
+    "guard": {"rules", "weights"},
+    "summary": {"backends", "rules"},
+    "optimizer": {"backends", "guard", "rules", "summary", "weights"},
+    "recorder": {"backends", "optimizer", "rules"},
+    "__init__": {"optimizer", "recorder", "rules", "weights"},
     "__main__": {"rules", "weights"},
 }
 

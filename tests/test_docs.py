@@ -38,6 +38,35 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", ["contract", "integrations"])
+def test_every_test_that_a_page_names_exists(page: str) -> None:
+    source, named = None, 0
+    for path, test in re.findall(
+        r"`([\w/]*test_\w+\.py)?(?:::((?:test|check)_\w+))?`", (ROOT / "docs" / f"{page}.md").read_text()
+    ):
+        if path:
+            file = ROOT / path if path.startswith("tests/") else ROOT / "tests/optimizer" / path
+            source = file.read_text()
+        if path or test:
+            named += 1
+            assert source is not None, test
+            assert not test or f"\ndef {test}(" in source, f"{path}::{test}"
+    assert named > 20
+
+
+def test_the_integrations_page_shows_every_example_of_one() -> None:
+    page = (ROOT / "docs" / "integrations.md").read_text()
+    shown = set(re.findall(r"\(\.\./examples/(\w+)\.py\)", page))
+    assert shown == {path.stem for path in (ROOT / "examples").glob("*.py")} - {"digits", "own_task"}
+
+
+def test_the_integrations_page_names_the_pinned_versions() -> None:
+    page = (ROOT / "docs" / "integrations.md").read_text()
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    for package in ("torch", "lightning", "transformers", "accelerate", "pytorch-optimizer"):
+        assert f"{package.replace('-', '_')} {pins[package]}" in page
+
+
 def test_names_of_bundled_weights_in_the_readme_are_right() -> None:
     assert f"# {learned_optim.available_weights()}" in (ROOT / "README.md").read_text()
 
@@ -50,7 +79,8 @@ def test_version_and_licence_are_said_once() -> None:
     assert (ROOT / "LICENSE").read_text().startswith("MIT License")
 
 
-def test_the_tables_of_the_readme_are_those_of_the_committed_results() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert tables.updated(text) == text
-    assert "x best" in text or "ratio to the best baseline" in text
+@pytest.mark.parametrize(("page", "docs"), tables.PAGES.items(), ids=lambda value: getattr(value, "stem", None))
+def test_tables_are_those_of_the_committed_results(page: Path, docs: str) -> None:
+    text = page.read_text()
+    assert tables.updated(text, docs) == text
+    assert "ratio to the best baseline" in text

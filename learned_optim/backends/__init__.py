@@ -1,18 +1,33 @@
-"""How a step is executed. Every backend computes the same rule; all but the reference are tested against it."""
+"""How a step is executed. Every backend computes the same rule; all but the reference are tested against it.
 
-import weakref
+A backend is a module with three functions: ``available()``, whether it can work here at all; ``supports(rule)``, whether it
+can run a rule where that rule lies; and ``apply_step(rule, items, lr=, weight_decay=, maximize=)``, which takes the step and
+hands to the reference what it cannot take.
+"""
+
+import functools
+import logging
+from collections.abc import Sequence
+from types import ModuleType
 
 import torch
+from torch import Tensor
 
-from learned_optim.backends.chunks import StepItem, apply_step
-from learned_optim.backends.native_lstm import native_advance, native_available, native_supports
+from learned_optim.backends import chunks, native, triton_step
+from learned_optim.backends.chunks import StepItem
 from learned_optim.rules import UpdateRule
-from learned_optim.rules.rule import Advance
 
-BACKENDS = ("auto", "reference", "native")
-"""``reference`` is eager PyTorch, ``native`` runs the LSTM in compiled C on the CPU, ``auto`` takes the fastest."""
+_MODULES: dict[str, ModuleType] = {"triton": triton_step, "native": native}
+"""Every backend but the reference, fastest first."""
 
-_kernels: weakref.WeakKeyDictionary[UpdateRule, Advance] = weakref.WeakKeyDictionary()
+_INSTALL = {
+    "triton": "it needs an NVIDIA GPU that torch can use, and `pip install triton`",
+    "native": "install a C compiler and reinstall learned-optim",
+}
+"""What to do where a backend is not available."""
+
+BACKENDS = ("auto", "reference", *_MODULES)
+"""``reference`` is eager PyTorch, ``triton`` fused on CUDA, ``native`` compiled C on the CPU, ``auto`` takes the fastest."""
 
 
 def check_backend(name: str) -> None:
@@ -23,32 +38,60 @@ def check_backend(name: str) -> None:
 
     Raises:
         ValueError: If there is no such backend.
-        RuntimeError: If the native kernels were not built.
+        RuntimeError: If it is not available.
     """
     if name not in BACKENDS:
         raise ValueError(f"Invalid backend: {name!r}; choose one of {', '.join(BACKENDS)}")
-    if name == "native" and not native_available():
-        raise RuntimeError(
-            "backend='native' needs kernels that were not built here; install a C compiler and reinstall learned-optim, "
-            "or use backend='auto'"
-        )
+    if name in _MODULES and not _MODULES[name].available():
+        raise RuntimeError(f"backend={name!r} is not available here; {_INSTALL[name]}, or use backend='auto'")
 
 
-def advance_with(backend: str, rule: UpdateRule) -> Advance | None:
-    """Return what runs a frozen rule's LSTM for one step, or None for the rule's own matmuls.
+def apply_step(
+    backend: str,
+    rule: UpdateRule,
+    items: Sequence[StepItem],
+    *,
+    lr: Tensor | float,
+    weight_decay: float,
+    maximize: bool,
+) -> None:
+    """Apply one inner step in place.
 
     Args:
         backend: One of :data:`BACKENDS`.
-        rule: In the dtype and on the device to compute with.
-
-    Returns:
-        The kernel, its weights packed once for each rule.
+        rule: In the dtype to compute with, on the items' device.
+        items: Parameters that share the rule, device and compute dtype.
+        lr: Factor on the update.
+        weight_decay: Decoupled; parameters shrink by ``1e-3 * lr * weight_decay``.
+        maximize: Ascend instead of descend.
     """
-    if torch.compiler.is_compiling() or backend == "reference" or not native_supports(rule.lstm):
-        return None
-    if rule not in _kernels:
-        _kernels[rule] = native_advance(rule.lstm)
-    return _kernels[rule]
+    module = choose_backend(backend, rule)
+    module.apply_step(rule, items, lr=lr, weight_decay=weight_decay, maximize=maximize)
 
 
-__all__ = ["BACKENDS", "StepItem", "advance_with", "apply_step", "check_backend"]
+def choose_backend(name: str, rule: UpdateRule) -> ModuleType:
+    """Return what runs a rule: the named backend, or for ``auto`` the first that supports it; else the reference."""
+    if name == "auto" and not native.available() and rule.readout.weight.device.type == "cpu":
+        _say_once()
+    names = tuple(_MODULES) if name == "auto" else (name,)
+    for module in (_MODULES[name] for name in names if name in _MODULES):
+        if module.available() and module.supports(rule):
+            return module
+    return chunks
+
+
+@functools.cache
+def _say_once() -> None:
+    if not torch.compiler.is_compiling():
+        logging.getLogger("learned_optim").warning(
+            "the compiled CPU kernels were not built, steps are several times slower; %s", _INSTALL["native"]
+        )
+
+
+def backend_in_use(backend: str, rule: UpdateRule) -> str:
+    """Return the name of what runs a frozen rule when ``backend`` is asked for; never ``auto``."""
+    chosen = choose_backend(backend, rule)
+    return next((name for name, module in _MODULES.items() if module is chosen), "reference")
+
+
+__all__ = ["BACKENDS", "StepItem", "apply_step", "backend_in_use", "check_backend", "choose_backend"]

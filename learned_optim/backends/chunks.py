@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from learned_optim.rules import UpdateRule
-from learned_optim.rules.rule import Advance
 
 CHUNK = 65_536
 """Coordinates processed at once."""
@@ -72,7 +71,6 @@ def apply_step(
     lr: Tensor | float,
     weight_decay: float,
     maximize: bool,
-    advance: Advance | None = None,
 ) -> None:
     """Apply one inner step in place.
 
@@ -82,10 +80,9 @@ def apply_step(
         lr: Factor on the update.
         weight_decay: Decoupled; parameters shrink by ``1e-3 * lr * weight_decay``.
         maximize: Ascend instead of descend.
-        advance: A kernel to run the LSTM with, instead of the rule's own matmuls.
     """
     for chunk in _pack(items):
-        _apply_chunk(rule, chunk, lr, weight_decay, maximize, advance)
+        _apply_chunk(rule, chunk, lr, weight_decay, maximize)
         for piece in chunk:
             piece.write_back()
 
@@ -116,7 +113,6 @@ def _apply_chunk(
     lr: Tensor | float,
     weight_decay: float,
     maximize: bool,
-    advance: Advance | None,
 ) -> None:
     dtype = rule.readout.weight.dtype
     sizes = [piece.stop - piece.start for piece in chunk]
@@ -126,7 +122,7 @@ def _apply_chunk(
     scales = [piece.item.scale for piece in chunk if piece.item.scale is not None]
     scale = _spread(scales, sizes) if scales else None
 
-    update, new_memory, _ = rule(-grad if maximize else grad, memory, step, scale, advance)
+    update, new_memory, _ = rule(-grad if maximize else grad, memory, step, scale)
 
     for name, values in new_memory.items():
         for piece, new in zip(chunk, values.split(sizes), strict=True):

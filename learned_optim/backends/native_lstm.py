@@ -6,37 +6,22 @@ The library is optional. It is built by ``pip install`` where there is a C compi
 
 from __future__ import annotations
 
-import ctypes
-import functools
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from learned_optim.backends.native_library import AVAILABLE, call
 from learned_optim.rules.lstm import Carry
 from learned_optim.rules.rule import Advance
 
 MAX_LAYERS = 16
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    for path in sorted(Path(__file__).parent.glob("_native*.so")):
-        try:
-            library = ctypes.CDLL(str(path))
-        except OSError:
-            continue
-        pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-        library.learned_optim_lstm_step.argtypes = [long, *[integer] * 3, *[pointer] * 8, integer]
-        library.learned_optim_lstm_sequence.argtypes = [integer, long, *[integer] * 3, *[pointer] * 8, integer]
-        return library
-    return None
-
-
 def native_available() -> bool:
     """Return whether the compiled kernels were built and load."""
-    return _library() is not None
+    return AVAILABLE
 
 
 def native_supports(lstm: nn.LSTM) -> bool:
@@ -81,20 +66,12 @@ def native_advance(lstm: nn.LSTM) -> Advance:
 
 
 def _step(packed: Tensor, sizes: tuple[int, int, int], inputs: Tensor, carry: Carry, active: Tensor) -> tuple[Tensor, Carry]:
-    library = _library()
-    assert library is not None, "guard calls with native_supports()"
     inputs, hidden, cell = (tensor.contiguous() for tensor in (inputs, *carry))
     new_hidden, new_cell = torch.empty_like(hidden), torch.empty_like(cell)
     count = inputs.shape[0]
     top = inputs.new_empty(count, sizes[1])
-    _check(
-        library.learned_optim_lstm_step(
-            count,
-            *sizes,
-            *_addresses(inputs, hidden, cell, active.contiguous(), packed, new_hidden, new_cell, top),
-            torch.get_num_threads(),
-        )
-    )
+    addresses = _addresses(inputs, hidden, cell, active.contiguous(), packed, new_hidden, new_cell, top)
+    call("learned_optim_lstm_step", count, *sizes, *addresses, torch.get_num_threads())
     return top, (new_hidden, new_cell)
 
 
@@ -130,14 +107,17 @@ class _Sequence(torch.autograd.Function):
         sizes: tuple[int, int, int],
     ) -> Tensor:
         top = inputs.new_empty(*inputs.shape[:2], sizes[1])
-        ctx.saved = (packed, inputs, hidden, cell, mask, sizes)
-        _run_sequence(*ctx.saved, top=top)
+        ctx.save_for_backward(packed, inputs, hidden, cell, mask)
+        ctx.sizes = sizes
+        _run_sequence(packed, inputs, hidden, cell, mask, sizes, top=top)
         return top
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = torch.zeros_like(ctx.saved[0])
-        _run_sequence(*ctx.saved, d_top=grads[0].contiguous(), d_packed=gradient)
+        packed, inputs, hidden, cell, mask = ctx.saved_tensors
+        gradient = torch.zeros_like(packed)
+        _run_sequence(packed, inputs, hidden, cell, mask, ctx.sizes, d_top=grads[0].contiguous(), d_packed=gradient)
         return gradient, None, None, None, None, None
 
 
@@ -153,23 +133,9 @@ def _run_sequence(
     d_top: Tensor | None = None,
     d_packed: Tensor | None = None,
 ) -> None:
-    library = _library()
-    assert library is not None, "guard calls with native_supports()"
-    _check(
-        library.learned_optim_lstm_sequence(
-            inputs.shape[0],
-            inputs.shape[1],
-            *sizes,
-            *_addresses(inputs, hidden, cell, mask, packed, top, d_top, d_packed),
-            torch.get_num_threads(),
-        )
-    )
+    addresses = _addresses(inputs, hidden, cell, mask, packed, top, d_top, d_packed)
+    call("learned_optim_lstm_sequence", *inputs.shape[:2], *sizes, *addresses, torch.get_num_threads())
 
 
 def _addresses(*tensors: Tensor | None) -> list[int | None]:
     return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
-def _check(status: int) -> None:
-    if status:
-        raise MemoryError("the LSTM kernel could not allocate its scratch memory")

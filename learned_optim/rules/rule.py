@@ -6,7 +6,7 @@ knows nothing of optimizers, files or tasks.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -128,6 +128,22 @@ class UpdateRule(nn.Module, ABC):
         param = param.detach()
         norm = torch.linalg.vector_norm(param, dim=dims, dtype=torch.float64) if dims else param.abs().double()
         return self.scale_of(norm.square() / max(param.shape[batch_dims:].numel(), 1)).to(self.readout.weight.dtype)
+
+    def tensor_scales(self, params: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return :meth:`tensor_scale` of many tensors; on a GPU in a few launches, however many tensors there are.
+
+        Args:
+            params: Parameter tensors with at least one entry, all on one device.
+
+        Returns:
+            A 0-dim tensor or None each.
+        """
+        together = self.uses_scale and all(param.is_cuda and type(param) in (Tensor, nn.Parameter) for param in params)
+        if not together or torch.compiler.is_compiling():
+            return [self.tensor_scale(param) for param in params]
+        norms = torch._foreach_norm([param.detach() for param in params], 2, dtype=torch.float64)
+        torch._foreach_div_(norms, [param.numel() ** 0.5 for param in params])
+        return list(self.scale_of(torch.stack(norms).square()).to(self.readout.weight.dtype).unbind())
 
     def scale_of(self, mean_square: Tensor) -> Tensor:
         """Return the scale of tensors from the mean of their squared entries.

@@ -82,6 +82,18 @@ def test_no_coordinates_and_no_gradient() -> None:
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in lstm.parameters())
 
 
+def test_a_second_derivative_and_a_changed_input_are_refused() -> None:
+    lstm, _ = make_lstm(1, 4, 2)
+    x, carry, _ = draw(1, 4, 2, 3, 5)
+    hiddens = native_sequence(lstm, x, carry)
+    (gradient,) = torch.autograd.grad(hiddens.square().sum(), [lstm.weight_hh_l0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        hiddens.sum().backward()
+
+
 def test_results_depend_on_neither_position_nor_threads() -> None:
     lstm, _ = make_lstm(2, 6, 3)
     x, carry, active = draw(2, 6, 3, 1, 150)

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
+    get_state_dict,
     set_optimizer_state_dict,
+    set_state_dict,
 )
 
-from learned_optim import LearnedOptimizer
+from learned_optim import LearnedOptimizer, Recorder
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
@@ -33,11 +35,11 @@ ALL_CASES = list(RULE_CASES)
 FEW_CASES = ["paper-raw", "adam-modulation-time"]
 
 
-def make_model(rows: int = 8) -> nn.Module:
+def make_model(rows: int = 8, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Draw the same model on every rank; ``rows = 7`` shards as 4 + 3, and the last layer's single row as 1 + 0."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        return nn.Sequential(nn.Linear(3, rows), nn.Tanh(), nn.Linear(rows, 1))
+        return nn.Sequential(nn.Linear(3, rows), nn.Tanh(), nn.Linear(rows, 1)).to(dtype)
 
 
 def inputs_of(step: int) -> Tensor:
@@ -46,6 +48,7 @@ def inputs_of(step: int) -> Tensor:
 
 def backward(model: nn.Module, inputs: Tensor) -> None:
     model.zero_grad()
+    inputs = inputs.to(next(model.parameters()).dtype)
     (model(inputs) - inputs.sum(-1, keepdim=True)).square().mean().backward()
 
 
@@ -57,20 +60,26 @@ def full_memories(optimizer: LearnedOptimizer, params: list[nn.Parameter]) -> li
     return [{name: full(value) for name, value in optimizer.state[param].items()} for param in params]
 
 
-def train_alone(case: str, steps: int, rows: int = 8) -> tuple[nn.Module, LearnedOptimizer]:
-    model = make_model(rows)
-    optimizer = LearnedOptimizer(model.parameters(), weights=small_rule(case))
-    for step in range(steps):
+def train(model: nn.Module, optimizer: LearnedOptimizer, steps: range) -> None:
+    for step in steps:
         backward(model, inputs_of(step))
         optimizer.step()
+
+
+def train_alone(
+    case: str, steps: int, rows: int = 8, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, LearnedOptimizer]:
+    model = make_model(rows, dtype)
+    optimizer = LearnedOptimizer(model.parameters(), weights=small_rule(case))
+    train(model, optimizer, range(steps))
     return model, optimizer
 
 
-def sharded(case: str, rows: int, **options: Any) -> tuple[nn.Module, LearnedOptimizer]:
+def sharded(case: str, rows: int, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[nn.Module, LearnedOptimizer]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model = make_model(rows)
+    model = make_model(rows, dtype)
     mesh = init_device_mesh("cpu", (WORLD,))
     for layer in (model[0], model[2]):
         fully_shard(layer, mesh=mesh)
@@ -95,13 +104,11 @@ def check_ddp(case: str) -> None:
         assert_identical(both[0], both[1])
 
 
-def check_fsdp2(case: str, rows: int) -> None:
-    model, optimizer = sharded(case, rows)
+def check_fsdp2(case: str, rows: int, dtype: torch.dtype = torch.float32) -> None:
+    model, optimizer = sharded(case, rows, dtype)
     params = list(model.parameters())
-    for step in range(STEPS):
-        backward(model, inputs_of(step))
-        optimizer.step()
-    alone, reference = train_alone(case, STEPS, rows)
+    train(model, optimizer, range(STEPS))
+    alone, reference = train_alone(case, STEPS, rows, dtype)
     assert_identical([full(param) for param in params], copies(alone.parameters()))
     assert_identical(full_memories(optimizer, params), memories(reference, alone.parameters()))
     for param in params:
@@ -158,6 +165,54 @@ def check_sharded_checkpoint(case: str, flatten: bool, folder: str) -> None:
     assert_identical(full_memories(resumed, list(again.parameters())), full_memories(optimizer, list(model.parameters())))
 
 
+def check_resharding(case: str, dtype: torch.dtype, folder: str) -> None:
+    """Two steps on two ranks, one step alone and one more on two ranks are four steps alone, to the last bit."""
+    import torch.distributed.checkpoint as dcp
+
+    def save(name: str, model: nn.Module, optimizer: LearnedOptimizer, alone: bool) -> None:
+        weights, memory = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": memory}, checkpoint_id=os.path.join(path, name), no_dist=alone)
+
+    def load(name: str, model: nn.Module, optimizer: LearnedOptimizer, alone: bool) -> None:
+        with torch.no_grad():
+            for param in model.parameters():
+                param.zero_()
+        weights, memory = get_state_dict(model, optimizer)
+        state = {"model": weights, "optimizer": memory}
+        dcp.load(state, checkpoint_id=os.path.join(path, name), no_dist=alone)
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+    path = os.path.join(folder, f"reshard-{case}-{dtype}")
+    model, optimizer = sharded(case, 7, dtype)
+    train(model, optimizer, range(2))
+    save("two", model, optimizer, alone=False)
+    model, optimizer = train_alone(case, 0, 7, dtype)
+    load("two", model, optimizer, alone=True)
+    train(model, optimizer, range(2, 3))
+    if dist.get_rank() == 0:
+        save("one", model, optimizer, alone=True)
+    dist.barrier()
+    model, optimizer = sharded(case, 7, dtype)
+    load("one", model, optimizer, alone=False)
+    train(model, optimizer, range(3, 4))
+    params = list(model.parameters())
+    alone, reference = train_alone(case, 4, 7, dtype)
+    assert_identical([full(param) for param in params], copies(alone.parameters()))
+    assert_identical(full_memories(optimizer, params), memories(reference, alone.parameters()))
+
+
+def check_fsdp1_is_refused(use_orig_params: bool) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(make_model(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=r"does not support.*FSDP1.*use torch\.distributed\.fsdp\.fully_shard"):
+        LearnedOptimizer(model.parameters(), weights=small_rule())
+    optimizer = LearnedOptimizer(make_model().parameters(), weights=small_rule())
+    with pytest.raises(RuntimeError, match="FSDP1"):
+        optimizer.add_param_group({"params": model.parameters()})
+    assert len(optimizer.param_groups) == 1
+
+
 def check_tensor_parallel_placements(case: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -200,19 +255,39 @@ def check_zero_redundancy(case: str) -> None:
         assert_identical(dict(optimizer.state_dict()["state"]), dict(reference.state_dict()["state"]))
 
 
+def check_recorder(case: str) -> None:
+    model, optimizer = sharded(case, rows=7)
+    alone = make_model(7)
+    reference = LearnedOptimizer(alone.parameters(), weights=small_rule(case))
+    recorders = [Recorder(opt, every=2) for opt in (optimizer, reference)]
+    for step in range(STEPS):
+        for net, opt in ((model, optimizer), (alone, reference)):
+            backward(net, inputs_of(step))
+            opt.step()
+    assert len(recorders[0].rows) == 2
+    for row, expected in zip(*(recorder.rows for recorder in recorders), strict=True):
+        assert row == pytest.approx(expected, rel=1e-6, nan_ok=True)
+
+
 def checks(folder: str) -> dict[str, Callable[[], None]]:
     named: dict[str, Callable[[], None]] = {}
     for case in ALL_CASES:
         named[f"ddp {case}"] = lambda case=case: check_ddp(case)
         for kind, rows in (("even", 8), ("uneven", 7)):
             named[f"fsdp2 {kind} {case}"] = lambda case=case, rows=rows: check_fsdp2(case, rows)
+        named[f"fsdp2 uneven bf16 {case}"] = lambda case=case: check_fsdp2(case, 7, torch.bfloat16)
         named[f"tensor parallel {case}"] = lambda case=case: check_tensor_parallel_placements(case)
         named[f"zero redundancy {case}"] = lambda case=case: check_zero_redundancy(case)
     for case in FEW_CASES:
+        named[f"recorder {case}"] = lambda case=case: check_recorder(case)
         named[f"full checkpoint {case}"] = lambda case=case: check_full_checkpoint(case)
         for flatten in (False, True):
             name = f"sharded checkpoint {'flat' if flatten else 'nested'} {case}"
             named[name] = lambda case=case, flatten=flatten: check_sharded_checkpoint(case, flatten, folder)
+        for dtype in (torch.float32, torch.bfloat16):
+            named[f"resharding {dtype} {case}"] = lambda case=case, dtype=dtype: check_resharding(case, dtype, folder)
+    for original in (False, True):
+        named[f"fsdp1 refused use_orig_params={original}"] = lambda original=original: check_fsdp1_is_refused(original)
     return named
 
 
@@ -227,7 +302,7 @@ def run_checks(rank: int, folder: str) -> None:
         try:
             check()
             outcome[name] = ""
-        except Exception:
+        except BaseException:  # Neither pytest's failures nor those of checkpoints are Exceptions.
             outcome[name] = f"rank {rank}: {traceback.format_exc()}"
         try:
             dist.barrier()

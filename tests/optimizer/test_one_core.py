@@ -59,6 +59,20 @@ def test_grouping_and_order_change_nothing(rule: UpdateRule, grouping: str) -> N
     torch.testing.assert_close(apart, together, **EXACT)
 
 
+def test_parameters_of_one_group_count_their_own_steps(rule: UpdateRule) -> None:
+    early, late = make_params([(3,), (4,)], torch.float64)
+    together = LearnedOptimizer([early, late], weights=rule)
+    (alone,) = make_params([(3,), (4,)], torch.float64)[1:]
+    single = LearnedOptimizer([alone], weights=rule)
+    for step in range(6):
+        early.grad, gradient = draw_gradients([early, late], step)
+        late.grad = alone.grad = gradient if step >= 3 else None
+        together.step()
+        single.step()
+    torch.testing.assert_close(late, alone, **EXACT)
+    assert [together.state[param]["step"].item() for param in (early, late)] == [6, 3]
+
+
 def test_permuting_coordinates_permutes_updates(rule: UpdateRule) -> None:
     (plain,) = make_params([(4, 6)], torch.float64)
     order = torch.randperm(24)

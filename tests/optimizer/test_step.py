@@ -91,8 +91,9 @@ def test_zero_gradients_move_nothing_and_leave_memory_at_rest(rule: UpdateRule) 
         assert not any(value.any() for name, value in memory.items() if name != "step")
 
 
-def test_the_gradient_is_read_only(rule: UpdateRule) -> None:
-    params = make_params()
+@pytest.mark.parametrize("shapes", [SHAPES, [(5,)]])  # A parameter alone is not packed, so nothing is copied.
+def test_the_gradient_is_read_only(rule: UpdateRule, shapes: list[tuple[int, ...]]) -> None:
+    params = make_params(shapes)
     optimizer = LearnedOptimizer(params, weights=rule, maximize=True, weight_decay=1.0)
     take_steps(optimizer, params, 1)
     assert_identical([param.grad for param in params], draw_gradients(params, 0))

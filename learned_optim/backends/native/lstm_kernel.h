@@ -3,7 +3,8 @@
  * Coordinates are taken in blocks. Inside a block everything is stored [unit][coordinate], so that every inner loop runs
  * over coordinates, the weights are broadcast, and the arithmetic is dense vector multiply-adds. Weights come packed as
  * [layer][unit][input..., hidden..., bias][gate], gates in torch's order i, f, g, o: the four gates of a unit are
- * computed together and their pointwise part follows at once, while they are in registers.
+ * computed together and squashed while they are in registers. The cell is squashed in a second pass over the units: the
+ * two in one would wait for each other, a chain too long for a processor to look past.
  *
  * A coordinate that is not active keeps its memory. NaN and Inf never reach this file: the caller encodes them away.
  */
@@ -62,21 +63,16 @@ INLINE vec tanh_vec(vec x) {
 
 INLINE vec sigmoid_vec(vec x) { return tanh_vec(x * 0.5f) * 0.5f + 0.5f; }
 
-/* Gate pre-activations of one unit for W vectors of coordinates: bias + W_ih x + W_hh h. */
-#define GATES(W, weights, below, below_size, hidden, H, acc)                  \
+/* Gate pre-activations of one unit for W vectors of coordinates, from the COLUMNS it reads: inputs, then hidden states. */
+#define GATES(W, weights, read, columns, acc)                                 \
   do {                                                                        \
     const float *w_ = (weights);                                              \
-    const float *bias_ = w_ + 4 * ((below_size) + (H));                       \
+    const float *bias_ = w_ + 4 * (columns);                                  \
     for (int g_ = 0; g_ < 4; g_++)                                            \
       for (int v_ = 0; v_ < (W); v_++) acc[g_][v_] = splat(bias_[g_]);        \
-    for (int k_ = 0; k_ < (below_size); k_++, w_ += 4)                        \
+    for (int k_ = 0; k_ < (columns); k_++, w_ += 4)                           \
       for (int v_ = 0; v_ < (W); v_++) {                                      \
-        vec x_ = (below)[k_ * (W) + v_];                                      \
-        for (int g_ = 0; g_ < 4; g_++) acc[g_][v_] += w_[g_] * x_;            \
-      }                                                                       \
-    for (int k_ = 0; k_ < (H); k_++, w_ += 4)                                 \
-      for (int v_ = 0; v_ < (W); v_++) {                                      \
-        vec x_ = (hidden)[k_ * (W) + v_];                                     \
+        vec x_ = (read)[k_ * (W) + v_];                                       \
         for (int g_ = 0; g_ < 4; g_++) acc[g_][v_] += w_[g_] * x_;            \
       }                                                                       \
   } while (0)
@@ -118,7 +114,7 @@ static void step_block(int rows, int F, int H, int L, const float *inputs, const
                        float *memory) {
   size_t width = (size_t)L * H;
   int widest = F > H ? F : H;
-  vec *x = (vec *)memory, *h = x + (size_t)widest * STEP_W, *c = h + H * STEP_W, *out = c + H * STEP_W;
+  vec *x = (vec *)memory, *c = x + (size_t)(widest + H) * STEP_W, *out = c + H * STEP_W, *read = out + H * STEP_W;
   int32_t mask_lanes[STEP_LANES] __attribute__((aligned(64)));
   const ivec *mask = (const ivec *)mask_lanes;
   gather_mask(mask_lanes, active, rows, STEP_LANES);
@@ -126,24 +122,28 @@ static void step_block(int rows, int F, int H, int L, const float *inputs, const
   for (int layer = 0; layer < L; layer++) {
     int below = layer_inputs(layer, F, H);
     const float *w = layer_weights(weights, layer, F, H);
+    vec *h = x + below * STEP_W; /* inputs and hidden states side by side, as GATES reads them */
     gather((float *)h, hidden + layer * H, rows, H, width, STEP_LANES);
     gather((float *)c, cell + layer * H, rows, H, width, STEP_LANES);
     for (int unit = 0; unit < H; unit++, w += 4 * (below + H + 1)) {
       vec acc[4][STEP_W];
-      GATES(STEP_W, w, x, below, h, H, acc);
+      GATES(STEP_W, w, x, below + H, acc);
       for (int v = 0; v < STEP_W; v++) {
-        vec state = sigmoid_vec(acc[1][v]) * c[unit * STEP_W + v] + sigmoid_vec(acc[0][v]) * tanh_vec(acc[2][v]);
-        out[unit * STEP_W + v] = sigmoid_vec(acc[3][v]) * tanh_vec(state);
-        c[unit * STEP_W + v] = select_vec(mask[v], state, c[unit * STEP_W + v]);
+        int at = unit * STEP_W + v;
+        vec state = sigmoid_vec(acc[1][v]) * c[at] + sigmoid_vec(acc[0][v]) * tanh_vec(acc[2][v]);
+        read[at] = sigmoid_vec(acc[3][v]);
+        out[at] = state;
+        c[at] = select_vec(mask[v], state, c[at]);
       }
     }
-    /* What the layer above reads is the would-be hidden state; what is kept depends on the mask. */
-    for (int i = 0; i < H * STEP_W; i++) {
-      x[i] = out[i];
-      h[i] = select_vec(mask[i % STEP_W], out[i], h[i]);
+    for (int at = 0; at < H * STEP_W; at++) {
+      out[at] = read[at] * tanh_vec(out[at]);
+      h[at] = select_vec(mask[at % STEP_W], out[at], h[at]);
     }
     scatter(new_hidden + layer * H, (float *)h, rows, H, width, STEP_LANES);
     scatter(new_cell + layer * H, (float *)c, rows, H, width, STEP_LANES);
+    /* What the layer above reads is the would-be hidden state; what is kept depends on the mask. */
+    memcpy(x, out, sizeof(vec) * H * STEP_W);
   }
   scatter(top, (float *)x, rows, H, H, STEP_LANES);
 }
@@ -156,7 +156,7 @@ static int NAME(lstm_step)(int64_t N, int F, int H, int L, const float *inputs, 
   size_t width = (size_t)L * H;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    float *memory = scratch((size_t)((F > H ? F : H) + 3 * H) * STEP_LANES);
+    float *memory = scratch((size_t)((F > H ? F : H) + 4 * H) * STEP_LANES);
     if (!memory) failed = 1;
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < N; n += STEP_LANES) {
@@ -175,38 +175,40 @@ static int NAME(lstm_step)(int64_t N, int F, int H, int L, const float *inputs, 
 #define SEQ_W 2 /* a block's whole history should stay in the second-level cache */
 #define SEQ_LANES (SEQ_W * LANES)
 
-/* What a block remembers of K steps, all [step][unit][coordinate]. Hidden and cell have K + 1 entries, from the start. */
+/* What a block remembers of K steps, all [step][unit][coordinate]. */
 typedef struct {
-  vec *inputs;       /* K x F */
+  vec *read[16];     /* per layer (K+1) x (inputs, H, 1): what it reads, its hidden state as kept, and a one for the bias */
   vec *gates[16];    /* per layer K x H x 4, activated; backward overwrites them with gradients of pre-activations */
-  vec *hidden[16];   /* per layer (K+1) x H, as kept */
   vec *cell[16];     /* per layer (K+1) x H, as kept */
-  vec *would_be[16]; /* per layer K x H, hidden before the mask */
-  vec *tanh_cell[16];
-  ivec *mask; /* K */
+  vec *squashed[16]; /* per layer K x H, tanh of the cell before the mask */
+  vec *top;          /* K x H, the last layer's hidden state before the mask */
+  ivec *mask;        /* K */
   vec *d_below, *d_hidden[16], *d_cell[16], *d_next;
 } history;
 
 static size_t history_vectors(int K, int F, int H, int L) {
-  size_t per_layer = (size_t)K * H * 4 + 2 * (size_t)(K + 1) * H + 2 * (size_t)K * H + 2 * (size_t)H;
-  return SEQ_W * ((size_t)K * F + L * per_layer + K + 2 * (size_t)(F > H ? F : H));
+  size_t read = (size_t)(K + 1) * (F + H + 1 + (size_t)(L - 1) * (2 * H + 1));
+  size_t per_layer = (size_t)K * H * 4 + (size_t)(K + 1) * H + (size_t)K * H + 2 * (size_t)H;
+  return SEQ_W * (read + L * per_layer + (size_t)K * H + K + 2 * (size_t)H);
 }
 
 static void lay_out(history *s, vec *memory, int K, int F, int H, int L) {
 #define TAKE(count) (memory += (size_t)(count) * SEQ_W, memory - (size_t)(count) * SEQ_W)
-  s->inputs = TAKE((size_t)K * F);
   for (int l = 0; l < L; l++) {
+    size_t columns = layer_inputs(l, F, H) + H + 1;
+    s->read[l] = TAKE((K + 1) * columns);
+    for (int t = 0; t < K; t++)
+      for (int v = 0; v < SEQ_W; v++) s->read[l][((t + 1) * columns - 1) * SEQ_W + v] = splat(1.0f);
     s->gates[l] = TAKE((size_t)K * H * 4);
-    s->hidden[l] = TAKE((size_t)(K + 1) * H);
     s->cell[l] = TAKE((size_t)(K + 1) * H);
-    s->would_be[l] = TAKE((size_t)K * H);
-    s->tanh_cell[l] = TAKE((size_t)K * H);
+    s->squashed[l] = TAKE((size_t)K * H);
     s->d_hidden[l] = TAKE(H);
     s->d_cell[l] = TAKE(H);
   }
   s->mask = (ivec *)TAKE(K);
-  s->d_below = TAKE(F > H ? F : H);
-  s->d_next = TAKE(F > H ? F : H);
+  s->top = TAKE((size_t)K * H);
+  s->d_below = TAKE(H);
+  s->d_next = TAKE(H);
 #undef TAKE
 }
 
@@ -214,38 +216,63 @@ static void forward_block(history *s, int rows, int K, int64_t N, int F, int H, 
                           const float *hidden, const float *cell, const uint8_t *active, const float *weights) {
   size_t width = (size_t)L * H;
   for (int l = 0; l < L; l++) {
-    gather((float *)s->hidden[l], hidden + l * H, rows, H, width, SEQ_LANES);
+    gather((float *)(s->read[l] + layer_inputs(l, F, H) * SEQ_W), hidden + l * H, rows, H, width, SEQ_LANES);
     gather((float *)s->cell[l], cell + l * H, rows, H, width, SEQ_LANES);
   }
   for (int t = 0; t < K; t++) {
     ivec *mask = s->mask + t * SEQ_W;
     gather_mask((int32_t *)mask, active ? active + t * N : NULL, rows, SEQ_LANES);
-    gather((float *)(s->inputs + (size_t)t * F * SEQ_W), inputs + (size_t)t * N * F, rows, F, F, SEQ_LANES);
+    gather((float *)(s->read[0] + (size_t)t * (F + H + 1) * SEQ_W), inputs + (size_t)t * N * F, rows, F, F, SEQ_LANES);
     for (int l = 0; l < L; l++) {
-      int below = layer_inputs(l, F, H);
-      const vec *x = l ? s->would_be[l - 1] + (size_t)t * H * SEQ_W : s->inputs + (size_t)t * F * SEQ_W;
-      const vec *h = s->hidden[l] + (size_t)t * H * SEQ_W, *c = s->cell[l] + (size_t)t * H * SEQ_W;
-      vec *h_new = s->hidden[l] + (size_t)(t + 1) * H * SEQ_W, *c_new = s->cell[l] + (size_t)(t + 1) * H * SEQ_W;
+      int below = layer_inputs(l, F, H), columns = below + H + 1;
+      const vec *read = s->read[l] + (size_t)t * columns * SEQ_W, *c = s->cell[l] + (size_t)t * H * SEQ_W;
+      const vec *h = read + below * SEQ_W;
+      vec *h_new = s->read[l] + ((size_t)(t + 1) * columns + below) * SEQ_W;
+      vec *c_new = s->cell[l] + (size_t)(t + 1) * H * SEQ_W, *squashed = s->squashed[l] + (size_t)t * H * SEQ_W;
+      vec *gates = s->gates[l] + (size_t)t * H * 4 * SEQ_W;
+      vec *out = l + 1 < L ? s->read[l + 1] + (size_t)t * (2 * H + 1) * SEQ_W : s->top + (size_t)t * H * SEQ_W;
       const float *w = layer_weights(weights, l, F, H);
-      for (int unit = 0; unit < H; unit++, w += 4 * (below + H + 1)) {
+      for (int unit = 0; unit < H; unit++, w += 4 * columns, gates += 4 * SEQ_W) {
         vec acc[4][SEQ_W];
-        GATES(SEQ_W, w, x, below, h, H, acc);
+        GATES(SEQ_W, w, read, below + H, acc);
         for (int v = 0; v < SEQ_W; v++) {
           int at = unit * SEQ_W + v;
-          vec *gates = s->gates[l] + ((size_t)t * H + unit) * 4 * SEQ_W;
           vec write = sigmoid_vec(acc[0][v]), forget = sigmoid_vec(acc[1][v]);
-          vec candidate = tanh_vec(acc[2][v]), read = sigmoid_vec(acc[3][v]);
-          vec state = forget * c[at] + write * candidate, squashed = tanh_vec(state), out = read * squashed;
-          gates[v] = write, gates[SEQ_W + v] = forget, gates[2 * SEQ_W + v] = candidate, gates[3 * SEQ_W + v] = read;
-          s->tanh_cell[l][(size_t)t * H * SEQ_W + at] = squashed;
-          s->would_be[l][(size_t)t * H * SEQ_W + at] = out;
+          vec candidate = tanh_vec(acc[2][v]), state = forget * c[at] + write * candidate;
+          gates[v] = write, gates[SEQ_W + v] = forget, gates[2 * SEQ_W + v] = candidate;
+          gates[3 * SEQ_W + v] = sigmoid_vec(acc[3][v]);
+          squashed[at] = state;
           c_new[at] = select_vec(mask[v], state, c[at]);
-          h_new[at] = select_vec(mask[v], out, h[at]);
         }
       }
+      gates = s->gates[l] + (size_t)t * H * 4 * SEQ_W;
+      for (int unit = 0; unit < H; unit++)
+        for (int v = 0; v < SEQ_W; v++) {
+          int at = unit * SEQ_W + v;
+          squashed[at] = tanh_vec(squashed[at]);
+          out[at] = gates[(unit * 4 + 3) * SEQ_W + v] * squashed[at];
+          h_new[at] = select_vec(mask[v], out[at], h[at]);
+        }
     }
   }
 }
+
+/* The gradient of COUNT units a layer read, from the gradients of its gates: enough sums at once to hide the latency of
+ * multiply-add. It replaces `target`, or is added to it. */
+#define THROUGH(COUNT, target, column, add)                                                            \
+  do {                                                                                                 \
+    vec total_[COUNT][SEQ_W];                                                                          \
+    for (int j_ = 0; j_ < (COUNT); j_++)                                                               \
+      for (int v_ = 0; v_ < SEQ_W; v_++) total_[j_][v_] = (add) ? (target)[j_ * SEQ_W + v_] : zero;    \
+    const vec *gates_ = s->gates[l] + (size_t)t * H * 4 * SEQ_W;                                       \
+    const float *row_ = w + 4 * (column);                                                              \
+    for (int unit_ = 0; unit_ < H; unit_++, gates_ += 4 * SEQ_W, row_ += 4 * (below + H + 1))          \
+      for (int g_ = 0; g_ < 4; g_++)                                                                   \
+        for (int j_ = 0; j_ < (COUNT); j_++)                                                           \
+          for (int v_ = 0; v_ < SEQ_W; v_++) total_[j_][v_] += row_[4 * j_ + g_] * gates_[g_ * SEQ_W + v_]; \
+    for (int j_ = 0; j_ < (COUNT); j_++)                                                               \
+      for (int v_ = 0; v_ < SEQ_W; v_++) (target)[j_ * SEQ_W + v_] = total_[j_][v_];                   \
+  } while (0)
 
 /* Gradients of the pre-activations of every gate, from the last step to the first. They replace the gates. */
 static void backward_block(history *s, int rows, int K, int64_t N, int F, int H, int L, const float *d_top,
@@ -259,7 +286,7 @@ static void backward_block(history *s, int rows, int K, int64_t N, int F, int H,
     for (int l = L - 1; l >= 0; l--) {
       int below = layer_inputs(l, F, H);
       const float *w = layer_weights(weights, l, F, H);
-      const vec *c = s->cell[l] + (size_t)t * H * SEQ_W, *squashed = s->tanh_cell[l] + (size_t)t * H * SEQ_W;
+      const vec *c = s->cell[l] + (size_t)t * H * SEQ_W, *squashed = s->squashed[l] + (size_t)t * H * SEQ_W;
       for (int unit = 0; unit < H; unit++)
         for (int v = 0; v < SEQ_W; v++) {
           int at = unit * SEQ_W + v;
@@ -278,22 +305,11 @@ static void backward_block(history *s, int rows, int K, int64_t N, int F, int H,
         }
       /* Through W_hh to the step before, and through W_ih to the layer below. */
       for (int part = l ? 0 : 1; part < 2; part++) {
-        int size = H, first = part ? below : 0;
+        int first = part ? below : 0;
         vec *target = part ? s->d_hidden[l] : s->d_next;
-        for (int k = 0; k < size; k++) {
-          vec total[SEQ_W];
-          for (int v = 0; v < SEQ_W; v++) total[v] = zero;
-          for (int unit = 0; unit < H; unit++) {
-            const float *row = w + (size_t)unit * 4 * (below + H + 1) + 4 * (first + k);
-            const vec *gates = s->gates[l] + ((size_t)t * H + unit) * 4 * SEQ_W;
-            for (int g = 0; g < 4; g++)
-              for (int v = 0; v < SEQ_W; v++) total[v] += row[g] * gates[g * SEQ_W + v];
-          }
-          for (int v = 0; v < SEQ_W; v++) {
-            vec previous = part ? target[k * SEQ_W + v] : zero;
-            target[k * SEQ_W + v] = previous + total[v];
-          }
-        }
+        int k = 0;
+        for (; k + 4 <= H; k += 4) THROUGH(4, target + k * SEQ_W, first + k, part);
+        for (; k < H; k++) THROUGH(1, target + k * SEQ_W, first + k, part);
       }
       if (l)
         for (int i = 0; i < H * SEQ_W; i++) s->d_below[i] = s->d_next[i];
@@ -308,6 +324,11 @@ INLINE float sum_lanes(vec x) {
 }
 
 /* One tile of the weight gradient: the four gates of a unit against COUNT columns of what the layer read. */
+#if LANES == 16 || defined(__aarch64__)
+#define TILE_COLUMNS 4 /* 32 vector registers hold 16 sums and their operands */
+#else
+#define TILE_COLUMNS 3 /* 16 registers hold 12 */
+#endif
 #define TILE(COUNT, column, stride, d_row)                                                  \
   do {                                                                                      \
     vec acc_[4][COUNT];                                                                     \
@@ -326,21 +347,13 @@ INLINE float sum_lanes(vec x) {
 
 static void weight_gradient(const history *s, int K, int F, int H, int L, float *d_weights) {
   for (int l = 0; l < L; l++) {
-    int below = layer_inputs(l, F, H);
-    float *d_row = d_weights + (layer_weights(d_weights, l, F, H) - d_weights);
-    const vec *x = l ? s->would_be[l - 1] : s->inputs;
+    int columns = layer_inputs(l, F, H) + H + 1;
     for (int unit = 0; unit < H; unit++) {
       int k = 0;
-      for (; k + 4 <= below; k += 4, d_row += 16) TILE(4, x + k * SEQ_W, below, d_row);
-      for (; k < below; k++, d_row += 4) TILE(1, x + k * SEQ_W, below, d_row);
-      for (k = 0; k + 4 <= H; k += 4, d_row += 16) TILE(4, s->hidden[l] + k * SEQ_W, H, d_row);
-      for (; k < H; k++, d_row += 4) TILE(1, s->hidden[l] + k * SEQ_W, H, d_row);
-      vec acc[4];
-      for (int g = 0; g < 4; g++) acc[g] = splat(0.0f);
-      for (int t = 0; t < K; t++)
-        for (int g = 0; g < 4; g++)
-          for (int v = 0; v < SEQ_W; v++) acc[g] += s->gates[l][(((size_t)t * H + unit) * 4 + g) * SEQ_W + v];
-      for (int g = 0; g < 4; g++, d_row++) *d_row += sum_lanes(acc[g]);
+      for (; k + TILE_COLUMNS <= columns; k += TILE_COLUMNS, d_weights += 4 * TILE_COLUMNS)
+        TILE(TILE_COLUMNS, s->read[l] + k * SEQ_W, columns, d_weights);
+      for (; k + 2 <= columns; k += 2, d_weights += 8) TILE(2, s->read[l] + k * SEQ_W, columns, d_weights);
+      for (; k < columns; k++, d_weights += 4) TILE(1, s->read[l] + k * SEQ_W, columns, d_weights);
     }
   }
 }
@@ -380,8 +393,7 @@ static int NAME(lstm_sequence)(int K, int64_t N, int F, int H, int L, const floa
         weight_gradient(&s, K, F, H, L, shares + size * share);
       } else {
         for (int t = 0; t < K; t++)
-          scatter(top + ((size_t)t * N + n) * H, (float *)(s.would_be[L - 1] + (size_t)t * H * SEQ_W), rows, H, H,
-                  SEQ_LANES);
+          scatter(top + ((size_t)t * N + n) * H, (float *)(s.top + (size_t)t * H * SEQ_W), rows, H, H, SEQ_LANES);
       }
     }
     free(memory);
@@ -420,6 +432,8 @@ static int NAME(lstm_sequence)(int K, int64_t N, int F, int H, int L, const floa
 #undef INLINE
 #undef GATES
 #undef TILE
+#undef TILE_COLUMNS
+#undef THROUGH
 #undef STEP_W
 #undef STEP_LANES
 #undef SEQ_W

@@ -15,41 +15,35 @@
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 enum { PAPER = 0, ADAM_MODULATION = 1 };
+enum { WRITE, FORGET, READ, CANDIDATE }; /* gates as the kernel has them: the three sigmoids first */
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 /* What a rule is, apart from its meta-parameters. Mirrored by native.py. */
 struct rule {
-  int32_t family, layers, hidden, num_times, num_contexts, log_and_sign;
+  int32_t family, layers, hidden, log_and_sign, num_times;
   float fast_decay, slow_decay, second_moment_decay, step_size, log_gain;
   float input_scale, output_scale, preprocess_p, threshold;
-  const float *time_scales;
+  float time_scales[16];
 };
 
 /* What a step reads and writes, one row an item; a pointer is 8 bytes on every machine we know. Mirrored by native.py. */
 struct columns {
   int64_t count;
   const int64_t *sizes;
-  void *const *params; /* NULL: the update is returned and not applied */
-  void *const *grads, *const *hidden, *const *cell, *const *moments[3];
-  const float *const *steps, *const *scales; /* one number each */
+  void *const *params, *const *grads, *const *hidden, *const *cell, *const *moments[3];
+  float *const *steps; /* one number each: inner steps, this one included unless it is still to be counted */
+  const float *const *scales;
   const uint8_t *param_types, *grad_types, *memory_types;
   float lr, shrink;
-  int32_t maximize;
-  /* For a single item whose update is returned; each may be NULL but the first. */
-  float *update, *inputs, *context;
-  uint8_t *active;
-  const float *coordinate_scales;
+  int32_t maximize, count_step;
 };
 
 /* One row of the columns, and what follows from its step. */
 struct item {
   void *param, *hidden, *cell, *moments[3];
   const void *grad;
-  const float *scales;
   int param_type, grad_type, memory_type, maximize;
-  float lr, shrink, step, scale, fast_factor, slow_factor, second_factor;
-  float *update, *inputs, *context;
-  uint8_t *active;
+  float lr, shrink, step, scale, corrections[3]; /* corrections of the moments' bias */
 };
 
 #define HELPER static inline __attribute__((always_inline, unused))
@@ -58,14 +52,13 @@ HELPER int encoded_inputs(const struct rule *rule) {
   return rule->family == ADAM_MODULATION ? 4 : rule->log_and_sign ? 2 : 1;
 }
 
-HELPER int num_outputs(const struct rule *rule) { return rule->family == ADAM_MODULATION ? 2 : 1; }
-
 HELPER float time_feature(const struct rule *rule, int k, float step) {
   return tanhf(step / rule->time_scales[k] - 1.0f);
 }
 
-/* Packed weights: for each layer the bias [unit][gate], in the first layer the columns of the features of time
- * [feature][unit][gate], then [unit][inputs, hiddens][gate]; at the end [output][hiddens, bias]. Gates i, f, g, o. */
+/* Weights as native.py packs them: for each layer the bias [unit][gate], in the first layer the columns of the features of
+ * time [feature][unit][gate], then [unit][inputs, hiddens][gate]; at the end [output][hiddens, bias]. All that belongs to
+ * the sigmoids is multiplied by -1/ln 2, because they take powers of two: sigmoid = 1 / (1 + 2^gate). */
 HELPER size_t lstm_weights(const struct rule *rule) {
   size_t H = rule->hidden;
   return 4 * H * (1 + rule->num_times + encoded_inputs(rule) + H) + (rule->layers - 1) * 4 * H * (1 + 2 * H);
@@ -84,32 +77,33 @@ static void fold_time(float *bias, const struct rule *rule, const float *weights
   }
 }
 
+/* What was computed from the step of the item before is kept where the step is the same. */
 static void prepare_item(struct item *item, const struct rule *rule, const struct columns *columns, int64_t i) {
+  const float step = item->step, corrections[3] = {item->corrections[0], item->corrections[1], item->corrections[2]};
   *item = (struct item){
-      .param = columns->params ? columns->params[i] : NULL,
+      .param = columns->params[i],
       .grad = columns->grads[i],
       .hidden = columns->hidden[i],
       .cell = columns->cell[i],
-      .scales = columns->coordinate_scales,
-      .param_type = columns->param_types ? columns->param_types[i] : FLOAT32,
+      .param_type = columns->param_types[i],
       .grad_type = columns->grad_types[i],
       .memory_type = columns->memory_types[i],
       .maximize = columns->maximize,
       .lr = columns->lr,
       .shrink = columns->shrink,
       .step = *columns->steps[i],
-      .update = columns->update,
-      .inputs = columns->inputs,
-      .context = columns->context,
-      .active = columns->active,
   };
   if (rule->family != ADAM_MODULATION) return;
   for (int k = 0; k < 3; k++) item->moments[k] = columns->moments[k][i];
-  if (!item->scales) item->scale = *columns->scales[i];
+  item->scale = *columns->scales[i];
+  if (step == item->step) {
+    item->corrections[0] = corrections[0], item->corrections[1] = corrections[1], item->corrections[2] = corrections[2];
+    return;
+  }
   /* In float32 as the reference has it: of 1 - 0.999^t little is left of the digits, and both must lose the same. */
-  item->fast_factor = 1.0f / (1.0f - powf(rule->fast_decay, item->step));
-  item->slow_factor = 1.0f / (1.0f - powf(rule->slow_decay, item->step));
-  item->second_factor = 1.0f / (1.0f - powf(rule->second_moment_decay, item->step));
+  item->corrections[0] = 1.0f / (1.0f - powf(rule->fast_decay, item->step));
+  item->corrections[1] = 1.0f / (1.0f - powf(rule->slow_decay, item->step));
+  item->corrections[2] = 1.0f / (1.0f - powf(rule->second_moment_decay, item->step));
 }
 
 /* Waking a thread must be worth its microseconds. */
@@ -220,38 +214,10 @@ int learned_optim_isa(void) {
 
 /* ---- what native.py calls ------------------------------------------------------------------------------------------------- */
 
-/* Numbers that learned_optim_pack writes. */
-int64_t learned_optim_packed_size(const struct rule *rule) {
-  return (int64_t)(lstm_weights(rule) + (size_t)num_outputs(rule) * (rule->hidden + 1));
-}
-
-/* Pack torch's tensors: for each layer weight_ih, weight_hh, bias_ih, bias_hh, then the readout's weight and bias. */
-void learned_optim_pack(const struct rule *rule, const float *const *tensors, float *packed) {
-  const int H = rule->hidden, T = rule->num_times;
-  for (int layer = 0; layer < rule->layers; layer++, tensors += 4) {
-    const int below = layer ? H : encoded_inputs(rule), times = layer ? 0 : T;
-    const float *ih = tensors[0], *hh = tensors[1];
-    for (int unit = 0; unit < H; unit++)
-      for (int g = 0; g < 4; g++) {
-        const int row = g * H + unit, at = 4 * unit + g;
-        const float factor = g == 2 ? 1.0f : -1.44269504f; /* -1/ln 2: the kernel's sigmoids take powers of two */
-        float *matrix = packed + 4 * H * (1 + times) + (size_t)4 * unit * (below + H) + g;
-        packed[at] = factor * (tensors[2][row] + tensors[3][row]);
-        for (int k = 0; k < times; k++) packed[4 * H * (1 + k) + at] = factor * ih[row * (below + times) + below + k];
-        for (int k = 0; k < below; k++) matrix[4 * k] = factor * ih[row * (below + times) + k];
-        for (int k = 0; k < H; k++) matrix[4 * (below + k)] = factor * hh[row * H + k];
-      }
-    packed += (size_t)4 * H * (1 + times + below + H);
-  }
-  for (int output = 0; output < num_outputs(rule); output++) {
-    memcpy(packed, tensors[0] + output * H, H * sizeof(float));
-    packed[H] = tensors[1][output];
-    packed += H + 1;
-  }
-}
-
 /* One inner step of every item, in place. Returns 0, or 1 when out of memory. */
 int learned_optim_step(const struct rule *rule, const float *weights, const struct columns *columns, int threads) {
+  if (columns->count_step)
+    for (int64_t i = 0; i < columns->count; i++) *columns->steps[i] += 1.0f;
   return DISPATCH(step_all, rule, weights, columns, threads);
 }
 

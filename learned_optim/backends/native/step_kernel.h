@@ -16,6 +16,7 @@
 #define decay_moment NAME(decay_moment)
 #define encode_adam NAME(encode_adam)
 #define encode_paper NAME(encode_paper)
+#define add_products NAME(add_products)
 #define run_lstm NAME(run_lstm)
 #define read_out NAME(read_out)
 #define decode_block NAME(decode_block)
@@ -25,9 +26,13 @@
 #define sum_of_squares NAME(sum_of_squares)
 #define evaluate NAME(evaluate)
 
-/* Four gates times W vectors of accumulators hide the latency of multiply-add and still fit the registers. */
-#ifndef W
-#define W 2
+/* A block is W vectors of coordinates: enough independent work to hide the latency of every operation, and still within
+ * the first-level cache. Four gates times GROUP vectors are summed at once: as many as the registers hold. */
+#define W 4
+#if defined(ISA_AVX512) || defined(__aarch64__)
+#define GROUP 4
+#else
+#define GROUP 2
 #endif
 #define BLOCK (W * LANES)
 
@@ -125,13 +130,14 @@ INLINE void write_memory(void *memory, int type, int64_t start, int rows, int wi
 typedef struct {
   vec *inputs;               /* F x W, without the features of time, which are in the bias */
   vec *hidden, *cell, *next; /* L*H x W: before, before and then after, would-be after */
+  vec *gates;                /* of one layer: 4 x H x W */
   float *bias;               /* of layer 0, with the features of time: H x 4 */
   vec grad[W], context[2][W], update[W];
   ivec active[W];
 } block_buffers;
 
 INLINE size_t vectors_needed(const struct rule *rule) {
-  return W * (size_t)(encoded_inputs(rule) + 3 * rule->layers * rule->hidden) + (size_t)rule->hidden * 4 / LANES + 1;
+  return W * (size_t)(encoded_inputs(rule) + (3 * rule->layers + 4) * rule->hidden) + (size_t)rule->hidden * 4 / LANES + 1;
 }
 
 INLINE void lay_out_buffers(block_buffers *b, vec *memory, const struct rule *rule) {
@@ -140,7 +146,8 @@ INLINE void lay_out_buffers(block_buffers *b, vec *memory, const struct rule *ru
   b->hidden = b->inputs + (size_t)encoded_inputs(rule) * W;
   b->cell = b->hidden + width;
   b->next = b->cell + width;
-  b->bias = (float *)(b->next + width);
+  b->gates = b->next + width;
+  b->bias = (float *)(b->gates + (size_t)4 * rule->hidden * W);
 }
 
 /* torch.lerp(value, moment, decay), in the form that torch takes on either side of 1/2. */
@@ -165,32 +172,27 @@ INLINE void encode_adam(block_buffers *b, const struct rule *rule, const struct 
     second = new[2][v] = select_vec(finite, decay_moment(second, square, rule->second_moment_decay), second);
     ivec active = b->active[v] = finite & (second > 0.0f);
 
-    vec inverse_root = 1.0f / sqrt_vec(select_vec(active, second * item->second_factor, splat(1.0f)));
+    vec inverse_root = 1.0f / sqrt_vec(select_vec(active, second * item->corrections[2], splat(1.0f)));
     vec normalised = grad * inverse_root;
-    fast = fast * item->fast_factor * inverse_root;
+    fast = fast * item->corrections[0] * inverse_root;
     b->inputs[v] = clamp_vec(normalised, -5.0f, 5.0f);
     b->inputs[W + v] = fast;
-    b->inputs[2 * W + v] = slow * item->slow_factor * inverse_root;
+    b->inputs[2 * W + v] = slow * item->corrections[1] * inverse_root;
     b->inputs[3 * W + v] = 0.1f * log_vec(normalised * normalised + 1e-8f);
     b->context[0][v] = fast;
     b->context[1][v] = select_vec(active, splat(-rule->step_size * item->scale), splat(0.0f));
   }
-  if (item->scales) {
-    const float *scales = read_values(item->scales, FLOAT32, start, rows, staging[0]);
-    for (int v = 0; v < W; v++)
-      b->context[1][v] = select_vec(b->active[v], -rule->step_size * load_vec(scales + v * LANES), splat(0.0f));
-  }
   for (int i = 0; i < 3; i++) write_values(item->moments[i], FLOAT32, start, rows, new[i]);
 }
 
-/* Inputs, context and active mask of the paper's rules. A coordinate that was ever active has a cell that is not zero. */
+/* Inputs, context and active mask of the paper's rules. Whoever was ever active has a bottom cell that is not zero. */
 INLINE void encode_paper(block_buffers *b, const struct rule *rule) {
   for (int v = 0; v < W; v++) {
     vec grad = b->grad[v];
     ivec finite = abs_vec(grad) <= FLT_MAX;
     grad = select_vec(finite, grad, splat(0.0f));
     ivec seen = grad != 0.0f;
-    for (int i = 0; i < rule->layers * rule->hidden; i++) seen |= b->cell[i * W + v] != 0.0f;
+    for (int i = 0; i < rule->hidden; i++) seen |= b->cell[i * W + v] != 0.0f;
     b->active[v] = finite & seen;
     if (rule->log_and_sign) {
       vec size = max_vec(splat(rule->threshold), abs_vec(grad));
@@ -203,40 +205,49 @@ INLINE void encode_paper(block_buffers *b, const struct rule *rule) {
   }
 }
 
+/* Sums of one unit's four gates, for GROUP vectors of coordinates. */
+INLINE const float *add_products(vec acc[4][GROUP], const vec *x, int count, const float *w) {
+  for (int k = 0; k < count; k++, w += 4)
+    UNROLL for (int g = 0; g < 4; g++)
+      UNROLL for (int v = 0; v < GROUP; v++) acc[g][v] += w[g] * x[k * W + v];
+  return w;
+}
+
 /* Every layer: from inputs, hidden and cell to next (the hidden state as it would be) and cell, held where not active. */
 INLINE void run_lstm(block_buffers *b, const struct rule *rule, const float *weights) {
   const int H = rule->hidden;
   const vec *below = b->inputs;
   int below_size = encoded_inputs(rule);
   for (int layer = 0; layer < rule->layers; layer++) {
-    const float *bias = layer ? weights : b->bias;
-    const float *w = weights + 4 * H * (layer ? 1 : 1 + rule->num_times);
-    const vec *hidden = b->hidden + (size_t)layer * H * W;
-    vec *cell = b->cell + (size_t)layer * H * W, *next = b->next + (size_t)layer * H * W;
-    for (int unit = 0; unit < H; unit++, bias += 4) {
-      vec acc[4][W];
-      UNROLL for (int g = 0; g < 4; g++)
-        UNROLL for (int v = 0; v < W; v++) acc[g][v] = splat(bias[g]);
-      for (int k = 0; k < below_size; k++, w += 4)
+    const float *bias = layer ? weights : b->bias, *row = weights + 4 * H * (layer ? 1 : 1 + rule->num_times);
+    const vec *hidden = b->hidden + layer * H * W;
+    vec *cell = b->cell + layer * H * W, *next = b->next + layer * H * W;
+    vec *const gates[4] = {b->gates, b->gates + H * W, b->gates + 2 * H * W, b->gates + 3 * H * W};
+    for (int unit = 0; unit < H; unit++, bias += 4, row += 4 * (below_size + H))
+      for (int first = 0; first < W; first += GROUP) {
+        vec acc[4][GROUP];
         UNROLL for (int g = 0; g < 4; g++)
-          UNROLL for (int v = 0; v < W; v++) acc[g][v] += w[g] * below[k * W + v];
-      for (int k = 0; k < H; k++, w += 4)
+          UNROLL for (int v = 0; v < GROUP; v++) acc[g][v] = splat(bias[g]);
+        add_products(acc, hidden + first, H, add_products(acc, below + first, below_size, row));
         UNROLL for (int g = 0; g < 4; g++)
-          UNROLL for (int v = 0; v < W; v++) acc[g][v] += w[g] * hidden[k * W + v];
-      /* Weights of the sigmoids were packed times -1/ln 2: sigmoid = 1 / (1 + 2^acc). One division for cell, one for
-       * hidden, over common denominators. */
-      UNROLL for (int v = 0; v < W; v++) {
-        vec write = 1.0f + exp2_vec(acc[0][v]), forget = 1.0f + exp2_vec(acc[1][v]), read = 1.0f + exp2_vec(acc[3][v]);
-        vec old = cell[unit * W + v], candidate_den, state_den;
-        vec candidate = tanh_parts(acc[2][v], &candidate_den);
-        vec write_den = write * candidate_den;
-        vec state = (old * write_den + candidate * forget) / (forget * write_den);
-        vec squashed = tanh_parts(state, &state_den);
-        next[unit * W + v] = squashed / (read * state_den);
-        cell[unit * W + v] = select_vec(b->active[v], state, old);
+          UNROLL for (int v = 0; v < GROUP; v++) gates[g][unit * W + first + v] = acc[g][v];
       }
+    /* Short chains of dependent operations in passes of their own: in one they would be too long for a processor to look
+     * past. One division for the cell, one for the hidden state, over common denominators. */
+    for (int i = 0; i < 3 * H * W; i++) gates[0][i] = 1.0f + exp2_vec(gates[0][i]);
+    for (int unit = 0; unit < H; unit++)
+      UNROLL for (int v = 0; v < W; v++) {
+        const int i = unit * W + v;
+        vec denominator, candidate = tanh_parts(gates[CANDIDATE][i], &denominator);
+        denominator *= gates[WRITE][i];
+        next[i] = (cell[i] * denominator + candidate * gates[FORGET][i]) / (gates[FORGET][i] * denominator);
+        cell[i] = select_vec(b->active[v], next[i], cell[i]);
+      }
+    for (int i = 0; i < H * W; i++) {
+      vec denominator, squashed = tanh_parts(next[i], &denominator);
+      next[i] = squashed / (gates[READ][i] * denominator);
     }
-    weights = w;
+    weights = row;
     below = next;
     below_size = H;
   }
@@ -264,7 +275,7 @@ INLINE void decode_block(block_buffers *b, const struct rule *rule, const float 
 
 INLINE void step_block(block_buffers *b, const struct rule *rule, const float *weights, const struct item *item,
                        int64_t start, int rows) {
-  const int width = rule->layers * rule->hidden, F = encoded_inputs(rule);
+  const int width = rule->layers * rule->hidden;
   float staging[BLOCK] __attribute__((aligned(64)));
   const float *grads = read_values(item->grad, item->grad_type, start, rows, staging);
   for (int v = 0; v < W; v++) {
@@ -296,26 +307,9 @@ INLINE void step_block(block_buffers *b, const struct rule *rule, const float *w
     for (int v = 0; v < W; v++) b->update[v] = splat(0.0f);
   }
 
-  if (item->param) {
-    const float *params = read_values(item->param, item->param_type, start, rows, staging);
-    for (int v = 0; v < W; v++) b->update[v] = load_vec(params + v * LANES) * item->shrink + item->lr * b->update[v];
-    write_values(item->param, item->param_type, start, rows, b->update);
-    return;
-  }
-  write_values(item->update, FLOAT32, start, rows, b->update);
-  const float *inputs = (const float *)b->inputs, *context = (const float *)b->context;
-  const int32_t *active = (const int32_t *)b->active;
-  for (int r = 0; r < rows; r++) {
-    if (item->inputs) {
-      float *to = item->inputs + (start + r) * (F + rule->num_times);
-      for (int k = 0; k < F; k++) to[k] = inputs[k * BLOCK + r];
-      for (int k = 0; k < rule->num_times; k++) to[F + k] = time_feature(rule, k, item->step);
-    }
-    if (item->context)
-      for (int k = 0; k < rule->num_contexts; k++)
-        item->context[(start + r) * rule->num_contexts + k] = context[k * BLOCK + r];
-    if (item->active) item->active[start + r] = (uint8_t)(active[r] & 1);
-  }
+  const float *params = read_values(item->param, item->param_type, start, rows, staging);
+  for (int v = 0; v < W; v++) b->update[v] = load_vec(params + v * LANES) * item->shrink + item->lr * b->update[v];
+  write_values(item->param, item->param_type, start, rows, b->update);
 }
 
 /* The blocks `first` to `last`, counted over all items in order; 1 when out of memory. */
@@ -325,12 +319,13 @@ static int step_items(const struct rule *rule, const float *weights, const struc
   if (posix_memalign(&scratch, 64, vectors_needed(rule) * sizeof(vec))) return 1;
   block_buffers buffers;
   lay_out_buffers(&buffers, scratch, rule);
+  struct item item = {.step = -1.0f};
   for (int64_t i = 0; first < last; i++) {
     int64_t size = columns->sizes[i], blocks = (size + BLOCK - 1) / BLOCK;
     if (first < blocks) {
-      struct item item;
+      float step = item.step;
       prepare_item(&item, rule, columns, i);
-      fold_time(buffers.bias, rule, weights, item.step);
+      if (item.step != step) fold_time(buffers.bias, rule, weights, item.step);
       for (int64_t block = first; block < blocks && block < last; block++) {
         int64_t start = block * BLOCK;
         step_block(&buffers, rule, weights, &item, start, size - start < BLOCK ? (int)(size - start) : BLOCK);
@@ -387,8 +382,11 @@ static void evaluate(int function, int64_t count, const float *x, float *y) {
 
 #undef BLOCK
 #undef W
+#undef GROUP
 #undef TILE
 #undef SHUFFLE_PARTS
+#undef JOIN_ROWS
+#undef SPLIT_ROWS
 #undef LANES
 #undef SUFFIX
 #undef ISA_AVX2

@@ -15,6 +15,8 @@
 #define ivec NAME(ivec)
 #define loose_vec NAME(loose_vec)
 #define tile NAME(tile)
+#define loose_floats NAME(loose_floats)
+#define loose_halves NAME(loose_halves)
 #define tile_bits NAME(tile_bits)
 #define tile_halves NAME(tile_halves)
 #define splat NAME(splat)
@@ -199,11 +201,22 @@ typedef float tile __attribute__((vector_size(4 * TILE), aligned(4), may_alias))
 typedef uint32_t tile_bits __attribute__((vector_size(4 * TILE)));
 typedef uint16_t tile_halves __attribute__((vector_size(2 * TILE)));
 
+/* One row of four numbers wherever it lies. */
+typedef float loose_floats __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint16_t loose_halves __attribute__((vector_size(8), aligned(2), may_alias));
+
+/* Registers, not a buffer: reading back what was just written in two halves would stall. */
 #if TILE == 8
 #define SHUFFLE_PARTS(a, b, i, j, k, l) \
   __builtin_shufflevector(a, b, i, j, k + 4, l + 4, i + 4, j + 4, k + 8, l + 8)
+#define JOIN_ROWS(type, low, high) __builtin_shufflevector(*(const type *)(low), *(const type *)(high), 0, 1, 2, 3, 4, 5, 6, 7)
+#define SPLIT_ROWS(type, row, low, high)                      \
+  (*(type *)(low) = __builtin_shufflevector(row, row, 0, 1, 2, 3), \
+   *(type *)(high) = __builtin_shufflevector(row, row, 4, 5, 6, 7))
 #else
 #define SHUFFLE_PARTS(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#define JOIN_ROWS(type, low, high) (*(const type *)(low))
+#define SPLIT_ROWS(type, row, low, high) (*(type *)(low) = (type)(row))
 #endif
 
 /* Transpose the 4 x 4 matrix in each part; its own inverse. */
@@ -219,15 +232,11 @@ INLINE void transpose_tile(tile m[4]) {
 INLINE void load_tile(tile m[4], const void *from, size_t stride, int bfloat16) {
   UNROLL for (int j = 0; j < 4; j++) {
     if (bfloat16) {
-      uint16_t row[TILE] __attribute__((aligned(16)));
-      memcpy(row, (const uint16_t *)from + j * stride, 8);
-      if (TILE == 8) memcpy(row + TILE - 4, (const uint16_t *)from + (j + 4) * stride, 8);
-      m[j] = (tile)(__builtin_convertvector(*(const tile_halves *)row, tile_bits) << 16);
+      const uint16_t *row = (const uint16_t *)from + j * stride;
+      m[j] = (tile)(__builtin_convertvector(JOIN_ROWS(loose_halves, row, row + 4 * stride), tile_bits) << 16);
     } else {
-      float row[TILE] __attribute__((aligned(16)));
-      memcpy(row, (const float *)from + j * stride, 16);
-      if (TILE == 8) memcpy(row + TILE - 4, (const float *)from + (j + 4) * stride, 16);
-      m[j] = *(const tile *)row;
+      const float *row = (const float *)from + j * stride;
+      m[j] = JOIN_ROWS(loose_floats, row, row + 4 * stride);
     }
   }
 }
@@ -238,12 +247,12 @@ INLINE void store_tile(const tile m[4], void *to, size_t stride, int bfloat16) {
       tile_bits bits = (tile_bits)m[j];
       tile_bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* to nearest, ties to even */
       tile_bits is_nan = (tile_bits)((bits & 0x7fffffff) > 0x7f800000);
-      tile_halves row = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), tile_halves);
-      memcpy((uint16_t *)to + j * stride, &row, 8);
-      if (TILE == 8) memcpy((uint16_t *)to + (j + 4) * stride, (const uint16_t *)&row + TILE - 4, 8);
+      tile_halves halves = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), tile_halves);
+      uint16_t *row = (uint16_t *)to + j * stride;
+      SPLIT_ROWS(loose_halves, halves, row, row + 4 * stride);
     } else {
-      memcpy((float *)to + j * stride, &m[j], 16);
-      if (TILE == 8) memcpy((float *)to + (j + 4) * stride, (const float *)&m[j] + TILE - 4, 16);
+      float *row = (float *)to + j * stride;
+      SPLIT_ROWS(loose_floats, m[j], row, row + 4 * stride);
     }
   }
 }

@@ -1,0 +1,311 @@
+"""The compiled CPU backend: encode, LSTM, decode and parameter update in one pass over parameters and memory.
+
+``native/step.c`` says how the kernel works. What it cannot take (float64, tensor subclasses, other ways to store
+memory) goes to the reference, item by item.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import weakref
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+from learned_optim.backends import chunks
+from learned_optim.backends.chunks import StepItem
+from learned_optim.backends.native_library import AVAILABLE, call, pointer
+from learned_optim.rules import AdamModulationRule, PaperRule, UpdateRule
+from learned_optim.rules.adam_modulation import AdamModulationConfig
+from learned_optim.rules.paper import PaperRuleConfig
+
+VALUE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Dtypes of parameters and gradients, with the number that the kernel has for each."""
+
+MEMORY_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""Dtypes of hidden and cell."""
+
+PLAIN_TENSORS = {Tensor, nn.Parameter}
+_LOG2_E = 1.44269504
+
+
+_WHOLE_NUMBERS = ("family", "layers", "hidden", "log_and_sign", "num_times")
+
+
+class _Rule(ctypes.Structure):
+    """``struct rule`` of step.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in _WHOLE_NUMBERS),
+        *((name, ctypes.c_float) for name in ("fast_decay", "slow_decay", "second_moment_decay", "step_size", "log_gain")),
+        *((name, ctypes.c_float) for name in ("input_scale", "output_scale", "preprocess_p", "threshold")),
+        ("time_scales", ctypes.c_float * 16),
+    )
+
+
+class _Columns(ctypes.Structure):
+    """``struct columns`` of step.c."""
+
+    _fields_ = (
+        ("count", ctypes.c_int64),
+        *((name, pointer) for name in ("sizes", "params", "grads", "hidden", "cell")),
+        ("moments", pointer * 3),
+        *((name, pointer) for name in ("steps", "scales", "param_types", "grad_types", "memory_types")),
+        *((name, ctypes.c_float) for name in ("lr", "shrink")),
+        *((name, ctypes.c_int32) for name in ("maximize", "count_step")),
+    )
+
+
+def available() -> bool:
+    """Return whether the kernels were built and load."""
+    return AVAILABLE
+
+
+def supports(rule: UpdateRule) -> bool:
+    """Return whether the kernels can run a rule at all: built, a family they know, float32 on the CPU."""
+    weight = rule.readout.weight
+    return (
+        available()
+        and type(rule) in (PaperRule, AdamModulationRule)
+        and weight.dtype == torch.float32
+        and weight.device.type == "cpu"
+        and len(getattr(rule.config, "time_scales", ())) <= 16
+    )
+
+
+def apply_step(
+    rule: UpdateRule, items: Sequence[StepItem], *, lr: Tensor | float, weight_decay: float, maximize: bool
+) -> None:
+    """Apply one inner step in place, like :func:`learned_optim.backends.chunks.apply_step`.
+
+    Args:
+        rule: One that :func:`supports` accepts, frozen.
+        items: Parameters that share the rule.
+        lr: Factor on the update.
+        weight_decay: Decoupled; parameters shrink by ``1e-3 * lr * weight_decay``.
+        maximize: Ascend instead of descend.
+    """
+    taken = [takes(rule, item) for item in items]
+    others = [item for item, taking in zip(items, taken, strict=True) if not taking]
+    if others:
+        chunks.apply_step(rule, others, lr=lr, weight_decay=weight_decay, maximize=maximize)
+    items = [item for item, taking in zip(items, taken, strict=True) if taking]
+    if not items:
+        return
+    # The kernel reads and writes flat tensors; a copy stands in for one that is not.
+    params = [item.param.resolve_neg().contiguous() for item in items]
+    names = ("hidden", "cell", *rule.moment_names)
+    grads = [item.grad.resolve_neg().contiguous() for item in items]
+    memory = [item.memory[name] for name in names for item in items]
+    numbers = [item.step for item in items], [item.scale for item in items if item.scale is not None]
+    if torch.compiler.is_compiling():
+        rate = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
+        operator = torch.ops.learned_optim.native_step
+        operator(pack(rule), describe(rule), params, grads, memory, *numbers, rate, weight_decay, maximize)
+    else:
+        Table(params, memory, *numbers).run(struct(describe(rule)), packed(rule), grads, lr, weight_decay, maximize)
+        increment_version(params)
+    for item, flat in zip(items, params, strict=True):
+        if flat is not item.param:
+            item.param.copy_(flat)
+
+
+def takes(rule: UpdateRule, item: StepItem) -> bool:
+    """Return whether the kernel can take an item, perhaps by way of a contiguous copy of parameter and gradient."""
+    size, memory = item.param.numel(), item.memory
+    if set(memory) != {"hidden", "cell", *rule.moment_names}:
+        return False
+    moments = [memory[name] for name in rule.moment_names]
+    numbers = [item.step] if item.scale is None else [item.step, item.scale]
+    states = (memory["hidden"], memory["cell"])
+    return (
+        all(
+            type(x) in PLAIN_TENSORS and x.device.type == "cpu" for x in (item.param, item.grad, *states, *moments, *numbers)
+        )
+        and item.param.dtype in VALUE_TYPES
+        and item.grad.dtype in VALUE_TYPES
+        and item.grad.shape == item.param.shape
+        and states[0].dtype == states[1].dtype
+        and states[0].dtype in MEMORY_TYPES
+        and all(x.is_contiguous() and x.numel() == size * rule.memory_width for x in states)
+        and all(x.is_contiguous() and x.numel() == size and x.dtype == torch.float32 for x in moments)
+        and all(x.numel() == 1 and x.dtype == torch.float32 for x in numbers)
+    )
+
+
+# ---- rules ----------------------------------------------------------------------------------------------------------
+
+
+def describe(rule: UpdateRule) -> list[float]:
+    """Return everything the kernel must know of a rule beside its weights, as plain numbers in the order of ``_Rule``."""
+    config = rule.config
+    sizes = [float(config.num_layers), float(config.hidden_size)]
+    if isinstance(config, AdamModulationConfig):
+        decays = [config.fast_decay, config.slow_decay, config.second_moment_decay]
+        times = list(config.time_scales)
+        return [1.0, *sizes, 0.0, float(len(times)), *decays, config.step_size, config.log_gain, 0.0, 0.0, 0.0, 0.0, *times]
+    assert isinstance(config, PaperRuleConfig)
+    p = config.preprocess_p
+    scales = [config.input_scale, config.output_scale, p, math.exp(-p)]
+    return [0.0, *sizes, float(config.inputs == "log_and_sign"), 0.0, *[0.0] * 5, *scales]
+
+
+def pack(rule: UpdateRule) -> Tensor:
+    """Return a rule's weights in the order in which the kernel reads them.
+
+    For each layer the bias ``[unit][gate]``, in the first layer the columns of the features of time, which a tensor's
+    coordinates share, then ``[unit][inputs, hiddens][gate]``; at the end the readout ``[output][hiddens, bias]``. Gates in
+    the order input, forget, output, candidate; all that belongs to the first three, which are sigmoids, times -1/ln 2.
+
+    Args:
+        rule: Float32.
+
+    Returns:
+        Flat, contiguous.
+    """
+    hidden = rule.config.hidden_size
+    times = len(getattr(rule.config, "time_scales", ()))
+    factors = rule.readout.weight.new_tensor([-_LOG2_E, -_LOG2_E, -_LOG2_E, 1.0])
+    layers: Sequence[Sequence[Tensor]] = (rule.lstm if rule._frozen_lstm is None else rule._frozen_lstm).all_weights
+    parts = []
+    for layer, (weight_ih, weight_hh, bias_ih, bias_hh) in enumerate(layers):
+        inputs = weight_ih.shape[1] - (0 if layer else times)
+        rows = torch.cat(((bias_ih + bias_hh).unsqueeze(1), weight_ih[:, inputs:], weight_ih[:, :inputs], weight_hh), 1)
+        gates = rows.view(4, hidden, -1)[[0, 1, 3, 2]] * factors.view(4, 1, 1)
+        shared = 1 + weight_ih.shape[1] - inputs
+        parts += [gates[:, :, :shared].permute(2, 1, 0).flatten(), gates[:, :, shared:].permute(1, 2, 0).flatten()]
+    readout = torch.cat((rule.readout.weight, rule.readout.bias.unsqueeze(1)), 1).flatten()
+    return torch.cat((*parts, readout)).detach().contiguous()
+
+
+_packed: weakref.WeakKeyDictionary[UpdateRule, tuple[list[int], Tensor]] = weakref.WeakKeyDictionary()
+
+
+def packed(rule: UpdateRule) -> Tensor:
+    """Return :func:`pack` of a rule, packed once, and again if its weights were written since."""
+    versions = [x for weight in rule.parameters() for x in (weight._version, weight.data_ptr())]
+    if rule not in _packed or _packed[rule][0] != versions:
+        _packed[rule] = (versions, pack(rule))
+    return _packed[rule][1]
+
+
+def struct(description: Sequence[float]) -> ctypes.Structure:
+    """Return the C form of :func:`describe`."""
+    return _struct(tuple(description))
+
+
+@functools.lru_cache(maxsize=64)
+def _struct(description: tuple[float, ...]) -> _Rule:
+    struct = _Rule()
+    names = [field[0] for field in struct._fields_[:-1]]
+    for name, number in zip(names, description, strict=False):
+        setattr(struct, name, int(number) if name in _WHOLE_NUMBERS else number)
+    times = description[len(names) :]
+    struct.time_scales[: len(times)] = times
+    return struct
+
+
+# ---- one call of the kernel -------------------------------------------------------------------------------------------
+
+
+class Table:
+    """The addresses of all that one call of the kernel reads and writes, but for the gradients.
+
+    Args:
+        params: Contiguous.
+        memory: ``hidden`` of every parameter, then ``cell`` of every parameter, then each moment; contiguous.
+        steps: One number each.
+        scales: One number each; empty where the rule takes none.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], memory: Sequence[Tensor], steps: Sequence[Tensor], scales: Sequence[Tensor]
+    ) -> None:
+        count = len(params)
+        self.tensors = [*params, *memory, *steps, *scales]
+        self.addresses = array("Q", map(Tensor.data_ptr, self.tensors))
+        self.sizes = array("q", map(Tensor.numel, params))
+        self.types = array("B", [VALUE_TYPES[x.dtype] for x in params] + [MEMORY_TYPES[x.dtype] for x in memory[:count]])
+        types = self.types.buffer_info()[0]
+        params_at, hidden, cell, *rest = (self.addresses.buffer_info()[0] + 8 * count * column for column in range(8))
+        moments = max(len(memory) // max(count, 1) - 2, 0)
+        self.columns = _Columns(
+            count=count, sizes=self.sizes.buffer_info()[0], params=params_at, hidden=hidden, cell=cell,
+            moments=(pointer * 3)(*rest[:moments]), steps=rest[moments], scales=rest[moments + 1],
+            param_types=types, memory_types=types + count,
+        )  # fmt: skip
+
+    def run(
+        self,
+        rule: ctypes.Structure,
+        weights: Tensor,
+        grads: Sequence[Tensor],
+        lr: Tensor | float,
+        weight_decay: float,
+        maximize: bool,
+    ) -> None:
+        """Take a step, already counted.
+
+        Args:
+            rule: From :func:`struct`.
+            weights: From :func:`pack`.
+            grads: Contiguous, in the order of the parameters.
+            lr: As for :func:`apply_step`.
+            weight_decay: As for :func:`apply_step`.
+            maximize: As for :func:`apply_step`.
+        """
+        addresses = array("Q", map(Tensor.data_ptr, grads))
+        types = array("B", [VALUE_TYPES[grad.dtype] for grad in grads])
+        self.columns.grads, self.columns.grad_types = addresses.buffer_info()[0], types.buffer_info()[0]
+        self.call(rule, weights, lr, weight_decay, maximize, count_step=False)
+
+    def call(
+        self,
+        rule: ctypes.Structure,
+        weights: Tensor,
+        lr: Tensor | float,
+        weight_decay: float,
+        maximize: bool,
+        *,
+        count_step: bool,
+    ) -> None:
+        """Call the kernel; ``columns`` already points to the gradients. Counts the step first if ``count_step``."""
+        lr = float(lr)
+        self.columns.lr, self.columns.shrink = lr, 1.0 - lr * 1e-3 * weight_decay
+        self.columns.maximize, self.columns.count_step = maximize, count_step
+        columns = ctypes.byref(self.columns)
+        call("learned_optim_step", ctypes.byref(rule), weights.data_ptr(), columns, torch.get_num_threads())
+
+
+torch.library.define(
+    "learned_optim::native_step",
+    "(Tensor weights, float[] rule, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] memory, Tensor[] steps, "
+    "Tensor[] scales, Tensor lr, float weight_decay, bool maximize) -> ()",
+)
+
+
+@torch.library.impl("learned_optim::native_step", "CPU")
+def _native_step(
+    weights: Tensor,
+    rule: list[float],
+    params: list[Tensor],
+    grads: list[Tensor],
+    memory: list[Tensor],
+    steps: list[Tensor],
+    scales: list[Tensor],
+    lr: Tensor,
+    weight_decay: float,
+    maximize: bool,
+) -> None:
+    Table(params, memory, steps, scales).run(struct(rule), weights, grads, lr, weight_decay, maximize)
+
+
+@torch.library.register_fake("learned_optim::native_step")
+def _native_step_fake(*arguments: Any) -> None:
+    """Return nothing: the operator only writes."""

@@ -1,0 +1,366 @@
+"""The ``triton`` backend for CUDA: a whole step of a whole model in one launch, its state read and written once.
+
+This file packs weights, keeps the tables from which programs learn their work, and launches; ``triton_kernels`` is what
+runs on the device. Triton is optional and imported on first use. Nothing here waits for the device, and all of it can be
+captured in a CUDA graph once one step has been taken outside.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import weakref
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+from learned_optim.backends import chunks
+from learned_optim.backends.chunks import StepItem
+from learned_optim.rules import AdamModulationConfig, AdamModulationRule, PaperRule, PaperRuleConfig, UpdateRule
+
+UNROLLED_WEIGHTS = 1500
+"""Up to this many weights the LSTM is unrolled, beyond it is tiled: each is an instruction, and 2,000 fill a cache."""
+
+KEPT_TABLES = 16
+"""Tables of addresses kept for one rule: one for each parameter group and combination of element types."""
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether kernels run in Triton's interpreter, which takes tensors on the CPU; for tests."""
+
+FLOATS = {torch.float32, torch.bfloat16, torch.float16}
+PLAIN_TENSORS = {Tensor, nn.Parameter}
+
+
+class PaperConstants(NamedTuple):
+    """What the device code of :class:`PaperRule` has compiled in."""
+
+    log_and_sign: bool
+    preprocess_p: float
+    threshold: float
+    input_scale: float
+    adam: bool = False
+
+
+class AdamConstants(NamedTuple):
+    """What the device code of :class:`AdamModulationRule` has compiled in; complements are rounded as torch rounds."""
+
+    fast_decay: float
+    slow_decay: float
+    square_decay: float
+    fast_complement: float
+    slow_complement: float
+    square_complement: float
+    log_gain: float
+    time_scales: int
+    adam: bool = True
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the kernel is laid out.
+
+    Args:
+        tiled: Multiply matrices instead of unrolling.
+        block: Coordinates at once.
+        chunk: Coordinates a program.
+        warps: Warps a program.
+        precision: Of the matrix products, as ``tl.dot`` names it.
+    """
+
+    tiled: bool
+    block: int
+    chunk: int
+    warps: int
+    precision: str = "tf32x3"
+
+
+UNROLLED = Form(tiled=False, block=128, chunk=1024, warps=4)
+TILED = Form(tiled=True, block=128, chunk=512, warps=8)
+
+
+def available() -> bool:
+    """Return whether Triton is installed and there is a GPU, or its interpreter stands in."""
+    return INSTALLED and (INTERPRETED or torch.cuda.is_available())
+
+
+def supports(rule: UpdateRule) -> bool:
+    """Return whether the kernel can run a rule: float32 on CUDA, of a family it knows; ``torch.compile`` traces others."""
+    weight = rule.readout.weight
+    return (
+        type(rule) in (PaperRule, AdamModulationRule)
+        and weight.dtype == torch.float32
+        and weight.device.type == ("cpu" if INTERPRETED else "cuda")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def apply_step(
+    rule: UpdateRule, items: Sequence[StepItem], *, lr: Tensor | float, weight_decay: float, maximize: bool
+) -> None:
+    """Apply one inner step in place, like :func:`learned_optim.backends.chunks.apply_step`.
+
+    Args:
+        rule: One that :func:`supports` accepts, frozen.
+        items: Parameters that share the rule and its device.
+        lr: Factor on the update.
+        weight_decay: Decoupled; parameters shrink by ``1e-3 * lr * weight_decay``.
+        maximize: Ascend instead of descend.
+    """
+    program = _program(rule)
+    alike: dict[Any, list[StepItem]] = defaultdict(list)
+    for item in items:
+        alike[_types(rule, item)].append(item)
+    for types, group in alike.items():
+        if types is None:
+            chunks.apply_step(rule, group, lr=lr, weight_decay=weight_decay, maximize=maximize)
+        else:
+            program.run(types, group, _values(rule, group, lr, weight_decay), maximize)
+
+
+def _types(rule: UpdateRule, item: StepItem) -> tuple[torch.dtype, ...] | None:
+    """Return the element types of parameter, gradient, LSTM memory and moments; None where the kernel has none for them."""
+    memory, device = item.memory, rule.readout.weight.device
+    if set(memory) != {"hidden", "cell", *rule.moment_names}:
+        return None
+    hidden, cell, moments = memory["hidden"], memory["cell"], [memory[name] for name in rule.moment_names]
+    types = (item.param.dtype, item.grad.dtype, hidden.dtype, moments[0].dtype if moments else torch.float32)
+    fits = (
+        all(dtype in FLOATS for dtype in types)
+        and cell.dtype == hidden.dtype
+        and all(moment.dtype == types[3] for moment in moments)
+        and all(tensor.is_contiguous() and tensor.device == device for tensor in memory.values())
+        and item.param.device == item.grad.device == device
+        and type(item.param) in PLAIN_TENSORS
+        and type(item.grad) in PLAIN_TENSORS
+    )
+    return types if fits else None
+
+
+def _values(rule: UpdateRule, items: Sequence[StepItem], lr: Tensor | float, weight_decay: float) -> Tensor:
+    """Return what differs between tensors but not between their coordinates, one column a tensor, on the device."""
+    device, count = rule.readout.weight.device, len(items)
+
+    def spread(value: Tensor | float) -> Tensor:
+        return value.expand(count) if isinstance(value, Tensor) else torch.full((count,), value, device=device)
+
+    config = rule.config
+    rows = [spread(lr), spread(1 - lr * 1e-3 * weight_decay)]
+    if isinstance(config, AdamModulationConfig):
+        steps = torch.stack([item.step for item in items]).to(device, non_blocking=True)
+        scales = torch.stack([item.scale for item in items if item.scale is not None])
+        rows.append(-config.step_size * scales)
+        # As the reference does it, operation by operation: 1 - 0.999 in float32 leaves few digits to disagree about.
+        decays = (config.fast_decay, config.slow_decay, config.second_moment_decay)
+        rows += [1 / (1 - decay**steps) for decay in decays]
+        rows += [torch.tanh(steps / tau - 1) for tau in config.time_scales]
+    else:
+        assert isinstance(config, PaperRuleConfig)
+        rows.append(spread(config.output_scale))
+    return torch.stack(rows)
+
+
+# ---- launches -------------------------------------------------------------------------------------------------------
+
+
+_programs: weakref.WeakKeyDictionary[UpdateRule, Program] = weakref.WeakKeyDictionary()
+
+
+def _program(rule: UpdateRule) -> Program:
+    if rule not in _programs:
+        _programs[rule] = Program(rule, choose_form(rule))
+    return _programs[rule]
+
+
+class Program:
+    """A rule made ready to run: its weights packed, and the tables of the models it has stepped.
+
+    Args:
+        rule: Frozen; read once, which waits for its device.
+        form: How the kernel is laid out.
+    """
+
+    def __init__(self, rule: UpdateRule, form: Form) -> None:
+        config = rule.config
+        width = config.hidden_size if form.tiled else rule.memory_width
+        self.rule_sizes = (rule.lstm.input_size, config.hidden_size, config.num_layers)
+        self.memory_width = rule.memory_width
+        self.moment_names = rule.moment_names
+        self.padded = max(16 if form.tiled else 1, 1 << (width - 1).bit_length())
+        self.form = form
+        self.constants = _constants(rule)
+        self.weights = pack_tiled(rule, self.padded) if form.tiled else tuple(pack_unrolled(rule).tolist())
+        self.tables: OrderedDict[Any, _Table] = OrderedDict()
+
+    def run(self, types: tuple[torch.dtype, ...], items: Sequence[StepItem], values: Tensor, maximize: bool) -> None:
+        """Launch the kernel for tensors of the same element types."""
+        import triton.language as tl
+
+        from learned_optim.backends.triton_kernels import step_kernel
+
+        # The kernel reads and writes flat tensors; a copy stands in for one that is not.
+        params = [item.param.resolve_neg().contiguous() for item in items]
+        grads = [item.grad.resolve_neg().contiguous() for item in items]
+        table = self._table(params, items)
+        table.point_to(grads)
+        with torch.cuda.device_of(values):
+            step_kernel[len(table.tensor_of),](
+                table.tensor_of,
+                table.chunk_of,
+                table.sizes,
+                table.addresses,
+                values,
+                len(items),
+                self.weights if self.form.tiled else None,
+                *self.rule_sizes,
+                WEIGHTS=None if self.form.tiled else self.weights,
+                RULE=self.constants,
+                PARAM_TYPE=getattr(tl, str(types[0]).removeprefix("torch.")),
+                GRAD_TYPE=getattr(tl, str(types[1]).removeprefix("torch.")),
+                MEMORY_TYPE=getattr(tl, str(types[2]).removeprefix("torch.")),
+                MOMENT_TYPE=getattr(tl, str(types[3]).removeprefix("torch.")),
+                ALIGNED=table.aligned and self.memory_width * types[2].itemsize % 16 == 0,
+                MAXIMIZE=maximize,
+                TILED=self.form.tiled,
+                PRECISION=self.form.precision,
+                PADDED=self.padded,
+                LOG_PADDED=self.padded.bit_length() - 1,
+                BLOCK=self.form.block,
+                CHUNK=self.form.chunk,
+                num_warps=self.form.warps,
+            )
+        increment_version([item.param for item in items])
+        for item, flat in zip(items, params, strict=True):
+            if flat is not item.param:
+                item.param.copy_(flat)
+
+    def _table(self, params: Sequence[Tensor], items: Sequence[StepItem]) -> _Table:
+        """Return the table of these tensors, made again only when one has moved."""
+        names = ("hidden", "cell", *self.moment_names)
+        memory = [item.memory[name] for name in names for item in items]
+        key = (tuple(map(Tensor.numel, params)), tuple(map(Tensor.data_ptr, [*params, *memory])))
+        if key not in self.tables:
+            if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "LearnedOptimizer.step() was captured in a CUDA graph before its first step, or with other parameters; "
+                    "take one step outside the graph first, which allocates the state that the graph is to use"
+                )
+            self.tables[key] = _Table(key[0], key[1], self.form.chunk, params[0].device)
+            if len(self.tables) > KEPT_TABLES:
+                self.tables.popitem(last=False)
+        self.tables.move_to_end(key)
+        return self.tables[key]
+
+
+class _Table:
+    """From programs to tensors, and from tensors to addresses, on the device.
+
+    Args:
+        sizes: Coordinates of each tensor.
+        addresses: Of every parameter, then of every ``hidden``, ``cell`` and moment.
+        chunk: Coordinates a program.
+        device: Where to put it.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], addresses: tuple[int, ...], chunk: int, device: torch.device) -> None:
+        counts = torch.tensor(sizes).add(chunk - 1) // chunk
+        ends = counts.cumsum(0)
+        tensor_of = torch.repeat_interleave(counts)
+        chunk_of = torch.arange(int(ends[-1])) - (ends - counts)[tensor_of]
+        table = torch.tensor(addresses).view(-1, len(sizes))
+        self.aligned = not (table[1:3] % 16).any()
+        self.tensor_of = tensor_of.to(device, torch.int32)
+        self.chunk_of = chunk_of.to(device, torch.int32)
+        self.sizes = torch.tensor(sizes, device=device)
+        self.addresses = torch.cat((table[:1], torch.zeros_like(table[:1]), table[1:])).to(device)
+        self.grads: list[int] = []
+
+    def point_to(self, grads: Sequence[Tensor]) -> None:
+        """Write the addresses of the gradients, which may change from step to step, unless they did not."""
+        addresses = [grad.data_ptr() for grad in grads]
+        row = self.addresses[1]
+        if row.is_cuda and torch.cuda.is_current_stream_capturing():
+            # A graph keeps the arguments of kernels but not the host memory of a copy.
+            row.zero_()
+            torch._foreach_add_(list(row.unbind()), addresses)
+            self.grads = []
+        elif addresses != self.grads:
+            row.copy_(torch.tensor(addresses), non_blocking=True)
+            self.grads = addresses
+
+
+# ---- rules ----------------------------------------------------------------------------------------------------------
+
+
+def choose_form(rule: UpdateRule) -> Form:
+    """Return the layout for a rule of this size."""
+    return UNROLLED if sum(weight.numel() for weight in rule.parameters()) <= UNROLLED_WEIGHTS else TILED
+
+
+def _constants(rule: UpdateRule) -> PaperConstants | AdamConstants:
+    config = rule.config
+    if isinstance(config, AdamModulationConfig):
+        decays = (config.fast_decay, config.slow_decay, config.second_moment_decay)
+        fast, slow, square = (1 - torch.tensor(decays)).tolist()
+        return AdamConstants(*decays, fast, slow, square, config.log_gain, len(config.time_scales))
+    assert isinstance(config, PaperRuleConfig)
+    p = config.preprocess_p
+    return PaperConstants(config.inputs == "log_and_sign", p, math.exp(-p), config.input_scale)
+
+
+def _scaled_layers(rule: UpdateRule) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield each layer's input weights ``(4, H, K)``, hidden weights ``(4, H, H)`` and biases ``(4, H)``.
+
+    Those of the sigmoids come times ``-log2 e`` and those of the tanh times twice that, so that one ``exp2`` follows.
+    """
+    factors = rule.readout.weight.new_tensor([-1.0, -1.0, -2.0, -1.0]).view(4, 1, 1) / math.log(2.0)
+    layers = (rule.lstm if rule._frozen_lstm is None else rule._frozen_lstm).all_weights
+    for weight_ih, weight_hh, bias_ih, bias_hh in layers:
+        hidden = weight_hh.shape[1]
+        stacked = [w.detach().reshape(4, hidden, -1) * factors for w in (weight_ih, weight_hh, bias_ih + bias_hh)]
+        yield stacked[0], stacked[1], stacked[2].squeeze(-1)
+
+
+def pack_unrolled(rule: UpdateRule) -> Tensor:
+    """Return a rule's weights as the unrolled form reads them.
+
+    Args:
+        rule: Float32.
+
+    Returns:
+        Flat: for each layer ``[unit][gate][inputs, hiddens, bias]``, at the end ``[output][hiddens, bias]``.
+    """
+    parts = [
+        torch.cat((inputs, hiddens, biases.unsqueeze(-1)), -1).transpose(0, 1).flatten()
+        for inputs, hiddens, biases in _scaled_layers(rule)
+    ]
+    readout = torch.cat((rule.readout.weight, rule.readout.bias.unsqueeze(1)), 1).detach()
+    return torch.cat((*parts, readout.flatten()))
+
+
+def pack_tiled(rule: UpdateRule, padded: int) -> Tensor:
+    """Return a rule's weights as the tiled form reads them.
+
+    Args:
+        rule: Float32.
+        padded: What the hidden size is padded to; the added units have no weights and stay at zero.
+
+    Returns:
+        Flat: for each layer ``[gate][inputs, hiddens, bias][unit]``, at the end ``[output][hiddens, bias]``. Inputs of the
+        first layer are not padded.
+    """
+    pad = torch.nn.functional.pad
+    more = padded - rule.config.hidden_size
+    parts = []
+    for layer, (inputs, hiddens, biases) in enumerate(_scaled_layers(rule)):
+        inputs = inputs if layer == 0 else pad(inputs, (0, more))
+        rows = torch.cat((inputs, pad(hiddens, (0, more)), biases.unsqueeze(-1)), -1)
+        parts.append(pad(rows.transpose(1, 2), (0, more)).flatten())
+    readout = torch.cat((pad(rule.readout.weight, (0, more)), rule.readout.bias.unsqueeze(1)), 1).detach()
+    return torch.cat((*parts, readout.flatten()))

@@ -1,0 +1,193 @@
+"""A guard that gives up on a learned rule that misbehaves: ``LearnedOptimizer(..., guard=True)``.
+
+After each step it looks at every guarded group, and falls back for good when
+
+- an update is not finite: the step is undone first;
+- updates are long: their root mean square has exceeded :data:`MAX_RATIO` times that of the parameters (no smaller than
+  :data:`MIN_SCALE`) in :data:`PATIENCE` steps in a row;
+- the loss has risen, if ``step`` is given a closure: its running mean has lain above three times its lowest value and
+  half-way back from there to the first loss, or the loss was not finite, in :data:`PATIENCE` steps in a row.
+
+The group then forgets its memory and goes on with the nominal step of its rule: for the default family its Adam step
+relative to the tensor, for the paper's rules plain Adam at 1e-3. Parameters stay where they are: the guard keeps a run from
+getting worse and does not rewind it. A warning says when and why it acted, once, and ``summary`` from then on.
+
+What it knows stands in the parameter groups, as numbers and a string, so that checkpoints and copies carry it.
+"""
+
+import copy
+import math
+import warnings
+import weakref
+from collections.abc import Iterable, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learned_optim.rules import AdamModulationRule, UpdateRule, build_rule
+from learned_optim.weights import Weights
+
+MAX_RATIO = 0.25
+"""An update longer than this part of the parameters is long."""
+
+MIN_SCALE = 1e-2
+"""Parameters smaller than this are taken to be this large: many start at zero."""
+
+PATIENCE = 20
+"""Steps in a row that must misbehave."""
+
+SMOOTHING = 0.9
+"""Decay of the running mean of the loss."""
+
+ADAM = {"hidden_size": 1, "step_size": 1e-3, "min_scale": 1.0, "max_scale": 1.0}
+"""The modulation family as plain Adam at 1e-3: its scale is 1 for every tensor."""
+
+START: dict[str, Any] = {
+    "guard_tripped": "",
+    "guard_long_updates": 0,
+    "guard_high_losses": 0,
+    "guard_first_loss": math.inf,
+    "guard_mean_loss": math.inf,
+    "guard_lowest_loss": math.inf,
+}
+"""What a group knows before it has been watched."""
+
+_nominal: weakref.WeakKeyDictionary[Weights, Weights] = weakref.WeakKeyDictionary()
+
+
+def check_guard(options: dict[str, Any]) -> None:
+    """Refuse options that the guard cannot work with.
+
+    Args:
+        options: Of one parameter group.
+
+    Raises:
+        ValueError: If ``guard`` is not a bool, or ``capturable`` is set too.
+    """
+    if not isinstance(options["guard"], bool):
+        raise ValueError(f"Invalid guard: {options['guard']!r}; it is True or False")
+    if options["guard"] and options["capturable"]:
+        raise ValueError("guard=True reads every step on the host, which a CUDA graph cannot; leave out capturable=True")
+
+
+def nominal(weights: Weights) -> Weights:
+    """Return what a group falls back to: its rule with every meta-parameter zero, or Adam at 1e-3 for the paper's rules.
+
+    Args:
+        weights: The group's weights.
+
+    Returns:
+        Other weights, the same object for the same weights.
+    """
+    if weights not in _nominal:
+        rule: UpdateRule
+        if isinstance(weights.rule, AdamModulationRule):
+            rule, name = copy.deepcopy(weights.rule), f"nominal Adam of {weights.name}"
+        else:
+            with torch.random.fork_rng(devices=[]):
+                rule, name = build_rule(AdamModulationRule.family, **ADAM), "Adam(1e-3)"
+        with torch.no_grad():
+            for parameter in rule.parameters():
+                parameter.zero_()
+        _nominal[weights] = Weights(rule, name)
+    return _nominal[weights]
+
+
+def snapshot(groups: Iterable[dict[str, Any]]) -> list[dict[Tensor, Tensor]]:
+    """Copy, for each group, the parameters that a step is about to move; nothing of groups that are not watched.
+
+    Args:
+        groups: The optimizer's.
+
+    Returns:
+        One dict a group, from parameter to copy.
+
+    Raises:
+        RuntimeError: If a watched group is trained by several processes.
+    """
+    return [_copies(group) if group["guard"] else {} for group in groups]
+
+
+def _copies(group: dict[str, Any]) -> dict[Tensor, Tensor]:
+    group.update({**START, **group})
+    if group["guard_tripped"]:
+        return {}
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise RuntimeError(
+            "guard=True watches one process, and several would fall back at different steps; leave it out, and record "
+            "what happens with learned_optim.Recorder instead"
+        )
+    return {p: p.detach().clone() for p in group["params"] if p.grad is not None and p.numel()}
+
+
+def judge(
+    groups: Sequence[dict[str, Any]],
+    state: MutableMapping[Tensor, Any],
+    before: Sequence[dict[Tensor, Tensor]],
+    loss: Tensor | float | None,
+) -> None:
+    """Look at the step just taken; where it is one too many, fall back and warn.
+
+    Args:
+        groups: The optimizer's; what the guard knows is written into them.
+        state: The optimizer's; emptied for the parameters of a group that falls back.
+        before: From :func:`snapshot`, before the step.
+        loss: What the closure returned, if there was one.
+    """
+    tripped = {}
+    for number, (group, old) in enumerate(zip(groups, before, strict=True)):
+        reason = old and (_update_fault(group, old) or _loss_fault(group, loss))
+        if reason:
+            group["guard_tripped"] = tripped[number] = reason
+            for param in group["params"]:
+                state.pop(param, None)
+    if tripped:
+        reasons = "; ".join(f"group {number}: {reason}" for number, reason in tripped.items())
+        warnings.warn(
+            f"LearnedOptimizer fell back to its nominal Adam step, from now on and starting afresh ({reasons})", stacklevel=5
+        )
+
+
+def _update_fault(group: dict[str, Any], before: dict[Tensor, Tensor]) -> str:
+    update = _root_mean_square(param.detach() - old for param, old in before.items())
+    if not math.isfinite(update) and any((old.isfinite() & ~param.isfinite()).any() for param, old in before.items()):
+        for param, old in before.items():
+            param.copy_(old)
+        return "an update was not finite; that step was undone"
+    ratio = update / max(_root_mean_square(before.values()), MIN_SCALE)
+    if _in_a_row(group, "guard_long_updates", ratio > MAX_RATIO):
+        return f"{PATIENCE} updates in a row were longer than {MAX_RATIO} of the parameters, the last {ratio:.3g}"
+    return ""
+
+
+def _loss_fault(group: dict[str, Any], loss: Tensor | float | None) -> str:
+    if loss is None:
+        return ""
+    value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+    if math.isfinite(value):
+        if group["guard_first_loss"] == math.inf:
+            group["guard_first_loss"] = group["guard_mean_loss"] = value
+        mean = group["guard_mean_loss"] = SMOOTHING * group["guard_mean_loss"] + (1 - SMOOTHING) * value
+        lowest = group["guard_lowest_loss"] = min(mean, group["guard_lowest_loss"])
+        risen = mean > lowest + max(2 * abs(lowest), (group["guard_first_loss"] - lowest) / 2)
+        found = f"the loss had risen to {mean:.3g} from {lowest:.3g}"
+    else:
+        risen, found = True, f"the loss was {value}"
+    return f"for {PATIENCE} steps {found}" if _in_a_row(group, "guard_high_losses", risen) else ""
+
+
+def _in_a_row(group: dict[str, Any], name: str, bad: bool) -> bool:
+    group[name] = group[name] + 1 if bad else 0
+    return group[name] >= PATIENCE
+
+
+def _root_mean_square(tensors: Iterable[Tensor]) -> float:
+    """Return it over all tensors together, a complex number counting once."""
+    norms, count = [], 0
+    for tensor in tensors:
+        norms.append(torch.linalg.vector_norm(tensor, dtype=torch.float32 if tensor.dtype.itemsize == 2 else None))
+        count += tensor.numel()
+    total = torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]).square().sum()
+    return math.sqrt(float(total) / count)

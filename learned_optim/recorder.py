@@ -1,0 +1,205 @@
+"""What a learned optimizer is doing, sampled every so many steps: to a list of rows, to TensorBoard, to any function."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from learned_optim.backends.chunks import CHUNK
+from learned_optim.optimizer import LearnedOptimizer, _as_real, _local, _placed_like, compute_dtype
+from learned_optim.rules import UpdateRule
+
+Row = dict[str, float]
+
+SATURATED = math.atanh(0.95)
+"""A cell beyond this, 1.83, has ``|tanh(cell)| > 0.95``: it hardly reacts to what comes in."""
+
+
+@runtime_checkable
+class ScalarWriter(Protocol):
+    """What is needed of a ``torch.utils.tensorboard.SummaryWriter``."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
+        """Write one number."""
+
+
+class Recorder:
+    r"""Sample what an optimizer's steps do, from outside: ``step`` itself is untouched and costs the same between samples.
+
+    Every ``every``-th step, beginning with the next, gives one row for each parameter group. With :math:`\Delta` the change
+    of the group's parameters in that step (so including ``lr`` and weight decay), a row has
+
+    - ``step``: Steps taken so far by the group's parameters, this one included; it goes on after a checkpoint is loaded.
+    - ``group``: Index of the parameter group.
+    - ``update_ratio``: :math:`rms(\Delta) / rms(\theta)`, :math:`\theta` before the step.
+    - ``cosine_descent``: Cosine of :math:`\Delta` with the negative gradient (the gradient if ``maximize``).
+    - ``cosine_adam``: Cosine of :math:`\Delta` with Adam's step, :math:`-\hat m / \sqrt{\hat v}` of the state's own moments;
+      nan for the paper's rules, which keep none.
+    - ``saturation``: Share of LSTM cells with ``|tanh(cell)| > 0.95`` among the coordinates not at rest.
+    - ``skipped``: Share of coordinates skipped because their gradient was not finite. A ``GradScaler`` skips such steps
+      whole, and then nothing is recorded.
+    - ``at_rest``: Share of coordinates that never had a non-zero gradient.
+
+    Only parameters with a gradient count; a group with none has no row. A ratio with nothing to divide by is nan. Sharded
+    parameters are counted whole, so that every rank has the same rows: give the writer to one of them, the recorder to all.
+    A sample reads numbers on the host, so inside ``torch.compile`` it breaks the graph (and ``fullgraph=True`` refuses it).
+
+    Args:
+        optimizer: To listen to. Copies of it, pickled or deep, have no recorder.
+        every: Steps from one sample to the next. A sample costs about as much as a few steps and, for its duration, a copy
+            of the parameters.
+        writer: A TensorBoard ``SummaryWriter`` (tags are ``learned_optim/group0/update_ratio`` ...), or a function that is
+            called with each row.
+
+    Attributes:
+        rows: The rows so far.
+
+    Raises:
+        TypeError: If ``optimizer`` is no ``LearnedOptimizer`` or ``writer`` is neither of the two.
+        ValueError: If ``every`` is below 1.
+
+    Example:
+        >>> param = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = LearnedOptimizer([param])
+        >>> recorder = Recorder(optimizer, every=1)
+        >>> param.grad = torch.ones(3)
+        >>> optimizer.step()
+        >>> int(recorder.rows[0]["step"])
+        1
+    """
+
+    def __init__(
+        self, optimizer: LearnedOptimizer, every: int = 100, writer: ScalarWriter | Callable[[Row], Any] | None = None
+    ) -> None:
+        if not isinstance(optimizer, LearnedOptimizer):
+            raise TypeError(
+                f"Recorder listens to a LearnedOptimizer, got {type(optimizer).__name__}; if that wraps one, give the "
+                "optimizer inside it"
+            )
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        if not (writer is None or isinstance(writer, ScalarWriter) or callable(writer)):
+            raise TypeError(f"writer must have add_scalar, as a SummaryWriter has, or be a function; got {writer!r}")
+        self.rows: list[Row] = []
+        self._every = every
+        self._writer = writer
+        self._taken = 0
+        self._before: dict[Tensor, Tensor] = {}
+        self._hooks = optimizer.register_step_pre_hook(self._look), optimizer.register_step_post_hook(self._compare)
+
+    def remove(self) -> None:
+        """Stop recording; the rows stay."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _look(self, optimizer: Any, *_: Any) -> None:
+        if self._taken % self._every == 0:
+            params = [param for group in optimizer.param_groups for param in group["params"]]
+            self._before = {param: _flat(param).clone() for param in params}
+
+    @torch.no_grad()
+    def _compare(self, optimizer: Any, *_: Any) -> None:
+        self._taken += 1
+        before, self._before = self._before, {}
+        for number, group in enumerate(optimizer.param_groups if before else ()):
+            moved = [param for param in group["params"] if param.grad is not None and optimizer.state.get(param)]
+            if moved:
+                batches = _batches(moved, optimizer.state)
+                sums = torch.stack([_sums(optimizer, group, batch, before) for batch in batches]).sum(0)
+                step = max(int(optimizer.state[param]["step"]) for param in moved)
+                self._write({"step": step, "group": number, **_figures(*sums.tolist())})
+
+    def _write(self, row: Row) -> None:
+        self.rows.append(row)
+        if isinstance(self._writer, ScalarWriter):
+            for name, value in row.items():
+                if name not in ("step", "group"):
+                    self._writer.add_scalar(f"learned_optim/group{row['group']}/{name}", value, int(row["step"]))
+        elif self._writer is not None:
+            self._writer(row)
+
+
+def _figures(
+    count: float, change2: float, param2: float, descent: float, grad2: float, adam: float, adam2: float, *shares: float
+) -> Row:
+    """Turn sums over a group into what a row shows."""
+    skipped, at_rest, saturated, cells = shares
+    return {
+        "update_ratio": math.sqrt(_share(change2, param2)),
+        "cosine_descent": _share(descent, math.sqrt(change2 * grad2)),
+        "cosine_adam": _share(adam, math.sqrt(change2 * adam2)),
+        "saturation": _share(saturated, cells),
+        "skipped": _share(skipped, count),
+        "at_rest": _share(at_rest, count),
+    }
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
+
+
+def _batches(params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Tensor]]) -> Iterator[list[Tensor]]:
+    """Gather small parameters that can be joined, so that a sample does not pay for each of them."""
+    alike: dict[Any, list[Tensor]] = defaultdict(list)
+    for param in params:
+        placement = getattr(param, "device_mesh", None), getattr(param, "placements", None)
+        batch = alike[param.device, compute_dtype(param.dtype), float(state[param]["step"]), placement]
+        batch.append(param)
+        if sum(member.numel() for member in batch) >= CHUNK:
+            yield batch.copy()
+            batch.clear()
+    yield from filter(None, alike.values())
+
+
+def _sums(
+    optimizer: LearnedOptimizer, group: dict[str, Any], params: Sequence[Tensor], originals: Mapping[Tensor, Tensor]
+) -> Tensor:
+    """Return what :func:`_figures` needs of a batch, summed over its coordinates, on the CPU in float64."""
+    states, rule = [optimizer.state[param] for param in params], optimizer._rule_of(params[0], group)
+    before = torch.cat([originals[param] for param in params]).double()
+    change = torch.cat([_flat(param) for param in params]).double() - before
+    grads = [_placed_like(_as_real(param.grad), _as_real(param)) for param in params]  # type: ignore[arg-type]
+    grad = torch.cat([_flat(grad) for grad in grads]).to(rule.readout.weight.dtype)
+    finite = (grad * grad if rule.moment_names else grad).isfinite()
+    descent = torch.where(finite, grad if group["maximize"] else -grad, 0).double()
+    cell = torch.cat([_local(state["cell"]).reshape(-1, rule.memory_width) for state in states])
+    if rule.moment_names:
+        seen, adam = _adam_step(rule, states)
+    else:
+        seen, adam = cell[:, : rule.config.hidden_size].any(-1), torch.zeros_like(change)
+    saturated = (cell.abs() > SATURATED) & seen.unsqueeze(-1)
+    pairs = ((change, change), (before, before), (change, descent), (descent, descent), (change, adam), (adam, adam))
+    counts = (~finite, ~seen, saturated, seen.unsqueeze(-1).expand_as(cell))
+    sums = [change.new_tensor(change.numel()), *(a @ b for a, b in pairs), *(count.sum().double() for count in counts)]
+    return _over_ranks(torch.stack(sums), params[0]).cpu()
+
+
+def _adam_step(rule: UpdateRule, states: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return where a second moment is positive, and there ``-m / sqrt(v)`` corrected for bias; step counts are equal."""
+    momentum, second_moment = (
+        torch.cat([_flat(state[name]) for state in states]).double() for name in ("exp_avg", "exp_avg_sq")
+    )
+    config: Any = rule.config
+    step = float(states[0]["step"])
+    momentum /= 1 - config.fast_decay**step
+    second_moment /= 1 - config.second_moment_decay**step
+    seen = second_moment > 0
+    return seen, torch.where(seen, -momentum * second_moment.rsqrt(), 0)
+
+
+def _over_ranks(sums: Tensor, param: Tensor) -> Tensor:
+    """Add up what the ranks of a sharded parameter counted; a replicated one was counted whole by each."""
+    if not hasattr(param, "placements"):
+        return sums
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    placements = [Partial() if placement.is_shard() else Replicate() for placement in param.placements]
+    return DTensor.from_local(sums, param.device_mesh, placements, run_check=False).full_tensor()  # type: ignore
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Return this rank's coordinates in logical order, complex ones as pairs of reals."""
+    return _local(_as_real(tensor.detach())).reshape(-1)

@@ -1,0 +1,77 @@
+"""A table that says what an optimizer is made of."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learned_optim.backends import backend_in_use
+from learned_optim.rules import UpdateRule
+
+Group = dict[str, Any]
+
+HEADER = ("group", "weights", "fingerprint", "rule", "lr", "parameters", "state bytes", "bytes/parameter", "backend")
+NUMBERS = ("lr", "parameters", "state bytes", "bytes/parameter")
+
+
+def summarize(
+    groups: Sequence[Group],
+    backend: str,
+    rule_of: Callable[[Tensor, Group], UpdateRule],
+    initial_state: Callable[[Tensor, Group, UpdateRule], dict[str, Tensor]],
+) -> str:
+    """Describe the groups, one line each, and in total.
+
+    Bytes of state are those kept once every parameter has had a gradient, over all ranks together; nothing is allocated to
+    count them.
+
+    Args:
+        groups: Of parameters.
+        backend: What the user asked for.
+        rule_of: The rule that steps a parameter, in the dtype and on the device that it computes with.
+        initial_state: What the optimizer keeps of a parameter at rest.
+
+    Returns:
+        Lines of aligned columns.
+    """
+    rows, notes = [HEADER], []
+    count = size = 0
+    for number, group in enumerate(groups):
+        rules = [rule_of(param, group) for param in group["params"]]
+        shapes = [torch.empty(param.shape, dtype=param.dtype, device="meta") for param in group["params"]]
+        states = [initial_state(shape, group, rule) for shape, rule in zip(shapes, rules, strict=True)]
+        numel = sum(shape.numel() for shape in shapes)
+        nbytes = sum(value.nbytes for state in states for value in state.values())
+        rows.append(
+            (
+                str(number),
+                group["weights"],
+                group["fingerprint"][:12],
+                _listed(f"{rule.family} {rule.config.num_layers}x{rule.config.hidden_size}" for rule in rules),
+                f"{float(group['lr']):g}",
+                *_sizes(numel, nbytes),
+                _listed(backend_in_use(backend, rule) for rule in rules),
+            )
+        )
+        count, size = count + numel, size + nbytes
+        if group.get("guard_tripped"):
+            notes.append(f"group {number} fell back to its nominal Adam step: {group['guard_tripped']}")
+    rows.append(("total", "", "", "", "", *_sizes(count, size), ""))
+    return "\n".join([*_aligned(rows), *notes])
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(set(names)))
+
+
+def _sizes(numel: int, nbytes: int) -> tuple[str, str, str]:
+    return f"{numel:,}", f"{nbytes:,}", f"{nbytes / max(numel, 1):.4g}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    columns = []
+    for name, column in zip(HEADER, zip(*rows, strict=True), strict=True):
+        width = max(map(len, column))
+        columns.append([cell.rjust(width) if name in NUMBERS else cell.ljust(width) for cell in column])
+    return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]

@@ -1,0 +1,114 @@
+"""Synthetic models that the mixture does not hold: bigger, and of other kinds. Rules are selected on these.
+
+Nothing here is downloaded, so whoever meta-trains can choose between rules without spending the real data that judge them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meta_train.judging.models import CharLSTM, CharTransformer, VisionTransformer, conv_net, mlp
+from meta_train.judging.task import Batch, Case, JudgingTask, Loss, classification_loss, regression_loss
+from meta_train.tasks.data import Stream, cluster_stream, digit_stream, language_stream, regression_stream
+from meta_train.tasks.task import seeded
+
+HORIZONS = (200, 1000)
+
+
+def _case(module: nn.Module, loss: Loss, stream: Stream) -> Case:
+    """Take the one problem out of a stream of problems side by side."""
+
+    def next_batch(generator: torch.Generator) -> Batch:
+        inputs, targets = stream(generator)
+        return inputs[0], targets[0]
+
+    return Case(module, loss, next_batch)
+
+
+def _images(seed: int, batch: int, label_noise: float = 0.0) -> Stream:
+    """Digits as ``(1, B, 1, 16, 16)`` images."""
+    stream = digit_stream(seeded(seed), 1, batch, examples=1797, scale=1.0, label_noise=label_noise, flat=False)
+
+    def upsampled(generator: torch.Generator) -> tuple[Tensor, ...]:
+        images, labels = stream(generator)
+        return F.interpolate(images[0].permute(0, 3, 1, 2), scale_factor=2, mode="bilinear").unsqueeze(0), labels
+
+    return upsampled
+
+
+def _wide_mlp(seed: int) -> Case:
+    stream = cluster_stream(seeded(seed), 1, 64, inputs=96, classes=10, modes=12, spread=1.2)
+    return _case(mlp([96, 256, 256, 10], nn.ReLU), classification_loss, stream)
+
+
+def _deep_tanh(seed: int) -> Case:
+    stream = digit_stream(seeded(seed), 1, 64, examples=1797, scale=1.0, label_noise=0.1, flat=True)
+    return _case(mlp([64, *[48] * 6, 10], nn.Tanh), classification_loss, stream)
+
+
+def _layer_norm_mlp(seed: int) -> Case:
+    stream = cluster_stream(seeded(seed), 1, 16, inputs=40, classes=6, modes=8, spread=0.8)
+    return _case(mlp([40, 128, 128, 6], nn.GELU, norm=True), classification_loss, stream)
+
+
+def _conv(seed: int) -> Case:
+    return _case(conv_net([1, 16, 32], 16, 10, batch_norm=False), classification_loss, _images(seed, 32, label_noise=0.1))
+
+
+def _conv_batch_norm(seed: int) -> Case:
+    return _case(conv_net([1, 16, 32, 32], 16, 10, batch_norm=True), classification_loss, _images(seed, 32, label_noise=0.1))
+
+
+def _vision_transformer(seed: int) -> Case:
+    return _case(VisionTransformer(16, 1, 4, 48, 2, 10), classification_loss, _images(seed, 32, label_noise=0.1))
+
+
+def _transformer(seed: int) -> Case:
+    stream = language_stream(seeded(seed), 1, 16, vocabulary=64, length=24, order=2, tokens=100_000)
+    return _case(CharTransformer(64, 24, 64, 2), classification_loss, stream)
+
+
+def _recurrent(seed: int) -> Case:
+    stream = language_stream(seeded(seed), 1, 16, vocabulary=64, length=24, order=2, tokens=100_000)
+    return _case(CharLSTM(64, 64), classification_loss, stream)
+
+
+def _tabular(seed: int) -> Case:
+    stream = regression_stream(seeded(seed), 1, 64, inputs=12, hidden=16, tail=0.5, condition=10.0, noise=0.1, examples=5000)
+    return _case(mlp([12, 96, 96, 1], nn.SiLU), regression_loss, stream)
+
+
+def _linear(seed: int) -> Case:
+    stream = regression_stream(seeded(seed), 1, 32, inputs=30, hidden=0, tail=0.8, condition=30.0, noise=0.3, examples=4000)
+    return _case(nn.Linear(30, 1), regression_loss, stream)
+
+
+def _autoencoder(seed: int) -> Case:
+    stream = digit_stream(seeded(seed), 1, 64, examples=1797, scale=1.0, label_noise=0.0, flat=True)
+
+    def images_twice(generator: torch.Generator) -> tuple[Tensor, ...]:
+        images = stream(generator)[0]
+        return images, images
+
+    return _case(mlp([64, 128, 12, 128, 64], nn.GELU), regression_loss, images_twice)
+
+
+HELD_OUT_KINDS = tuple(
+    JudgingTask(name, about, make, HORIZONS)
+    for name, about, make in (
+        ("wide-mlp", "96-256-256-10 ReLU on an endless stream of overlapping clusters, batch 64", _wide_mlp),
+        ("deep-tanh", "six tanh layers of 48 on digits with 10 % wrong labels, batch 64", _deep_tanh),
+        ("layer-norm-mlp", "40-128-128-6 GELU with layer norm on clusters, batch 16", _layer_norm_mlp),
+        ("conv", "two convolutions on digits at 16x16 with 10 % wrong labels, batch 32", _conv),
+        ("conv-bn", "three convolutions with batch norm on the same", _conv_batch_norm),
+        ("vit", "a vision transformer, width 48, depth 2, on the same", _vision_transformer),
+        ("transformer", "a causal transformer, width 64, depth 2, on a Markov source of order 2", _transformer),
+        ("lstm", "an LSTM of 64 units on the same source", _recurrent),
+        ("tabular", "12-96-96-1 SiLU on heavy-tailed, ill-conditioned features", _tabular),
+        ("linear", "linear regression on heavy-tailed, ill-conditioned features, batch 32", _linear),
+        ("autoencoder", "64-128-12-128-64 GELU on digits, batch 64", _autoencoder),
+    )
+)
+"""What rules are selected on."""

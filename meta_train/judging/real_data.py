@@ -1,0 +1,123 @@
+"""Real data sets for judging, decoded once from a directory or the Hub into one file of tensors.
+
+The directory holds ``ylecun/mnist`` and ``uoft-cs/cifar10`` in the layout of the Hub data sets of those names,
+``text/tinyshakespeare.txt``, and ``tabular/`` with ``kin40k.csv.gz``, ``california_housing.csv``, ``adult-train.csv`` and
+``adult-test.csv``.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from meta_train.run_dir import write_atomically
+
+Tensors = dict[str, Tensor]
+
+IMAGE_SETS = {"mnist": ("ylecun/mnist", "image", 60_000), "cifar": ("uoft-cs/cifar10", "img", 16_000)}
+"""Hub id, column of the images, and how many of the training images are used."""
+HELD_OUT = 2_000
+"""Held-out examples of each set."""
+
+
+def prepared(cache: Path, data: Path | None) -> tuple[Tensors, str]:
+    """Return the real data, decoding them at the first call.
+
+    Args:
+        cache: Where the decoded file is kept.
+        data: The directory described above; only needed where nothing is cached yet.
+
+    Returns:
+        Tensors by name (``mnist_x`` uint8, ``mnist_y``, ``mnist_x_held_out`` and so on), and their fingerprint.
+
+    Raises:
+        ValueError: If nothing is cached and ``data`` is None, or a file is missing.
+    """
+    kept = cache / "real-data.safetensors"
+    if not kept.exists():
+        if data is None:
+            raise ValueError("judging on real data needs --data DIR; docs/judging.md says what it must hold")
+        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            tensors = {**_images(data), **_text(data / "text"), **_tables(data / "tabular")}
+        except FileNotFoundError as error:
+            raise ValueError(f"--data {data} lacks {error.filename}; docs/judging.md says what it must hold") from error
+        write_atomically(kept, save(tensors))
+    with kept.open("rb") as file:
+        return load_file(kept), hashlib.sha256(file.read()).hexdigest()[:16]
+
+
+def _images(data: Path) -> Tensors:
+    from datasets import load_dataset
+
+    tensors = {}
+    for name, (hub_id, column, count) in IMAGE_SETS.items():
+        local = data / hub_id
+        sets: Any = load_dataset(str(local) if local.exists() else hub_id)
+        for split, suffix, rows in (("train", "", count), ("test", "_held_out", HELD_OUT)):
+            chosen = sets[split].select(range(min(rows, len(sets[split]))))
+            images = np.stack([np.asarray(image) for image in chosen[column]])
+            if images.ndim == 4:
+                images = images.transpose(0, 3, 1, 2)
+            tensors[f"{name}_x{suffix}"] = torch.from_numpy(np.ascontiguousarray(images))
+            tensors[f"{name}_y{suffix}"] = torch.tensor(chosen["label"])
+    return tensors
+
+
+def _text(folder: Path) -> Tensors:
+    text = (folder / "tinyshakespeare.txt").read_text()
+    symbols = {symbol: index for index, symbol in enumerate(sorted(set(text)))}
+    encoded = torch.tensor([symbols[symbol] for symbol in text], dtype=torch.uint8)
+    cut = len(encoded) * 9 // 10
+    return {"text": encoded[:cut].clone(), "text_held_out": encoded[cut:].clone()}
+
+
+def _tables(folder: Path) -> Tensors:
+    with gzip.open(folder / "kin40k.csv.gz", "rt") as file:
+        kin = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.float32))
+    with (folder / "california_housing.csv").open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    california = torch.tensor([[float(value) for value in row[:9]] for row in rows if all(row[:9])])
+    return {**_split("kin", kin), **_split("california", california), **_adult(folder)}
+
+
+def _split(name: str, table: Tensor) -> Tensors:
+    """Shuffle, standardise by the training rows, and split; the last column is the target."""
+    table = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]
+    train, test = table[:-HELD_OUT], table[-HELD_OUT:]
+    mean, std = train.mean(0), train.std(0)
+    tensors = {}
+    for part, suffix in ((train, ""), (test, "_held_out")):
+        part = (part - mean) / std
+        tensors[f"{name}_x{suffix}"], tensors[f"{name}_y{suffix}"] = part[:, :-1].clone(), part[:, -1:].clone()
+    return tensors
+
+
+_ADULT_NUMBERS = (0, 2, 4, 10, 11, 12)
+
+
+def _adult(folder: Path) -> Tensors:
+    """Standardised numbers and one-hot words; the target is an income above 50,000."""
+    rows = {}
+    for split, suffix in (("train", ""), ("test", "_held_out")):
+        with (folder / f"adult-{split}.csv").open(newline="") as file:
+            rows[suffix] = [row for row in csv.reader(file, skipinitialspace=True) if len(row) == 15]
+    rows["_held_out"] = rows["_held_out"][:HELD_OUT]
+    words = [index for index in range(14) if index not in _ADULT_NUMBERS]
+    levels = {column: sorted({row[column] for row in rows[""]}) for column in words}
+    numbers = {s: torch.tensor([[float(row[i]) for i in _ADULT_NUMBERS] for row in part]) for s, part in rows.items()}
+    mean, std = numbers[""].mean(0), numbers[""].std(0)
+    tensors = {}
+    for suffix, part in rows.items():
+        hot = [torch.tensor([[float(row[column] == level) for level in levels[column]] for row in part]) for column in words]
+        tensors[f"adult_x{suffix}"] = torch.cat([(numbers[suffix] - mean) / std, *hot], 1)
+        tensors[f"adult_y{suffix}"] = torch.tensor([int(row[14].startswith(">")) for row in part])
+    return tensors

@@ -1,0 +1,181 @@
+"""Tables of a judgement: what each contestant reached, and learned rules against every baseline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from meta_train.baselines import Setting
+from meta_train.evaluate import Row, Rows
+from meta_train.judging.suite import SEEDS, TUNING_SEED, Contestant, Learned, Runner, smoothed_final
+
+CURVE_POINTS = 60
+"""Points of each drawn curve, at logarithmically spaced inner steps."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything one judgement found, as rows of tables.
+
+    Args:
+        results: Each contestant on each task at each horizon.
+        ratios: Each learned rule against each baseline on each task at each horizon; below 1 the rule is better.
+        summary: Geometric means of the ratios over the tasks, wins and the worst task.
+        sweep: Every setting tried while tuning.
+        curves: Training loss over inner steps, for figures.
+    """
+
+    results: Rows = field(default_factory=list)
+    ratios: Rows = field(default_factory=list)
+    summary: Rows = field(default_factory=list)
+    sweep: Rows = field(default_factory=list)
+    curves: Rows = field(default_factory=list)
+
+
+def judge_suite(runner: Runner, rules: Sequence[Learned], seeds: Sequence[int] = SEEDS) -> Report:
+    """Tune the baselines, run everything that has not been run before, and compare.
+
+    Args:
+        runner: Holds suite, cache and workers.
+        rules: Learned contestants; none is tuned.
+        seeds: Of the runs that are reported.
+
+    Returns:
+        The tables.
+    """
+    tuned = runner.tune()
+    fixed: list[Contestant] = [*rules, *runner.suite.untuned]
+    runner.complete(run for task in runner.tasks.values() for one in fixed for run in runner.runs_of(one, task, seeds))
+    runner.complete(run for (task, _, _), one in tuned.items() for run in runner.runs_of(one, runner.tasks[task], seeds))
+    report = Report()
+    report.sweep.extend(_sweep(runner))
+    for task in runner.tasks.values():
+        for horizon in task.horizons:
+            field_of_contestants = dict(_contestants(runner, rules, tuned, task.name, horizon))
+            report.results.extend(_results(runner, field_of_contestants, task.name, horizon, seeds))
+            report.ratios.extend(_ratios(runner, field_of_contestants, task.name, horizon, seeds))
+        longest = task.horizons[-1]
+        report.curves.extend(
+            _curves(runner, dict(_contestants(runner, rules, tuned, task.name, longest)), task.name, longest, seeds)
+        )
+    report.summary.extend(_summary(report.ratios))
+    return report
+
+
+def label(contestant: Contestant) -> str:
+    """Name a contestant in tables."""
+    if isinstance(contestant, Learned):
+        return f"LSTM ({contestant.name})" + (f", lr={contestant.lr:g}" if contestant.lr != 1 else "")
+    return contestant.optimizer
+
+
+def _contestants(
+    runner: Runner, rules: Sequence[Learned], tuned: dict[tuple[str, str, int], Setting], task: str, horizon: int
+) -> Iterable[tuple[str, Contestant]]:
+    for rule in rules:
+        yield label(rule), rule
+    for setting in runner.suite.untuned:
+        if horizon <= runner.suite.horizon_limits.get(setting.optimizer, math.inf):
+            yield f"{setting.optimizer}({setting.lr:g})", setting
+    for name in runner.suite.grids:
+        if (task, name, horizon) in tuned:
+            yield f"{name}, tuned", tuned[task, name, horizon]
+
+
+def _results(
+    runner: Runner, contestants: dict[str, Contestant], task: str, horizon: int, seeds: Sequence[int]
+) -> Iterable[Row]:
+    for name, contestant in contestants.items():
+        outcomes = runner.outcomes(contestant, task, horizon, seeds)
+        finals = torch.stack([smoothed_final(one.losses, horizon) for one in outcomes])
+        areas = torch.stack([one.losses[:horizon].double().mean() for one in outcomes])
+        held_out = [one.held_out[horizon] for one in outcomes if horizon in one.held_out]
+        yield {
+            "task": task,
+            "horizon": horizon,
+            "optimizer": name,
+            "setting": str(contestant) if isinstance(contestant, Setting) else "",
+            "final": _round(finals.mean()),
+            "standard_error": _round(finals.std() / len(finals) ** 0.5) if len(finals) > 1 else "",
+            "mean_over_run": _round(areas.mean()),
+            "held_out": _round(sum(held_out) / len(held_out)) if held_out else "",
+            "n": len(outcomes),
+        }
+
+
+def _ratios(
+    runner: Runner, contestants: dict[str, Contestant], task: str, horizon: int, seeds: Sequence[int]
+) -> Iterable[Row]:
+    outcomes = {name: runner.outcomes(one, task, horizon, seeds) for name, one in contestants.items()}
+    finals = {name: torch.stack([smoothed_final(o.losses, horizon) for o in runs]) for name, runs in outcomes.items()}
+    held = {name: torch.tensor([o.held_out.get(horizon, math.nan) for o in runs]) for name, runs in outcomes.items()}
+    for name, contestant in contestants.items():
+        if not isinstance(contestant, Learned):
+            continue
+        for other, opponent in contestants.items():
+            if isinstance(opponent, Learned):
+                continue
+            ratio = (finals[name] / finals[other]).log()
+            yield {
+                "task": task,
+                "horizon": horizon,
+                "rule": name,
+                "against": other,
+                "ratio": _round(ratio.mean().exp()),
+                "log_standard_error": _round(ratio.std() / len(ratio) ** 0.5) if len(ratio) > 1 else "",
+                "held_out_ratio": _optional((held[name] / held[other]).log().mean().exp()),
+                "n": len(ratio),
+            }
+
+
+def _summary(ratios: Rows) -> Iterable[Row]:
+    groups = dict.fromkeys((row["rule"], row["against"], row["horizon"]) for row in ratios)
+    for rule, against, horizon in groups:
+        chosen = [r for r in ratios if (r["rule"], r["against"], r["horizon"]) == (rule, against, horizon)]
+        values = torch.tensor([float(row["ratio"]) for row in chosen], dtype=torch.float64)
+        held = torch.tensor([float(row["held_out_ratio"]) for row in chosen if row["held_out_ratio"] != ""])
+        worst = chosen[int(values.argmax())]
+        yield {
+            "rule": rule,
+            "against": against,
+            "horizon": horizon,
+            "ratio": _round(values.log().mean().exp()),
+            "held_out_ratio": _round(held.log().mean().exp()) if len(held) else "",
+            "wins": int((values < 1).sum()),
+            "tasks": len(chosen),
+            "worst": worst["ratio"],
+            "worst_task": worst["task"],
+            "diverged": int((~values.isfinite()).sum()),
+        }
+
+
+def _sweep(runner: Runner) -> Iterable[Row]:
+    for (task, name), group in runner.tried.items():
+        for setting in group:
+            for horizon in runner.horizons_of(setting, runner.tasks[task]):
+                final = runner.final(setting, task, horizon, (TUNING_SEED,))
+                row: Row = {"task": task, "horizon": horizon, "optimizer": name, "lr": setting.lr}
+                yield {**row, "momentum": setting.momentum, "final": _round(final.mean()), "n": 1}
+
+
+def _curves(
+    runner: Runner, contestants: dict[str, Contestant], task: str, horizon: int, seeds: Sequence[int]
+) -> Iterable[Row]:
+    ends = sorted({round(horizon ** (0.25 + 0.75 * i / CURVE_POINTS)) for i in range(CURVE_POINTS + 1)})
+    for name, contestant in contestants.items():
+        losses = torch.stack([one.losses[:horizon] for one in runner.outcomes(contestant, task, horizon, seeds)])
+        for end in ends:
+            row: Row = {"task": task, "optimizer": name, "inner_step": end}
+            yield {**row, "loss": _round(torch.stack([smoothed_final(one, end) for one in losses]).mean())}
+
+
+def _round(value: Tensor | float) -> float:
+    return float(f"{float(value):.5g}")
+
+
+def _optional(value: Tensor) -> float | str:
+    return "" if math.isnan(value) else _round(value)

@@ -1,0 +1,134 @@
+"""What a rule is judged on: an ordinary module, its loss, its minibatches and its held-out examples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from meta_train.baselines import MakeOptimizer
+
+Batch = tuple[Tensor, Tensor]
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run waiting for an optimizer.
+
+    Args:
+        module: Freshly initialised.
+        loss: From module and minibatch to a 0-dim loss.
+        next_batch: Draws a minibatch from a generator.
+        held_out: Examples that are never trained on; empty where there are none.
+    """
+
+    module: nn.Module
+    loss: Loss
+    next_batch: Callable[[torch.Generator], Batch]
+    held_out: Sequence[Batch] = ()
+
+
+@dataclass(frozen=True)
+class JudgingTask:
+    """A kind of case.
+
+    Args:
+        name: In tables.
+        about: What is trained on what, in one line.
+        make: From a seed to a case; the caller seeds torch's generator for the initialisation.
+        horizons: Inner steps after which it is looked at.
+        data: Fingerprint of its data, where they are not made from the seed.
+    """
+
+    name: str
+    about: str
+    make: Callable[[int], Case]
+    horizons: tuple[int, ...] = (200, 1000, 5000)
+    data: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run found.
+
+    Args:
+        losses: Training loss of the minibatch before each inner step, ``(T,)``; infinite from where it diverged.
+        held_out: Held-out loss after each horizon it reached, by horizon.
+    """
+
+    losses: Tensor
+    held_out: dict[int, float] = field(default_factory=dict)
+
+
+def classification_loss(module: nn.Module, batch: Batch) -> Tensor:
+    """Return the mean cross entropy of one or many labels an example."""
+    logits = module(batch[0])
+    return F.cross_entropy(logits.flatten(0, -2), batch[1].flatten())
+
+
+def regression_loss(module: nn.Module, batch: Batch) -> Tensor:
+    """Return the mean squared error."""
+    return F.mse_loss(module(batch[0]), batch[1])
+
+
+def train_case(
+    task: JudgingTask,
+    make_optimizer: MakeOptimizer,
+    horizon: int,
+    seed: int,
+    schedule: Callable[[Optimizer, int], LRScheduler] | None = None,
+) -> Outcome:
+    """Train one model, as any training loop would.
+
+    Args:
+        task: What to train.
+        make_optimizer: From parameters to optimizer.
+        horizon: Inner steps.
+        seed: Decides initialisation and minibatches.
+        schedule: From optimizer and horizon to a schedule of the rate.
+
+    Returns:
+        Losses and held-out losses.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        case = task.make(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    optimizer = make_optimizer(case.module.parameters())
+    scheduler = schedule(optimizer, horizon) if schedule else None
+    losses, held_out = torch.full((horizon,), math.inf), {}
+    for step in range(horizon):
+        optimizer.zero_grad()
+        loss = case.loss(case.module, case.next_batch(generator))
+        losses[step] = value = loss.item()
+        if not math.isfinite(value):
+            losses[step:] = math.inf
+            break
+        loss.backward()
+        optimizer.step()
+        if scheduler:
+            scheduler.step()
+        if step + 1 in task.horizons and case.held_out:
+            held_out[step + 1] = _held_out_loss(case, optimizer)
+    return Outcome(losses, held_out)
+
+
+@torch.no_grad()
+def _held_out_loss(case: Case, optimizer: Optimizer) -> float:
+    """Return the mean loss over the held-out examples, with module and optimizer in evaluation mode if they have one."""
+    averaged = getattr(optimizer, "eval", None)  # Schedule-free optimizers evaluate at another point than they train.
+    case.module.eval()
+    if averaged:
+        averaged()
+    total = sum(float(case.loss(case.module, batch)) for batch in case.held_out) / len(case.held_out)
+    case.module.train()
+    if averaged:
+        optimizer.train()  # type: ignore[attr-defined]
+    return total

@@ -1,0 +1,251 @@
+"""The Triton kernel against the reference: on a GPU, or in Triton's interpreter in a process of its own."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from learned_optim import LearnedOptimizer, UpdateRule, build_rule
+from learned_optim.backends import choose_backend, triton_step
+from learned_optim.weights import resolve_weights
+from tests.cases import copies, small_rule
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+RUNS = triton_step.available()
+needs_kernel = pytest.mark.skipif(not RUNS, reason="no GPU here; test_in_the_interpreter runs these")
+needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
+
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid|divide):RuntimeWarning")  # The interpreter is NumPy.
+
+UNROLLED = dataclasses.replace(triton_step.UNROLLED, block=64, chunk=128)
+TILED = dataclasses.replace(triton_step.TILED, block=64, chunk=128)
+FORMS = {"unrolled": UNROLLED, "tiled": TILED}
+RULES: dict[str, tuple[str, dict[str, Any]]] = {
+    "1x8": ("adam-modulation", {}),
+    "2x3-time": ("adam-modulation", {"hidden_size": 3, "num_layers": 2, "time_scales": (5.0,), "fast_decay": 0.3}),
+    "1x1": ("adam-modulation", {"hidden_size": 1}),
+    "raw-1x5": ("paper", {"hidden_size": 5, "num_layers": 1, "input_scale": 3.0, "output_scale": 0.1}),
+    "log-3x2": ("paper", {"hidden_size": 2, "num_layers": 3, "inputs": "log_and_sign", "output_scale": 0.1}),
+}
+
+
+@pytest.mark.skipif(RUNS or os.environ.get("TRITON_INTERPRET") == "1", reason="the tests below run in this process")
+def test_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider"],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert " passed" in done.stdout
+
+
+def make_rule(name: str, seed: int = 0) -> UpdateRule:
+    family, config = RULES[name]
+    torch.manual_seed(seed)
+    rule = build_rule(family, **config)
+    nn.init.normal_(rule.readout.weight, std=0.5)
+    nn.init.normal_(rule.readout.bias, std=0.2)
+    return rule
+
+
+def steps(
+    rule: UpdateRule,
+    backend: str,
+    *,
+    shapes: tuple[tuple[int, ...], ...] = ((5, 7), (), (150,)),
+    count: int = 3,
+    dtype: torch.dtype = torch.float32,
+    form: triton_step.Form | None = None,
+    **options: Any,
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Take steps on gradients of very different sizes, some of them zero, NaN, infinite or hardly representable."""
+    torch.manual_seed(3)
+    params = [torch.randn(shape).to(DEVICE, dtype).requires_grad_() for shape in shapes]
+    optimizer = LearnedOptimizer(params, weights=rule, backend=backend, **options)
+    if form is not None:
+        (weights,) = optimizer._weights.values()
+        ready = weights.rule_on(params[0].device, torch.float32)
+        triton_step._programs[ready] = triton_step.Program(ready, form)
+    for step in range(count):
+        for param in params:
+            param.grad = (torch.randn(param.shape) * 10.0 ** (step % 5 - 3)).to(DEVICE, dtype)
+        special = torch.tensor([0.0, float("nan"), float("inf"), -float("inf"), 1e-19, 3e19, 0.0]).to(DEVICE, dtype)
+        params[0].grad.view(-1)[:7] = special
+        if step < count - 1:
+            params[0].grad.view(-1)[7:10] = 0
+        optimizer.step()
+    return copies(params), [optimizer.state[param] for param in params]
+
+
+@needs_kernel
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", RULES)
+def test_steps_equal_those_of_the_reference(name: str, form: str) -> None:
+    rule = make_rule(name)
+    want, got = steps(rule, "reference", weight_decay=10.0), steps(rule, "triton", form=FORMS[form], weight_decay=10.0)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-6)
+    assert not torch.equal(want[0][0].view(-1)[11:], steps(rule, "reference", count=0)[0][0].view(-1)[11:])
+
+
+LOW_PRECISION = [
+    (torch.float32, "bfloat16", 1e-4, 2**-7),
+    (torch.float16, "float32", 2**-9, 2e-4),
+    (torch.bfloat16, "bfloat16", 2**-7, 2**-7),
+]
+
+
+@needs_kernel
+@pytest.mark.parametrize(("dtype", "state_dtype", "tolerance", "memory_tolerance"), LOW_PRECISION)
+def test_low_precision_differs_in_last_bits(
+    dtype: torch.dtype, state_dtype: str, tolerance: float, memory_tolerance: float
+) -> None:
+    rule = make_rule("1x8")
+    want = steps(rule, "reference", dtype=dtype, state_dtype=state_dtype)
+    got = steps(rule, "triton", dtype=dtype, state_dtype=state_dtype)
+    bits = 1 if CUDA else 3  # The interpreter cuts bfloat16 off instead of rounding it, in each of three steps.
+    torch.testing.assert_close(got[0], want[0], rtol=bits * tolerance, atol=1e-4)
+    torch.testing.assert_close(got[1], want[1], rtol=memory_tolerance, atol=bits * memory_tolerance)
+    assert got[1][0]["hidden"].dtype == getattr(torch, state_dtype)
+
+
+@needs_kernel
+def test_options_strides_and_a_learning_rate_on_the_device() -> None:
+    rule = make_rule("log-3x2")
+    for options in ({"maximize": True}, {"lr": torch.tensor(0.3, device=DEVICE)}, {"capturable": True}):
+        want, got = steps(rule, "reference", **options), steps(rule, "triton", **options)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-6)
+    results = []
+    for backend in ("reference", "triton"):
+        torch.manual_seed(0)
+        param = torch.randn(6, 4, device=DEVICE).t().requires_grad_()
+        optimizer = LearnedOptimizer([param], weights=rule, backend=backend)
+        for _ in range(2):
+            param.grad = torch.randn(4, 6, 2, device=DEVICE)[:, :, 0]
+            version = param._version
+            optimizer.step()
+            assert param._version > version
+        assert param.stride() == (1, 4)
+        results.append((param.detach(), optimizer.state[param]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=2e-6)
+
+
+@needs_kernel
+def test_tables_follow_tensors_that_move() -> None:
+    rule = make_rule("raw-1x5")
+    results = []
+    for backend in ("reference", "triton"):
+        torch.manual_seed(0)
+        params = [torch.randn(size, device=DEVICE).requires_grad_() for size in (3, 200)]
+        optimizer = LearnedOptimizer(params, weights=rule, backend=backend)
+        for step in range(4):
+            for param in params:
+                param.grad = torch.randn_like(param)
+            if step == 1:
+                params[0].data = params[0].detach().clone()
+            if step == 2:
+                optimizer.load_state_dict(optimizer.state_dict())
+            if step == 3:
+                params[1].grad = None
+            optimizer.step()
+        results.append((copies(params), [optimizer.state[param] for param in params]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=2e-6)
+
+
+@needs_kernel
+def test_what_the_kernel_cannot_take_goes_to_the_reference() -> None:
+    rule = make_rule("raw-1x5")
+    for dtype in (torch.float64, torch.complex64):
+        torch.testing.assert_close(
+            steps_of_one(rule, "triton", dtype), steps_of_one(rule, "reference", dtype), rtol=1e-5, atol=1e-6
+        )
+    assert not triton_step.supports(small_rule().double())
+
+
+def steps_of_one(rule: UpdateRule, backend: str, dtype: torch.dtype) -> Tensor:
+    torch.manual_seed(0)
+    param = torch.randn(20, dtype=dtype, device=DEVICE).requires_grad_()
+    optimizer = LearnedOptimizer([param], weights=rule, backend=backend)
+    param.grad = torch.randn_like(param)
+    optimizer.step()
+    return param.detach()
+
+
+def test_it_is_refused_where_it_cannot_run() -> None:
+    param = torch.zeros(3, requires_grad=True)
+    if RUNS:
+        assert LearnedOptimizer([param], backend="triton").backend == "triton"
+    else:
+        with pytest.raises(RuntimeError, match=r"backend='triton' is not available here; it needs an NVIDIA GPU"):
+            LearnedOptimizer([param], backend="triton")
+
+
+@needs_gpu
+@pytest.mark.parametrize("weights", ["default", "quadratic"])
+def test_a_hundred_steps_of_the_bundled_rules(weights: str) -> None:
+    rule = resolve_weights(weights).rule
+    shapes = ((64, 33), (), (5000,))
+    want, got = (steps(rule, backend, shapes=shapes, count=100) for backend in ("reference", "triton"))
+    for wanted, actual in zip(want[0], got[0], strict=True):
+        assert (actual - wanted).abs().max() < 1e-5 * (1 + wanted.abs().max())
+    torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-4)
+
+
+@needs_gpu
+def test_auto_takes_it_on_a_gpu() -> None:
+    assert choose_backend("auto", small_rule().to("cuda")) is triton_step
+
+
+@needs_gpu
+def test_nothing_waits_for_the_device() -> None:
+    params = [torch.randn(50, 3, device="cuda").requires_grad_(), torch.randn(7, device="cuda").requires_grad_()]
+    optimizer = LearnedOptimizer(params, weights=make_rule("1x8"), backend="triton")
+    for mode in ("default", "error"):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_a_captured_step_equals_eager_steps() -> None:
+    results = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        params = [torch.randn(50, 3, device="cuda").requires_grad_(), torch.randn(7, device="cuda").requires_grad_()]
+        optimizer = LearnedOptimizer(params, weights=make_rule("1x8"), backend="triton", capturable=True)
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+        step = optimizer.step
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+            step = graph.replay  # type: ignore[assignment]
+        for number in range(5):
+            for param in params:
+                param.grad.copy_(torch.full_like(param, 0.1 * number - 0.2))  # type: ignore[union-attr]
+            step()
+        results.append((copies(params), [optimizer.state[param] for param in params]))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+@needs_gpu
+def test_a_first_step_cannot_be_captured() -> None:
+    param = torch.zeros(3, device="cuda", requires_grad=True)
+    param.grad = torch.ones_like(param)
+    optimizer = LearnedOptimizer([param], weights=make_rule("1x8"), backend="triton", capturable=True)
+    with pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()

@@ -1,0 +1,55 @@
+"""Every example runs as its docstring says, and learns."""
+
+import re
+import runpy
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+NEEDS = {
+    "accelerate_loop": ("accelerate",),
+    "lightning_trainer": ("lightning",),
+    "optimizer_factory": ("pytorch_optimizer",),
+    "transformers_trainer": ("transformers", "accelerate"),
+}
+OPTIONS = {"compiled_step": ("--backend", "aot_eager")}  # The default, inductor, needs a C++ compiler and a minute.
+SPAWN = {"data_parallel", "sharded", "zero_redundancy"}
+ELSEWHERE = {"digits"}  # `make demo`
+EXAMPLES = sorted({path.stem for path in (ROOT / "examples").glob("*.py")} - ELSEWHERE)
+
+
+def assert_it_learned(example: str, output: str) -> None:
+    if example == "own_task":  # It prints scores of its own.
+        assert "validation" in output
+        return
+    losses = re.search(r"loss ([\d.]+) at the start.* ([\d.]+) at (?:the end|step 200)", output)
+    assert losses, output
+    assert float(losses[2]) < 0.75 * float(losses[1]), output
+
+
+# Deprecations inside the frameworks and inside the compiler.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("example", sorted(set(EXAMPLES) - SPAWN))
+def test_every_example_runs(
+    example: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    if missing := [name for name in NEEDS.get(example, ()) if find_spec(name) is None]:
+        pytest.skip(f"needs {', '.join(missing)}")
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [example, *OPTIONS.get(example, ())])
+    names = runpy.run_module(f"examples.{example}", run_name="__main__")
+    assert f"python -m examples.{example}" in names["__doc__"]
+    assert_it_learned(example, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("example", sorted(SPAWN))
+def test_every_example_of_several_processes_runs(example: str) -> None:
+    command = [sys.executable, "-m", f"examples.{example}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_it_learned(example, done.stdout)

@@ -1,0 +1,154 @@
+"""Judging whole models: curves, tuning, the cache, and the tables."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from meta_train.__main__ import main
+from meta_train.baselines import Setting
+from meta_train.judging.held_out_kinds import HELD_OUT_KINDS
+from meta_train.judging.models import CharLSTM, CharTransformer, VisionTransformer, conv_net, mlp
+from meta_train.judging.real_data import prepared
+from meta_train.judging.report import judge_suite
+from meta_train.judging.suite import SUITES, Runner, Suite, learned, smoothed_final
+from meta_train.judging.task import Case, JudgingTask, regression_loss, train_case
+
+
+def _line(seed: int) -> Case:
+    def batch(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.randn(16, 3, generator=generator)
+        return x, x.sum(1, keepdim=True)
+
+    held_out = batch(torch.Generator().manual_seed(99))
+    return Case(nn.Linear(3, 1), regression_loss, batch, [held_out])
+
+
+LINE = JudgingTask("line", "fit a line", _line, (10, 30))
+TINY = Suite(
+    "tiny", lambda cache, data: (LINE,), {"Adam": (1e-3, 3e-3), "AdamW+cosine": (1e-2, 3e-2)}, {}, (Setting("Adam", 1e-3),)
+)
+
+
+@pytest.fixture
+def runner(tmp_path, monkeypatch):
+    monkeypatch.setitem(SUITES, "tiny", TINY)
+    return Runner(TINY, tmp_path, workers=0)
+
+
+def test_a_run_is_decided_by_its_seed_and_ends_with_a_held_out_loss():
+    first, again, other = (train_case(LINE, Setting("Adam", 0.1).make, 30, seed) for seed in (0, 0, 1))
+    assert torch.equal(first.losses, again.losses)
+    assert not torch.equal(first.losses, other.losses)
+    assert first.held_out.keys() == {10, 30}
+    assert first.held_out[30] < first.held_out[10]
+
+
+def test_a_run_that_diverges_is_infinite_to_the_end():
+    losses = train_case(LINE, Setting("SGD", 1e20).make, 30, 0).losses
+    assert losses[0] < 100
+    assert losses[-1] == math.inf
+    assert smoothed_final(losses, 30) == math.inf
+
+
+def test_tuning_extends_the_grid_until_the_best_rate_lies_inside(runner):
+    best = runner.tune()
+    for (task, name, _), setting in best.items():
+        rates = [tried.lr for tried in runner.tried[task, name]]
+        assert min(rates) < setting.lr < max(rates)
+    assert best["line", "Adam", 30].lr > 3e-3
+    assert all(
+        rate in {1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0} for rate in (t.lr for t in runner.tried["line", "Adam"])
+    )
+
+
+def test_only_what_changed_is_run_again(runner, monkeypatch):
+    judge_suite(runner, [learned("default")], seeds=(0, 1))
+    calls = []
+    monkeypatch.setattr("meta_train.judging.suite.train_case", lambda *args: calls.append(args))
+    judge_suite(runner, [learned("default")], seeds=(0, 1))
+    assert not calls
+    kept = {run.file(runner.cache, LINE) for run in runner.runs_of(learned("default"), LINE, (0,))}
+    other = {run.file(runner.cache, LINE) for run in runner.runs_of(learned("default", lr=0.5), LINE, (0,))}
+    assert all(path.exists() for path in kept)
+    assert not any(path.exists() for path in other)
+
+
+def test_the_report_compares_at_every_horizon(runner):
+    report = judge_suite(runner, [learned("default")], seeds=(0, 1))
+    assert {(row["against"], row["horizon"]) for row in report.summary} == {
+        (name, horizon) for name in ("Adam(0.001)", "Adam, tuned", "AdamW+cosine, tuned") for horizon in (10, 30)
+    }
+    ratio = next(row for row in report.ratios if row["against"] == "Adam(0.001)" and row["horizon"] == 30)
+    finals = {row["optimizer"]: row["final"] for row in report.results if row["horizon"] == 30}
+    assert ratio["ratio"] == pytest.approx(finals["LSTM (default)"] / finals["Adam(0.001)"], rel=0.2)
+    assert next(row for row in report.summary if row["against"] == "Adam(0.001)")["wins"] == 1
+
+
+def test_a_judgement_is_written_and_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(SUITES, "held-out-kinds", TINY)
+    out, cache = str(tmp_path / "out"), str(tmp_path / "cache")
+    evaluate = ["evaluate", "default", "--suite", "held-out-kinds", "--out", out, "--cache", cache, "--workers", "0"]
+    assert main(evaluate) == 0
+    assert "against Adam, tuned" in capsys.readouterr().out
+    assert main(["figures", out]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *(f"{name}.csv" for name in ("results", "ratios", "summary", "sweep", "curves")),
+        "environment.json",
+        "curves.svg",
+        "curves.png",
+    }
+
+
+def test_processes_give_the_same_bits(tmp_path, monkeypatch):
+    suite = SUITES["held-out-kinds"]
+    small = JudgingTask("linear", HELD_OUT_KINDS[9].about, HELD_OUT_KINDS[9].make, (20,))
+    runs = []
+    for workers in (0, 1):
+        runner = Runner(suite, tmp_path / str(workers), workers=workers)
+        (run,) = runner.runs_of(Setting("Adam", 1e-2), small, (0,))
+        runner.complete([run])
+        runs.append(runner.outcome(run).losses)
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "outputs"),
+    [
+        (mlp([6, 5, 4], nn.ReLU, norm=True), torch.randn(2, 6), (2, 4)),
+        (conv_net([3, 4, 5], 8, 10, batch_norm=True), torch.randn(2, 3, 8, 8), (2, 10)),
+        (VisionTransformer(8, 1, 4, 16, 1, 10), torch.randn(2, 1, 8, 8), (2, 10)),
+        (CharTransformer(7, 6, 16, 1), torch.randint(0, 7, (2, 6)), (2, 6, 7)),
+        (CharLSTM(7, 8), torch.randint(0, 7, (2, 6)), (2, 6, 7)),
+    ],
+)
+def test_models_map_to_what_they_say(module, inputs, outputs):
+    assert module(inputs).shape == outputs
+
+
+def test_the_transformer_looks_only_back():
+    model, symbols = CharTransformer(7, 6, 16, 2), torch.randint(0, 7, (1, 6))
+    changed = symbols.clone()
+    changed[0, 4] = (changed[0, 4] + 1) % 7
+    before, after = model(symbols), model(changed)
+    assert torch.equal(before[:, :4], after[:, :4])
+    assert not torch.equal(before[:, 4:], after[:, 4:])
+
+
+@pytest.mark.parametrize("task", HELD_OUT_KINDS, ids=lambda task: task.name)
+def test_held_out_kinds_can_be_trained(task):
+    losses = train_case(task, Setting("Adam", 3e-3).make, 12, 0).losses
+    assert losses[-3:].mean() < losses[:3].mean()
+
+
+def test_real_data_must_be_given_once(tmp_path: Path):
+    with pytest.raises(ValueError, match="--data DIR"):
+        prepared(tmp_path, None)
+
+
+def test_the_command_says_what_data_it_needs(tmp_path, capsys):
+    arguments = ["evaluate", "default", "--suite", "judge", "--out", str(tmp_path / "out"), "--cache", str(tmp_path)]
+    assert main(arguments) == 2
+    assert "--data DIR" in capsys.readouterr().err

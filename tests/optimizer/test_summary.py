@@ -1,0 +1,76 @@
+"""``summary``: what it says is what there is."""
+
+import torch
+from cases import make_params, small_rule, take_steps
+from torch import nn
+
+from learned_optim import LearnedOptimizer, UpdateRule, Weights
+from learned_optim.backends import backend_in_use
+from learned_optim.backends.native_lstm import native_available
+
+
+def columns(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("  ") if cell.strip()]
+
+
+def test_a_line_for_each_group_and_a_total() -> None:
+    rules = small_rule("paper-raw"), small_rule("adam-modulation-time")
+    weights = [Weights(rule, name) for rule, name in zip(rules, ("first", "second"), strict=True)]
+    groups = [
+        {"params": make_params([(3, 4), (1200,)])},
+        {"params": make_params([(7,)]), "weights": weights[1], "lr": 0.5, "state_dtype": torch.bfloat16},
+    ]
+    optimizer = LearnedOptimizer(groups, weights=weights[0], backend="reference")
+    header, *lines, total = optimizer.summary().splitlines()
+    assert columns(header) == [
+        *("group", "weights", "fingerprint", "rule", "lr"),
+        *("parameters", "state bytes", "bytes/parameter", "backend"),
+    ]
+    first, second = (w.fingerprint[:12] for w in weights)
+    size = [1212 * 320 + 2 * 4, 7 * (3 * 4 + 2 * 2 * 8) + 4]
+    assert columns(lines[0]) == ["0", "first", first, "paper 2x20", "1", "1,212", f"{size[0]:,}", "320", "reference"]
+    assert columns(lines[1]) == [
+        "1",
+        "second",
+        second,
+        "adam-modulation 2x4",
+        "0.5",
+        "7",
+        f"{size[1]}",
+        "44.57",
+        "reference",
+    ]
+    assert columns(total) == ["total", "1,219", f"{sum(size):,}", f"{sum(size) / 1219:.4g}"]
+
+
+def test_the_bytes_of_state_are_those_allocated(rule: UpdateRule) -> None:
+    params = [*make_params(), *make_params([(3, 2)], torch.float64), *make_params([(5,)], torch.complex64)]
+    optimizer = LearnedOptimizer(params, weights=rule, state_dtype=torch.bfloat16)
+    before = optimizer.summary()
+    assert not optimizer.state
+    take_steps(optimizer, params, 1)
+    assert optimizer.summary() == before
+    allocated = sum(value.nbytes for memory in optimizer.state.values() for value in memory.values())
+    assert f" {allocated:,} " in before.splitlines()[-1] + " "
+
+
+def test_the_backend_named_is_the_one_that_runs() -> None:
+    single, double = small_rule(), small_rule().double()
+    compiled = "native" if native_available() else "reference"
+    assert backend_in_use("auto", single) == compiled
+    assert backend_in_use("reference", single) == "reference"
+    assert backend_in_use("auto", double) == "reference"
+    mixed = LearnedOptimizer([*make_params(), *make_params(dtype=torch.float64)], weights=single)
+    assert mixed.summary().splitlines()[1].endswith(", ".join(sorted({compiled, "reference"})))
+
+
+def test_a_group_without_parameters_has_a_line_too() -> None:
+    optimizer = LearnedOptimizer([{"params": make_params()}, {"params": []}], weights=small_rule())
+    assert columns(optimizer.summary().splitlines()[2])[-3:] == ["0", "0", "0"]
+
+
+def test_the_bytes_of_the_readme() -> None:
+    model = nn.Linear(1000, 100, bias=False)
+    for weights, dtype, expected in (("default", None, "76"), ("default", "bfloat16", "44"), ("quadratic", None, "320")):
+        optimizer = LearnedOptimizer(model.parameters(), weights=weights, state_dtype=dtype)
+        assert columns(optimizer.summary().splitlines()[1])[-2] == expected
