@@ -140,13 +140,20 @@ def serve() -> Iterator[Hub]:
         server.server_close()
 
 
+def close_session() -> None:
+    """Close the client's connections, which would outlive the server."""
+    from huggingface_hub import utils
+
+    close = utils.close_session if hasattr(utils, "close_session") else utils.reset_sessions  # Below version 1.
+    close()
+
+
 def redirect(monkeypatch: pytest.MonkeyPatch, url: str, home: Path) -> None:
     """Send this process's Hub client to a server and a home of its own.
 
     The client reads its settings from the environment when it is imported, so they are replaced where it keeps them.
     """
     from huggingface_hub import constants
-    from huggingface_hub.utils import close_session
 
     settings = {
         "ENDPOINT": url,

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from cases import make_params, small_rule
-from hub_stand_in import NEW, OLD, REPO, Hub, redirect, serve
+from hub_stand_in import NEW, OLD, REPO, Hub, close_session, redirect, serve
 from huggingface_hub import ModelCard, constants, errors
-from huggingface_hub.utils import close_session, disable_progress_bars
+from huggingface_hub.utils import disable_progress_bars
 
 from learned_optim import LearnedOptimizer, Weights, WeightsError, WeightsNotFoundError
 from learned_optim.weights import read_weights
@@ -247,7 +247,7 @@ def test_unusable_weights_are_not_pushed(hub: Hub) -> None:
 
 def test_the_card_says_what_the_rule_costs_and_where_it_comes_from(hub: Hub) -> None:
     recipe = '# a "fence": ```\nschema = 1'
-    weights = Weights(small_rule(), "a | b\nc", recipe, {"commit": "abc", "note": "x|y\nz"})
+    weights = Weights(small_rule(), "a | b\nc", recipe, {"commit": "abc", "license": "mit", "note": "x|y\nz"})
     weights.push_to_hub(REPO, token="t")
     text = hub.files["README.md"].decode()
     head = ModelCard(text).data.to_dict()
@@ -271,6 +271,11 @@ def test_the_card_says_what_the_rule_costs_and_where_it_comes_from(hub: Hub) -> 
         optimizer.step()
         held = sum(value.nbytes for name, value in optimizer.state[param].items() if name != "step")
         assert sentence.format(held // 10) in text.replace("\n", " ")
+
+
+def test_a_licence_that_nobody_stated_is_not_invented(hub: Hub) -> None:
+    Weights(small_rule()).push_to_hub(REPO, token="t")
+    assert ModelCard(hub.files["README.md"].decode()).data.to_dict()["license"] == "unknown"
 
 
 def test_a_fresh_process_works_offline_from_the_cache(hub: Hub, published: Weights, tmp_path: Path) -> None:
