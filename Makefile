@@ -49,6 +49,7 @@ reproduce: .venv/ready ## meta-train the quadratic weights with three seeds, jud
 
 bench: .venv/ready ## time an optimizer step and a meta-training step; run it on a quiet machine
 	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.training_step
 	$(BIN)/python -m benchmarks.meta_training
 	$(BIN)/python -m benchmarks.import_time
 	$(BIN)/python -m benchmarks.recorder
