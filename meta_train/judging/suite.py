@@ -29,6 +29,7 @@ from meta_train.baselines import Setting
 from meta_train.judging.held_out_kinds import HELD_OUT_KINDS
 from meta_train.judging.real import real_tasks
 from meta_train.judging.real_data import prepared
+from meta_train.judging.stress import stress_tasks
 from meta_train.judging.task import JudgingTask, Outcome, train_case
 from meta_train.run_dir import write_atomically
 
@@ -103,6 +104,7 @@ SUITES = {
     suite.name: suite
     for suite in (
         Suite("held-out-kinds", lambda cache, data: HELD_OUT_KINDS, {"Adam": _RATES}, {}, (Setting("Adam", 1e-3),)),
+        Suite("stress", lambda cache, data: stress_tasks(), {"Adam": _RATES}, {}, (Setting("Adam", 1e-3),)),
         Suite(
             "judge",
             lambda cache, data: real_tasks(*prepared(cache, data)),
@@ -118,7 +120,7 @@ SUITES = {
         ),
     )
 }
-"""Synthetic kinds outside the mixture, for selection; and real data, for the judgement."""
+"""Synthetic kinds outside the mixture, for selection; the same under stress; and real data, for the judgement."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,10 @@ class Run:
         who = self.contestant
         name = who.fingerprint if isinstance(who, Learned) else f"{who.optimizer} {who}"
         text = json.dumps([task.name, task.about, task.data, name, who.lr, self.horizon, self.seed])
-        return cache / f"{self.task}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
+        return (
+            cache
+            / f"{self.task.replace(', ', '-').replace(' ', '')}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
+        )
 
 
 class Runner:
