@@ -1,4 +1,4 @@
-"""Conditions that make optimizers diverge: losses and inputs in odd units, a big model, a long run. All data are synthetic."""
+"""Conditions that make optimizers diverge: losses and inputs in odd units, a big model, a long run; on synthetic data."""
 
 from __future__ import annotations
 

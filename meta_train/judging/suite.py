@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import multiprocessing
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -144,10 +145,8 @@ class Run:
         who = self.contestant
         name = who.fingerprint if isinstance(who, Learned) else f"{who.optimizer} {who}"
         text = json.dumps([task.name, task.about, task.data, name, who.lr, self.horizon, self.seed])
-        return (
-            cache
-            / f"{self.task.replace(', ', '-').replace(' ', '')}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
-        )
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return cache / f"{re.sub('[^a-z0-9.]+', '-', self.task)}-{digest}.safetensors"
 
 
 class Runner:
