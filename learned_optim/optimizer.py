@@ -19,7 +19,7 @@ from learned_optim.backends import StepItem, apply_step, check_backend
 from learned_optim.backends.native_plan import Plan, make_plan
 from learned_optim.guard import check_guard, judge, nominal, snapshot
 from learned_optim.rules import UpdateRule
-from learned_optim.rules.storage import CELL_SCALE, MOMENT_DTYPES, STATE_DTYPES, layout
+from learned_optim.rules.storage import MOMENT_DTYPES, STATE_DTYPES, layout, names
 from learned_optim.summary import summarize
 from learned_optim.weights import Weights, resolve_weights
 from learned_optim.weights.facts import bytes_per_parameter
@@ -287,7 +287,7 @@ class LearnedOptimizer(Optimizer):
                 StepItem(
                     param=_local(_as_real(param)),
                     grad=_local(_placed_like(_as_real(param.grad), _as_real(param))),  # type: ignore[arg-type]
-                    memory={name: _local(self.state[param][name]) for name in _memory_names(rule, self.state[param])},
+                    memory={name: _local(self.state[param][name]) for name in names(rule, self.state[param])},
                     step=self.state[param]["step"],
                     scale=None if scale is None else _whole(scale),
                 )
@@ -373,7 +373,7 @@ class LearnedOptimizer(Optimizer):
             step = torch.as_tensor(saved["step"], dtype=torch.float32)
             capturable = group.get("capturable", self.defaults["capturable"])
             state["step"] = step.to(param.device if capturable else "cpu", copy=True)
-            for name in _memory_names(self._weights_of(group).rule, saved):
+            for name in names(self._weights_of(group).rule, saved):
                 state[name] = saved[name].detach().to(param.device, copy=True).contiguous()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -406,25 +406,20 @@ def _check_options(options: dict[str, Any]) -> None:
 
 def _dtype_names(options: dict[str, Any]) -> dict[str, str | None]:
     """Name the memory dtypes among the options; a name, unlike a dtype, survives every checkpoint format."""
-    names: dict[str, str | None] = {}
+    named: dict[str, str | None] = {}
     for option, known, default in (("state_dtype", STATE_DTYPES, "float32"), ("moment_dtype", MOMENT_DTYPES, None)):
         if option in options:
             dtype = options[option]
-            names[option] = default if dtype is None else str(dtype).removeprefix("torch.")
-            if dtype is not None and names[option] not in known:
+            named[option] = default if dtype is None else str(dtype).removeprefix("torch.")
+            if dtype is not None and named[option] not in known:
                 raise ValueError(f"Invalid {option}: {dtype!r}; choose one of {', '.join(known)}")
-    return names
+    return named
 
 
 def _dtypes(param: Tensor, group: dict[str, Any]) -> tuple[torch.dtype, torch.dtype | None, torch.dtype]:
     """Return the dtypes of LSTM memory, moments (None: the layout decides) and computation."""
     moment_dtype = group["moment_dtype"] and MOMENT_DTYPES[group["moment_dtype"]]
     return STATE_DTYPES[group["state_dtype"]], moment_dtype, compute_dtype(param.dtype)
-
-
-def _memory_names(rule: UpdateRule, state: dict[str, Any]) -> tuple[str, ...]:
-    scales = (CELL_SCALE,) if "hidden" in state and state["hidden"].dtype == torch.int8 else ()
-    return (*rule.moment_names, "hidden", "cell", *scales)
 
 
 def _params_with_groups(groups: Iterable[dict[str, Any]]) -> list[tuple[Tensor, dict[str, Any]]]:
@@ -434,8 +429,7 @@ def _params_with_groups(groups: Iterable[dict[str, Any]]) -> list[tuple[Tensor, 
 def _check_memory(index: int, saved: dict[str, Any], param: Tensor, group: dict[str, Any], rule: UpdateRule) -> None:
     """Refuse one parameter's saved state if it is not this rule's memory of this parameter."""
     shape = tuple(_as_real(param).shape)
-    names = _memory_names(rule, saved)
-    if missing := [name for name in ("step", *names) if name not in saved]:
+    if missing := [name for name in ("step", *names(rule, saved)) if name not in saved]:
         raise ValueError(f"the checkpoint lacks {', '.join(missing)} of parameter {index}; was it edited?")
     dtype = str(saved["hidden"].dtype).removeprefix("torch.")
     expected = group.get("state_dtype", dtype)
@@ -445,7 +439,7 @@ def _check_memory(index: int, saved: dict[str, Any], param: Tensor, group: dict[
             "8-bit memory means nothing without its scales: load it into an optimizer with the state_dtype that saved it"
         )
     entries = layout(rule, saved["hidden"].dtype)
-    for name in names:
+    for name in names(rule, saved):
         if tuple(saved[name].shape) != shape + entries[name].trailing:
             raise ValueError(
                 f"parameter {index} has shape {tuple(param.shape)}, but its {name} in the checkpoint has shape "

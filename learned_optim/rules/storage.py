@@ -18,6 +18,7 @@ generator is drawn from, and neither the order of coordinates nor their cut into
 Coordinates that are not active keep their bytes.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -75,6 +76,20 @@ def layout(
     if state_dtype == torch.int8:
         entries[CELL_SCALE] = Entry((rule.config.num_layers,), torch.bfloat16)
     return entries
+
+
+def names(rule: UpdateRule, state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return what a parameter's memory consists of, judging by the dtype of its ``hidden``; ``state`` may hold more or less.
+
+    Args:
+        rule: Whose memory it is.
+        state: Of one parameter.
+
+    Returns:
+        ``hidden``, ``cell``, the moments and perhaps ``cell_scale``: the order in which kernels take them.
+    """
+    scaled = "hidden" in state and state["hidden"].dtype == torch.int8
+    return ("hidden", "cell", *rule.moment_names, *((CELL_SCALE,) if scaled else ()))
 
 
 def decode(rule: UpdateRule, stored: Memory, dtype: torch.dtype) -> Memory:
