@@ -4,13 +4,16 @@ Coordinates of small tensors are packed together and large tensors are cut, so t
 scratch memory does not grow with the model. This file knows nothing of parameter groups or of where state is kept.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from learned_optim.rules import UpdateRule
+from learned_optim.rules.storage import decode, encode, noise
 
 CHUNK = 65_536
 """Coordinates processed at once."""
@@ -23,7 +26,8 @@ class StepItem:
     Args:
         param: Real, local tensor; written.
         grad: Same shape, any floating dtype; read only.
-        memory: Moments of ``param``'s shape, ``hidden`` and ``cell`` with the memory width behind it; written.
+        memory: As :mod:`learned_optim.rules.storage` lays it out: moments of ``param``'s shape, ``hidden`` and ``cell`` with
+            the memory width behind it; written.
         step: Inner steps including this one, 0-dim float32.
         scale: The rule's ``tensor_scale`` of the whole parameter, 0-dim, or None.
     """
@@ -81,7 +85,10 @@ def apply_step(
         weight_decay: Decoupled; parameters shrink by ``1e-3 * lr * weight_decay``.
         maximize: Ascend instead of descend.
     """
-    for chunk in _pack(items):
+    alike: dict[Any, list[StepItem]] = defaultdict(list)
+    for item in items:
+        alike[tuple((name, values.dtype) for name, values in item.memory.items())].append(item)
+    for chunk in (chunk for group in alike.values() for chunk in _pack(group)):
         _apply_chunk(rule, chunk, lr, weight_decay, maximize)
         for piece in chunk:
             piece.write_back()
@@ -117,14 +124,16 @@ def _apply_chunk(
     dtype = rule.readout.weight.dtype
     sizes = [piece.stop - piece.start for piece in chunk]
     grad = _join([piece.grad for piece in chunk]).to(dtype)
-    memory = {name: _join([piece.memory(name) for piece in chunk]).to(dtype) for name in chunk[0].item.memory}
+    stored = {name: _join([piece.memory(name) for piece in chunk]) for name in chunk[0].item.memory}
     step = _spread([piece.item.step.to(grad.device, dtype) for piece in chunk], sizes)
     scales = [piece.item.scale for piece in chunk if piece.item.scale is not None]
     scale = _spread(scales, sizes) if scales else None
 
-    update, new_memory, _ = rule(-grad if maximize else grad, memory, step, scale)
+    memory = decode(rule, stored, dtype)
+    update, new_memory, encoded = rule(-grad if maximize else grad, memory, step, scale)
+    new_stored = encode(rule, new_memory, stored, encoded.active, noise(grad, step))
 
-    for name, values in new_memory.items():
+    for name, values in new_stored.items():
         for piece, new in zip(chunk, values.split(sizes), strict=True):
             piece.memory(name).copy_(new)
     for piece, change in zip(chunk, update.split(sizes), strict=True):
