@@ -54,8 +54,9 @@ class LearnedOptimizer(Optimizer):
             :mod:`learned_optim.rules.storage`. float64 parameters keep float64.
         moment_dtype: ``torch.float32`` or ``torch.bfloat16`` for the moments, all but the mean square, which stays float32.
             By default bfloat16 beside int8 memory, else float32.
-        backend: ``"auto"`` (the fastest that fits), ``"reference"`` (PyTorch), ``"native"`` (compiled, on the CPU)
-            or ``"triton"`` (fused, on CUDA).
+        backend: ``"auto"`` (of the others the fastest that fits and costs nothing to start), ``"reference"`` (PyTorch),
+            ``"native"`` (compiled, on the CPU), ``"triton"`` (fused, on CUDA) or ``"compiled"`` (``torch.compile``, which
+            takes up to a minute at the first step).
         guard: Watch the updates and, where ``step`` gets a closure, the loss, and fall back to plain Adam where they
             misbehave: :mod:`learned_optim.guard`. Costs a copy of the parameters during each step.
         capturable: Keep step counts on the parameters' device, as CUDA graph capture needs.
