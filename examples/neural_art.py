@@ -32,16 +32,16 @@ def paint(
     picture = nn.Parameter(noise.clone())
     optimizer = make_optimizer([picture])
 
-    def closure() -> Tensor:
+    def closure() -> float:
         optimizer.zero_grad()
         value = loss({"picture": picture}).sum()
         value.backward()
-        return value
+        return value.item()
 
     losses = []
     with tqdm(range(steps), desc=f"{name:<16}", unit="step") as bar:
         for _ in bar:
-            losses.append(float(optimizer.step(closure)))
+            losses.append(optimizer.step(closure))
             bar.set_postfix_str(f"loss {losses[-1]:.2f}", refresh=False)
     with torch.no_grad():
         losses.append(float(loss({"picture": picture}).sum()))
@@ -64,7 +64,7 @@ def main() -> None:
     network = read_network(options.description) if options.description else SQUEEZENET
     extract = feature_extractor(network, options.network)
     content, style = (read_picture(path, options.size).unsqueeze(0) for path in (options.content, options.style))
-    loss = NeuralArt().loss(extract, content, style)
+    loss = NeuralArt(network=network).loss(extract, content, style)
     noise = start(1, options.size, options.size, torch.Generator().manual_seed(0))
 
     task = (noise, loss, options.steps)

@@ -174,7 +174,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         "trained_to": parse_recipe(recipe).inner.horizon[1] if recipe else None,
         "optimizees": {"tuning": arena.tuning, "evaluation": arena.fresh, "seed": 0},
         "fingerprints": {one.name: one.fingerprint for one in weights},
-        "command": f"python -m meta_train evaluate {' '.join(one.name for one in weights)} --task {options.task}",
+        "command": f"python -m meta_train evaluate {' '.join(one.name for one in weights)} --task {options.task}"
+        + (" --data DIR" if options.data else ""),
     }
     evaluate.write_judgement(judgement, options.out, about)
     evaluate.write_rows(options.out / "probe.csv", evaluate.probe(weights[0], scale=0.01))

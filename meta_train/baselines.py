@@ -149,9 +149,9 @@ CLASSIFICATION = [
 
 PICTURES = [
     *settings("SGD", rates(3.16e-3, 0.1)),
-    *settings("NAG", rates(1e-3, 3.16e-2), (0.8, 0.9, 0.95, 0.98)),
+    *settings("NAG", rates(3.16e-3, 0.1), (0.8, 0.9, 0.95, 0.98)),
     *settings("RMSprop", rates(1e-3, 3.16e-2)),
-    *settings("Adam", rates(3.16e-2, 1.0)),
+    *settings("Adam", rates(1e-2, 0.316)),
 ]
 """The sweep for neural art, in half-decades; the loss is made so that the best rates are the same at every resolution."""
 

@@ -54,8 +54,8 @@ class NeuralArt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fie
     style: str = "starry_night"
     size: int = 64
     problems: int = 1
-    content_weight: float = 100.0
-    style_weight: float = 300.0
+    content_weight: float = 30.0
+    style_weight: float = 1000.0
     smooth: float = 300.0
     network: Network = SQUEEZENET
     network_file: str = "squeezenet_v1.0_imagenet.safetensors"
