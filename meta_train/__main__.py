@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     train = verbs.add_parser("train", help="meta-train a recipe; run again to resume")
     train.add_argument("recipe", type=Path)
     train.add_argument("--out", type=Path, required=True, help="run directory")
+    train.add_argument("--data", type=Path, help="directory of the real data, for tasks that need it")
     train.add_argument("--seed", type=int, help="replace the recipe's seed")
     train.set_defaults(verb=_train)
 
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     what = judge.add_mutually_exclusive_group()
     what.add_argument("--task", choices=evaluate.ARENAS, default="quadratic", help="default: %(default)s")
     what.add_argument("--suite", choices=SUITES, help="judge on whole models instead: synthetic kinds, or real data")
-    judge.add_argument("--data", type=Path, help="directory of the real data; docs/judging.md says what it holds")
+    judge.add_argument("--data", type=Path, help="directory of the real data, for what needs it (docs/judging.md)")
     judge.add_argument("--cache", type=Path, default=Path("runs/judging"), help="finished runs; default: %(default)s")
     judge.add_argument(
         "--workers", type=int, default=1, help="processes of one thread each; default: %(default)s, 0: this one"
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = verbs.add_parser("verify", help="evaluate again and compare with the committed tables")
     verify.add_argument("weights", help="a bundled name, or a file whose stem has committed tables")
     verify.add_argument("--results", type=Path, help="the tables; default: docs/results/NAME")
+    verify.add_argument("--data", type=Path, help="directory of the real data, for tasks that need it")
     verify.set_defaults(verb=_verify)
 
     to_package = verbs.add_parser("publish", help="put a run's best weights beside their recipe, or on the Hub")
@@ -106,7 +108,7 @@ def _train(options: argparse.Namespace) -> int:
     text = options.recipe.read_text()
     if options.seed is not None:
         text = _with_seed(text, options.seed)
-    run = RunDir(options.out, text)
+    run = RunDir(options.out, text, options.data)
     if run.run.step and (changes := run.changes_since_start()):
         print(f"resuming elsewhere than it started, so not bit for bit: {', '.join(changes)}", file=sys.stderr)
     total = run.run.recipe.outer.steps
@@ -169,7 +171,7 @@ def _judge_suite(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     if options.suite:
         return _judge_suite(options)
-    weights, arena = _labelled(options.weights), evaluate.ARENAS[options.task]
+    weights, arena = _labelled(options.weights), evaluate.ARENAS[options.task].on(options.data)
     judgement = evaluate.judge(
         weights, **vars(arena), progress=lambda settings: tqdm(list(settings), unit="setting", dynamic_ncols=True)
     )
@@ -179,7 +181,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         "trained_to": parse_recipe(recipe).inner.horizon[1] if recipe else None,
         "optimizees": {"tuning": arena.tuning, "evaluation": arena.fresh, "seed": 0},
         "fingerprints": {one.name: one.fingerprint for one in weights},
-        "command": f"python -m meta_train evaluate {' '.join(one.name for one in weights)} --task {options.task}",
+        "command": f"python -m meta_train evaluate {' '.join(one.name for one in weights)} --task {options.task}"
+        + (" --data DIR" if options.data else ""),
     }
     evaluate.write_judgement(judgement, options.out, about)
     evaluate.write_rows(options.out / "probe.csv", evaluate.probe(weights[0], scale=0.01))
@@ -201,8 +204,10 @@ def _figures(options: argparse.Namespace) -> int:
     probe = evaluate.read_rows(options.results / "probe.csv")
     about = {"task": "", "trained_to": None, **json.loads((options.results / "environment.json").read_text())}
     first = next(row["optimizer"] for row in rows if row["optimizer"].startswith(evaluate.LEARNED))
-    drawn = [row for row in rows if not row["optimizer"].startswith(evaluate.LEARNED) or row["optimizer"] == first]
-    trained_to = about["trained_to"] if about["trained_to"] and about["trained_to"] < max(evaluate.HORIZONS) else None
+    hidden = {row["optimizer"] for row in rows if row["optimizer"].startswith(evaluate.LEARNED)} - {first, figures.DEFAULT}
+    drawn = [row for row in rows if row["optimizer"] not in hidden]
+    longest = max(int(row["inner_step"]) for row in drawn)
+    trained_to = about["trained_to"] if about["trained_to"] and about["trained_to"] < longest else None
     if options.runs:
         evaluate.write_rows(options.results / "training.csv", training_table(options.runs))
     training = options.results / "training.csv"
@@ -238,13 +243,13 @@ def _verify(options: argparse.Namespace) -> int:
     if not expected:
         raise ValueError(f"the tables in {results.name} say nothing of {label!r}; evaluate it under that name")
     about = json.loads((results / "environment.json").read_text())
-    arena = evaluate.ARENAS[about["task"]]
+    arena = evaluate.ARENAS[about["task"]].on(options.data)
     print(HONESTY)
     agrees = about["fingerprints"].get(label) == weights.fingerprint
     if not agrees:
         print("The committed tables were made with OTHER weights of that name: only their spread can be compared.")
         agrees = options.weights not in available_weights()
-    horizon, count = max(evaluate.HORIZONS), int(expected[0]["n"])
+    horizon, count = max(arena.horizons), int(expected[0]["n"])
     fresh = evaluate.curves(arena.task, evaluate.learned_with(weights), horizon, "evaluation", count)
     for row in expected:
         now = float(evaluate.measure(row["criterion"], fresh, int(row["horizon"]), arena.last).mean())

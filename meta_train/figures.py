@@ -16,8 +16,12 @@ COLOURS = {
     "NAG": "#CC79A7",
     "SGD": "#7F7F7F",
     "AdamW+cosine": "#56B4E9",
+    "L-BFGS": "#F0E442",
 }
 """Okabe-Ito, by optimizer."""
+
+DEFAULT = "LSTM (default)"
+"""The default rule, drawn beside the one that was meta-trained on the task."""
 
 STYLE: Any = {
     "svg.hashsalt": "learned-optim",
@@ -48,9 +52,10 @@ def learning_curves(rows: Sequence[dict[str, str]], path: Path, *, trained_to: i
             steps, mean, error = (
                 [float(row[column]) for row in of_name] for column in ("inner_step", "mean", "standard_error")
             )
-            learned = name.startswith("LSTM")
-            colour = COLOURS[name.split(" ")[0]]
+            learned, default = name.startswith("LSTM"), name == DEFAULT and name != rows[0]["optimizer"]
+            colour = "black" if default else COLOURS[name.split(" ")[0]]
             label = "LSTM (learned)" if learned else f"{name} ({of_name[0]['setting'].replace(' momentum', ', momentum')})"
+            label = "default, not trained on this task" if default else label
             axes.plot(steps, mean, color=colour, lw=2.6 if learned else 1.4, ls="-" if learned else "--", label=label)
             low = [m - e for m, e in zip(mean, error, strict=True)]
             high = [m + e for m, e in zip(mean, error, strict=True)]

@@ -8,6 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from tests.meta_train.pictures import DESCRIPTION, make_data
 
 ROOT = Path(__file__).parent.parent.parent
 NEEDS = {
@@ -18,7 +21,7 @@ NEEDS = {
 }
 OPTIONS = {"compiled_step": ("--backend", "aot_eager")}  # The default, inductor, needs a C++ compiler and a minute.
 SPAWN = {"data_parallel", "sharded", "zero_redundancy"}
-ELSEWHERE = {"digits"}  # `make demo`
+ELSEWHERE = {"digits", "neural_art"}  # `make demo`, and below
 EXAMPLES = sorted({path.stem for path in (ROOT / "examples").glob("*.py")} - ELSEWHERE)
 
 
@@ -53,3 +56,26 @@ def test_every_example_of_several_processes_runs(example: str) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert_it_learned(example, done.stdout)
+
+
+def test_the_painter_paints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    art = make_data(tmp_path) / "neural_art"
+    (art / "net.toml").write_text(DESCRIPTION)
+    pictures = ["--content", f"{art}/photos/00.jpg", "--style", f"{art}/styles/other.jpg", "--out", f"{tmp_path}/out.png"]
+    network = ["--network", f"{art}/net.safetensors", "--description", f"{art}/net.toml"]
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr(
+        sys, "argv", ["neural_art", *pictures, *network, "--size", "16", "--steps", "20", "--weights", "default"]
+    )
+    runpy.run_module("examples.neural_art", run_name="__main__")
+    captured = capsys.readouterr()
+    losses = re.findall(r"(\w+).* loss ([\d.]+) at the start, ([\d.]+) at the end", captured.out)
+    assert [name for name, *_ in losses] == ["LearnedOptimizer", "Adam", "L"]
+    assert len({start for _, start, _ in losses}) == 1, "all start from the same noise"
+    assert all(float(end) < 0.75 * float(start) for _, start, end in losses), losses
+    assert "20/20" in captured.err
+    with Image.open(tmp_path / "out.png") as written, Image.open(art / "photos" / "00.jpg") as photo:
+        assert written.size == (5 * 16, 16)
+        centre = photo.crop((2, 0, 22, 20)).resize((16, 16), Image.Resampling.LANCZOS)
+        shown = written.crop((0, 0, 16, 16))
+        assert max(abs(a - b) for a, b in zip(shown.tobytes(), centre.tobytes(), strict=True)) <= 3
