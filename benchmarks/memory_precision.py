@@ -37,7 +37,7 @@ STORAGES: dict[str, dict[str, Any]] = {
     "int8, float32 moments": {"state_dtype": "int8", "moment_dtype": "float32"},
     "int8": {"state_dtype": "int8"},
 }
-REAL = ("mnist-relu", "char-transformer", "kin40k")
+REAL = ("mnist-sigmoid", "kin40k", "adult")
 HORIZON = 1000
 LAST = 50
 """Losses of minibatches averaged into a final one."""
