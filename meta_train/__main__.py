@@ -195,27 +195,34 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _drawn(results: Path) -> list[dict[str, str]]:
+    """Read the curves that are drawn: of several weights the first, and the default."""
+    rows = evaluate.read_rows(results / "curves.csv")
+    if "task" in rows[0]:
+        return rows
+    ours = list(dict.fromkeys(row["optimizer"] for row in rows if row["optimizer"].startswith(evaluate.LEARNED)))
+    return [row for row in rows if row["optimizer"] not in ours[1:] or row["optimizer"] == figures.DEFAULT]
+
+
 def _figures(options: argparse.Namespace) -> int:
-    rows = evaluate.read_rows(options.results / "curves.csv")
+    rows = _drawn(options.results)
     if "task" in rows[0]:
         for ending in (".svg", ".png"):
             figures.suite_curves(rows, options.results / f"curves{ending}")
         return 0
     probe = evaluate.read_rows(options.results / "probe.csv")
     about = {"task": "", "trained_to": None, **json.loads((options.results / "environment.json").read_text())}
-    first = next(row["optimizer"] for row in rows if row["optimizer"].startswith(evaluate.LEARNED))
-    hidden = {row["optimizer"] for row in rows if row["optimizer"].startswith(evaluate.LEARNED)} - {first, figures.DEFAULT}
-    drawn = [row for row in rows if row["optimizer"] not in hidden]
-    longest = max(int(row["inner_step"]) for row in drawn)
+    longest = max(int(row["inner_step"]) for row in rows)
     trained_to = about["trained_to"] if about["trained_to"] and about["trained_to"] < longest else None
     if options.runs:
         evaluate.write_rows(options.results / "training.csv", training_table(options.runs))
     training = options.results / "training.csv"
     for ending in (".svg", ".png"):
-        figures.learning_curves(drawn, options.results / f"curves{ending}", trained_to=trained_to, title=about["task"])
+        figures.learning_curves(rows, options.results / f"curves{ending}", trained_to=trained_to, title=about["task"])
         figures.update_probe(probe, options.results / f"probe{ending}")
         if training.exists():
             figures.training_process(evaluate.read_rows(training), training.with_suffix(ending))
+    _figures_of_variants(options.results)
     return 0
 
 
@@ -230,6 +237,21 @@ def _explain(options: argparse.Namespace) -> int:
     for ending in (".svg", ".png"):
         figures.rule_responses(evaluate.read_rows(options.out / "responses.csv"), options.out / f"responses{ending}")
     return 0
+
+
+def _figures_of_variants(results: Path) -> None:
+    """Draw what the evaluations in subdirectories say of other optimizees."""
+    variants = [path.parent for path in sorted(results.glob("*/curves.csv"))]
+    if not variants:
+        return
+    curves = {path.name: _drawn(path) for path in variants}
+    grid = evaluate.size_table([results, *variants])
+    if grid:
+        evaluate.write_rows(results / "grid.csv", grid)
+    for ending in (".svg", ".png"):
+        figures.variant_curves(curves, results / f"variants{ending}")
+        if grid:
+            figures.size_grid(evaluate.read_rows(results / "grid.csv"), results / f"grid{ending}")
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -147,6 +147,14 @@ CLASSIFICATION = [
 ]
 """The sweep for small classifiers, in half-decades; the cosine decays to zero at the horizon."""
 
+MNIST = [
+    *settings("SGD", rates(0.316, 31.6)),
+    *settings("NAG", rates(0.0316, 3.16), (0.5, 0.8, 0.9, 0.95)),
+    *settings("RMSprop", rates(1e-3, 0.1)),
+    *settings("Adam", rates(3.16e-3, 0.316)),
+]
+"""The sweep for small dense nets on MNIST, in half-decades."""
+
 PICTURES = [
     *settings("SGD", rates(3.16e-3, 0.1)),
     *settings("NAG", rates(3.16e-3, 0.1), (0.8, 0.9, 0.95, 0.98)),
