@@ -213,7 +213,7 @@ def test_a_checkpoint_without_its_memory_is_refused() -> None:
     optimizer, params = trained(small_rule())
     state = copy.deepcopy(optimizer.state_dict())
     del state["state"][1]["cell"], state["state"][1]["exp_avg"]
-    refuses(optimizer, params, state, "lacks exp_avg, cell of parameter 1")
+    refuses(optimizer, params, state, "lacks cell, exp_avg of parameter 1")
 
 
 # Older checkpoints
