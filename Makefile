@@ -30,7 +30,7 @@ test-integrations: .venv/ready ## install Lightning, transformers, accelerate an
 test-oldest: ## run the tests with the oldest Python, torch and others that pyproject.toml allows
 	$(PYTHON_OLDEST) -m venv --clear .venv-oldest
 	$(OLDEST) -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[meta]" "pytest>=8" "pytest-xdist>=3.5"
-	$(OLDEST) -m pytest -n 2
+	$(OLDEST) -m pytest -n 2 -W default::DeprecationWarning
 
 check: .venv/ready ## lint, format, types and the documentation's links
 	$(BIN)/ruff check .
