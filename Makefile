@@ -7,7 +7,7 @@ RESULTS := docs/results/quadratic
 
 OLDEST := .venv-oldest/bin/python
 
-.PHONY: help demo test test-integrations test-oldest check docs mutants package reproduce bench clean
+.PHONY: help demo test test-integrations test-oldest check docs mutants package reproduce reproduce-neural-art bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 20
@@ -29,7 +29,7 @@ test-integrations: .venv/ready ## install Lightning, transformers, accelerate an
 
 test-oldest: ## run the tests with the oldest Python, torch and others that pyproject.toml allows
 	$(PYTHON_OLDEST) -m venv --clear .venv-oldest
-	$(OLDEST) -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[meta]" "pytest>=8" "pytest-xdist>=3.5"
+	$(OLDEST) -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[art]" "pytest>=8" "pytest-xdist>=3.5"
 	$(OLDEST) -m pytest -n 2 -W default::DeprecationWarning
 
 check: .venv/ready ## lint, format, types and the documentation's links
@@ -57,6 +57,22 @@ reproduce: .venv/ready ## meta-train the quadratic weights with three seeds, jud
 	$(BIN)/python -m meta_train evaluate $(RUNS)/quadratic.safetensors $(RUNS)/quadratic-1.safetensors \
 	  $(RUNS)/quadratic-2.safetensors --out $(RUNS)/results
 	$(BIN)/python -m meta_train figures $(RUNS)/results --runs $(RUNS)/quadratic-0 $(RUNS)/quadratic-1 $(RUNS)/quadratic-2
+
+ART := $(RUNS)/art
+
+reproduce-neural-art: .venv/ready ## the same for pictures; DATA=DIR holds neural_art/ (docs/results.md)
+	@test -n "$(DATA)" || { echo "say where the data are: make $@ DATA=DIR (docs/results.md)"; exit 2; }
+	for seed in 0 1 2; do \
+	  $(BIN)/python -m meta_train train learned_optim/weights/neural-art.toml --data $(DATA) --out $(ART)-$$seed --seed $$seed || exit 1; \
+	done
+	$(BIN)/python -m meta_train publish $(ART)-0 --name neural-art --to $(RUNS)
+	$(BIN)/python -m meta_train publish $(ART)-1 --name neural-art-1 --to $(RUNS)
+	$(BIN)/python -m meta_train publish $(ART)-2 --name neural-art-2 --to $(RUNS)
+	for part in "" -style -double; do \
+	  $(BIN)/python -m meta_train evaluate $(RUNS)/neural-art.safetensors $(RUNS)/neural-art-1.safetensors \
+	    $(RUNS)/neural-art-2.safetensors default --task neural-art$$part --data $(DATA) --out $(RUNS)/results-art$$part || exit 1; \
+	  $(BIN)/python -m meta_train figures $(RUNS)/results-art$$part --runs $(ART)-0 $(ART)-1 $(ART)-2 || exit 1; \
+	done
 
 bench: .venv/ready ## time an optimizer step and a meta-training step; run it on a quiet machine
 	$(BIN)/python -m benchmarks.step_time

@@ -54,8 +54,9 @@ class LearnedOptimizer(Optimizer):
             :mod:`learned_optim.rules.storage`. float64 parameters keep float64.
         moment_dtype: ``torch.float32`` or ``torch.bfloat16`` for the moments, all but the mean square, which stays float32.
             By default bfloat16 beside int8 memory, else float32.
-        backend: ``"auto"`` (the fastest that fits), ``"reference"`` (PyTorch), ``"native"`` (compiled, on the CPU)
-            or ``"triton"`` (fused, on CUDA).
+        backend: ``"auto"`` (of the others the fastest that fits and costs nothing to start), ``"reference"`` (PyTorch),
+            ``"native"`` (compiled, on the CPU), ``"triton"`` (fused, on CUDA) or ``"compiled"`` (``torch.compile``, which
+            takes up to a minute at the first step).
         guard: Watch the updates and, where ``step`` gets a closure, the loss, and fall back to plain Adam where they
             misbehave: :mod:`learned_optim.guard`. Costs a copy of the parameters during each step.
         capturable: Keep step counts on the parameters' device, as CUDA graph capture needs.
@@ -310,7 +311,8 @@ class LearnedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint exactly: every tensor keeps its own dtype and is copied.
 
-        The base class would cast the memory to the parameter's dtype and alias the caller's tensors.
+        The base class would cast the memory to the parameter's dtype, all of it at once, and alias the caller's tensors: it
+        is shown everything but the memory.
 
         Args:
             state_dict: From :meth:`state_dict`. Not modified, not aliased.
@@ -322,9 +324,10 @@ class LearnedOptimizer(Optimizer):
         self._plan = None  # It would keep the old state alive beside the new.
         checked: list[dict[str, Any]] = []
 
-        def check(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        def check(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             self._check_checkpoint(state_dict)
             checked.append(state_dict)
+            return self._without_memory(state_dict)
 
         # Between the caller's own hooks: after the pre-hooks, which may replace the checkpoint; before the post-hooks,
         # which may change what was loaded.
@@ -357,6 +360,16 @@ class LearnedOptimizer(Optimizer):
                 )
         for index, saved, param, group in self._saved_states(state_dict):
             _check_memory(index, saved, param, group, self._weights_of(group).rule)
+
+    def _without_memory(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a checkpoint without what :meth:`_restore_state` restores."""
+        state = dict(state_dict["state"])
+        saved = _params_with_groups(state_dict["param_groups"])
+        for (index, _), (_, group) in zip(saved, _params_with_groups(self.param_groups), strict=False):
+            if index in state:
+                own = {"step", *names(self._weights_of(group).rule, state[index])}
+                state[index] = {name: value for name, value in state[index].items() if name not in own}
+        return {**state_dict, "state": state}
 
     def _saved_states(self, state_dict: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any], Tensor, dict[str, Any]]]:
         """Yield index, saved state, parameter and saved group of every parameter of which the checkpoint holds state."""

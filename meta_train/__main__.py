@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     train = verbs.add_parser("train", help="meta-train a recipe; run again to resume")
     train.add_argument("recipe", type=Path)
     train.add_argument("--out", type=Path, required=True, help="run directory")
+    train.add_argument("--data", type=Path, help="directory of the real data, for tasks that need it")
     train.add_argument("--seed", type=int, help="replace the recipe's seed")
     train.set_defaults(verb=_train)
 
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     what = judge.add_mutually_exclusive_group()
     what.add_argument("--task", choices=evaluate.ARENAS, default="quadratic", help="default: %(default)s")
     what.add_argument("--suite", choices=SUITES, help="judge on whole models instead: synthetic kinds, or real data")
-    judge.add_argument("--data", type=Path, help="directory of the real data; docs/judging.md says what it holds")
+    judge.add_argument("--data", type=Path, help="directory of the real data, for what needs it (docs/judging.md)")
     judge.add_argument("--cache", type=Path, default=Path("runs/judging"), help="finished runs; default: %(default)s")
     judge.add_argument(
         "--workers", type=int, default=1, help="processes of one thread each; default: %(default)s, 0: this one"
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = verbs.add_parser("verify", help="evaluate again and compare with the committed tables")
     verify.add_argument("weights", help="a bundled name, or a file whose stem has committed tables")
     verify.add_argument("--results", type=Path, help="the tables; default: docs/results/NAME")
+    verify.add_argument("--data", type=Path, help="directory of the real data, for tasks that need it")
     verify.set_defaults(verb=_verify)
 
     to_package = verbs.add_parser("publish", help="put a run's best weights beside their recipe, or on the Hub")
@@ -113,7 +115,7 @@ def _train(options: argparse.Namespace) -> int:
     text = options.recipe.read_text()
     if options.seed is not None:
         text = _with_seed(text, options.seed)
-    run = RunDir(options.out, text)
+    run = RunDir(options.out, text, options.data)
     if run.run.step and (changes := run.changes_since_start()):
         print(f"resuming elsewhere than it started, so not bit for bit: {', '.join(changes)}", file=sys.stderr)
     total = run.run.recipe.outer.steps
@@ -176,7 +178,7 @@ def _judge_suite(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     if options.suite:
         return _judge_suite(options)
-    weights, arena = _labelled(options.weights), evaluate.ARENAS[options.task]
+    weights, arena = _labelled(options.weights), evaluate.ARENAS[options.task].on(options.data)
     judgement = evaluate.judge(
         weights, **vars(arena), progress=lambda settings: tqdm(list(settings), unit="setting", dynamic_ncols=True)
     )
@@ -186,7 +188,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         "trained_to": parse_recipe(recipe).inner.horizon[1] if recipe else None,
         "optimizees": {"tuning": arena.tuning, "evaluation": arena.fresh, "seed": 0},
         "fingerprints": {one.name: one.fingerprint for one in weights},
-        "command": f"python -m meta_train evaluate {' '.join(one.name for one in weights)} --task {options.task}",
+        "command": f"python -m meta_train evaluate {' '.join(one.name for one in weights)} --task {options.task}"
+        + (" --data DIR" if options.data else ""),
     }
     evaluate.write_judgement(judgement, options.out, about)
     evaluate.write_rows(options.out / "probe.csv", evaluate.probe(weights[0], scale=0.01))
@@ -199,25 +202,34 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _drawn(results: Path) -> list[dict[str, str]]:
+    """Read the curves that are drawn: of several weights the first, and the default."""
+    rows = evaluate.read_rows(results / "curves.csv")
+    if "task" in rows[0]:
+        return rows
+    ours = list(dict.fromkeys(row["optimizer"] for row in rows if row["optimizer"].startswith(evaluate.LEARNED)))
+    return [row for row in rows if row["optimizer"] not in ours[1:] or row["optimizer"] == figures.DEFAULT]
+
+
 def _figures(options: argparse.Namespace) -> int:
-    rows = evaluate.read_rows(options.results / "curves.csv")
+    rows = _drawn(options.results)
     if "task" in rows[0]:
         for ending in (".svg", ".png"):
             figures.suite_curves(rows, options.results / f"curves{ending}")
         return 0
     probe = evaluate.read_rows(options.results / "probe.csv")
     about = {"task": "", "trained_to": None, **json.loads((options.results / "environment.json").read_text())}
-    first = next(row["optimizer"] for row in rows if row["optimizer"].startswith(evaluate.LEARNED))
-    drawn = [row for row in rows if not row["optimizer"].startswith(evaluate.LEARNED) or row["optimizer"] == first]
-    trained_to = about["trained_to"] if about["trained_to"] and about["trained_to"] < max(evaluate.HORIZONS) else None
+    longest = max(int(row["inner_step"]) for row in rows)
+    trained_to = about["trained_to"] if about["trained_to"] and about["trained_to"] < longest else None
     if options.runs:
         evaluate.write_rows(options.results / "training.csv", training_table(options.runs))
     training = options.results / "training.csv"
     for ending in (".svg", ".png"):
-        figures.learning_curves(drawn, options.results / f"curves{ending}", trained_to=trained_to, title=about["task"])
+        figures.learning_curves(rows, options.results / f"curves{ending}", trained_to=trained_to, title=about["task"])
         figures.update_probe(probe, options.results / f"probe{ending}")
         if training.exists():
             figures.training_process(evaluate.read_rows(training), training.with_suffix(ending))
+    _figures_of_variants(options.results)
     return 0
 
 
@@ -234,6 +246,21 @@ def _explain(options: argparse.Namespace) -> int:
     return 0
 
 
+def _figures_of_variants(results: Path) -> None:
+    """Draw what the evaluations in subdirectories say of other optimizees."""
+    variants = [path.parent for path in sorted(results.glob("*/curves.csv"))]
+    if not variants:
+        return
+    curves = {path.name: _drawn(path) for path in variants}
+    grid = evaluate.size_table([results, *variants])
+    if grid:
+        evaluate.write_rows(results / "grid.csv", grid)
+    for ending in (".svg", ".png"):
+        figures.variant_curves(curves, results / f"variants{ending}")
+        if grid:
+            figures.size_grid(evaluate.read_rows(results / "grid.csv"), results / f"grid{ending}")
+
+
 def _verify(options: argparse.Namespace) -> int:
     (weights,) = _labelled([options.weights])
     label = weights.name
@@ -245,13 +272,13 @@ def _verify(options: argparse.Namespace) -> int:
     if not expected:
         raise ValueError(f"the tables in {results.name} say nothing of {label!r}; evaluate it under that name")
     about = json.loads((results / "environment.json").read_text())
-    arena = evaluate.ARENAS[about["task"]]
+    arena = evaluate.ARENAS[about["task"]].on(options.data)
     print(HONESTY)
     agrees = about["fingerprints"].get(label) == weights.fingerprint
     if not agrees:
         print("The committed tables were made with OTHER weights of that name: only their spread can be compared.")
         agrees = options.weights not in available_weights()
-    horizon, count = max(evaluate.HORIZONS), int(expected[0]["n"])
+    horizon, count = max(arena.horizons), int(expected[0]["n"])
     fresh = evaluate.curves(arena.task, evaluate.learned_with(weights), horizon, "evaluation", count)
     for row in expected:
         now = float(evaluate.measure(row["criterion"], fresh, int(row["horizon"]), arena.last).mean())

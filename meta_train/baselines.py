@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
@@ -63,6 +63,10 @@ def _schedule_free(params: Iterable[Tensor], lr: float) -> Optimizer:
     return optimizer
 
 
+def _lbfgs(params: Iterable[Tensor], lr: float) -> Optimizer:
+    return LBFGS(params, lr=lr, max_iter=1, max_eval=25, history_size=20, line_search_fn="strong_wolfe")
+
+
 _CLASSES: dict[str, Callable[..., Optimizer]] = {
     "SGD": SGD,
     "NAG": SGD,
@@ -71,6 +75,7 @@ _CLASSES: dict[str, Callable[..., Optimizer]] = {
     "AdamW+cosine": AdamW,
     "Prodigy": _prodigy,
     "ScheduleFree": _schedule_free,
+    "L-BFGS": _lbfgs,
 }
 MOMENTA = (0.5, 0.7, 0.8, 0.9, 0.95)
 """Nesterov momenta; each is tried with every rate."""
@@ -141,6 +146,25 @@ CLASSIFICATION = [
     *settings("AdamW+cosine", rates(1e-4, 1.0)),
 ]
 """The sweep for small classifiers, in half-decades; the cosine decays to zero at the horizon."""
+
+MNIST = [
+    *settings("SGD", rates(0.316, 31.6)),
+    *settings("NAG", rates(0.0316, 3.16), (0.5, 0.8, 0.9, 0.95)),
+    *settings("RMSprop", rates(1e-3, 0.1)),
+    *settings("Adam", rates(3.16e-3, 0.316)),
+]
+"""The sweep for small dense nets on MNIST, in half-decades."""
+
+PICTURES = [
+    *settings("SGD", rates(3.16e-3, 0.1)),
+    *settings("NAG", rates(3.16e-3, 0.1), (0.8, 0.9, 0.95, 0.98)),
+    *settings("RMSprop", rates(1e-3, 3.16e-2)),
+    *settings("Adam", rates(1e-2, 0.316)),
+]
+"""The sweep for neural art, in half-decades; the loss is made so that the best rates are the same at every resolution."""
+
+LBFGS_STEPS = [Setting("L-BFGS", 1.0)]
+"""One iteration with a strong Wolfe line search a step, for losses without noise; a step evaluates them several times."""
 
 FIXED = [Setting("SGD", 0.001), Setting("RMSprop", 0.01), Setting("Adam", 0.1)]
 """The untuned rates that a small PyTorch re-implementation of the paper compares with."""

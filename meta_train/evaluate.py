@@ -13,13 +13,13 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import LBFGS, Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from learned_optim import LearnedOptimizer
@@ -27,6 +27,9 @@ from learned_optim.weights import Weights
 from meta_train.baselines import (
     CLASSIFICATION,
     FIXED,
+    LBFGS_STEPS,
+    MNIST,
+    PICTURES,
     QUADRATIC,
     QUARTIC,
     UNTUNED,
@@ -36,7 +39,7 @@ from meta_train.baselines import (
 )
 from meta_train.outer_loop import derive_seed
 from meta_train.run_dir import environment, write_atomically
-from meta_train.tasks import Mixture, Optimizee, Quadratic, Quartic, Task
+from meta_train.tasks import Mixture, Mnist, NeuralArt, Optimizee, Quadratic, Quartic, Task, with_data
 
 Row = dict[str, str | int | float]
 Rows = list[Row]
@@ -58,6 +61,8 @@ class Arena:
         tuning: Optimizees to tune baselines on.
         fresh: Optimizees to report on.
         last: Losses averaged into the final one; 1 where the loss has no noise.
+        horizons: Inner steps to report at.
+        tuning_task: Where the optimizees to tune on come from; by default the same task.
     """
 
     task: Task
@@ -66,14 +71,40 @@ class Arena:
     tuning: int = 10
     fresh: int = 20
     last: int = 1
+    horizons: Sequence[int] = HORIZONS
+    tuning_task: Task | None = None
+
+    def on(self, data: Path | None) -> Arena:
+        """Return the arena with the real data of a directory, where its tasks need any."""
+        tuning_task = with_data(self.tuning_task, data) if self.tuning_task else None
+        return replace(self, task=with_data(self.task, data), tuning_task=tuning_task)
+
+
+def _neural_art(**changes: Any) -> Arena:
+    """Judge pictures of new contents; baselines are tuned on other contents, but the same style and resolution."""
+    task = NeuralArt(split="test", **changes)
+    tuning_task = NeuralArt(split="tuning", **changes)
+    return Arena(task, PICTURES, LBFGS_STEPS, tuning=5, horizons=(128,), tuning_task=tuning_task)
+
+
+def _mnist(*hidden: int, activation: Literal["sigmoid", "relu"] = "sigmoid") -> Arena:
+    """Judge on the half of MNIST that nothing was meta-trained on."""
+    return Arena(Mnist(hidden, activation, half="second"), MNIST, UNTUNED, tuning=5, last=10)
 
 
 ARENAS = {
     "quadratic": Arena(Quadratic(), QUADRATIC, FIXED),
     "quartic": Arena(Quartic(functions=1), QUARTIC, UNTUNED, tuning=20, fresh=50),
     "digits": Arena(Mixture(problems=1, kinds=("digit-mlp",)), CLASSIFICATION, UNTUNED, last=10),
+    "mnist": _mnist(20),
+    "mnist-relu": _mnist(20, activation="relu"),
+    **{f"mnist-{size}x{depth}": _mnist(*[size] * depth) for size in (5, 10, 20, 40, 80) for depth in (1, 2)},
+    "neural-art": _neural_art(),
+    "neural-art-style": _neural_art(style="the_scream"),
+    "neural-art-double": _neural_art(size=128),
 }
-"""Arenas by name: the paper's quadratics, the quartic toy, and small dense classifiers of 8x8 digits."""
+"""Arenas by name: the paper's quadratics, the quartic toy, small dense classifiers of 8x8 digits, MNIST with nets of many
+sizes, and neural art with new contents, with a new style too, and at double resolution."""
 
 
 def run(
@@ -99,15 +130,24 @@ def run(
     optimizer = make_optimizer(params.values())
     scheduler = schedule(optimizer, horizon) if schedule else None
     losses = []
-    for step in range(horizon + 1):
+
+    def forward() -> Tensor:
         optimizer.zero_grad()
-        loss = optimizee.losses({name: value.unsqueeze(0) for name, value in params.items()}).sum()
+        return optimizee.losses({name: value.unsqueeze(0) for name, value in params.items()}).sum()
+
+    def closure() -> float:
+        loss = forward()
+        loss.backward()
+        return loss.item()
+
+    for step in range(horizon + 1):
+        loss = forward()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             return losses[:-1] + [math.inf] * (horizon + 1 - step)
         if step < horizon:
             loss.backward()
-            optimizer.step()
+            optimizer.step(closure if isinstance(optimizer, LBFGS) else None)
             if scheduler:
                 scheduler.step()
     return losses
@@ -161,7 +201,8 @@ class Judgement:
 
     Args:
         sweep: Every setting tried while tuning.
-        curves: Mean loss and standard error at each inner step; baselines as tuned for the final loss of the first horizon.
+        curves: Mean loss and standard error at each inner step; baselines as tuned for the final loss of the first horizon,
+            and untuned optimizers that are no baseline.
         summary: Each criterion at each horizon, and its ratio to the best baseline's.
         fixed: The same for untuned settings.
     """
@@ -175,20 +216,23 @@ class Judgement:
 class _Runs:
     """Curves of baselines and rules, each made once for each horizon it needs."""
 
-    def __init__(self, task: Task, tuning: int, fresh: int, last: int) -> None:
-        self.task = task
+    def __init__(
+        self, task: Task, tuning: int, fresh: int, last: int, horizons: Sequence[int], tuning_task: Task | None
+    ) -> None:
+        self.tasks = {"tuning": tuning_task or task, "evaluation": task}
         self.counts = {"tuning": tuning, "evaluation": fresh}
         self.last = last
+        self.longest = max(horizons)
         self.kept: dict[tuple[Setting | Weights, int, str], Tensor] = {}
 
     def of(self, contestant: Setting | Weights, end: int, purpose: str) -> Tensor:
         """Return the curves of a contestant; a schedule needs a run for each horizon, all others share the longest."""
         schedule = contestant.schedule if isinstance(contestant, Setting) else None
-        horizon = end if schedule else max(HORIZONS)
+        horizon = end if schedule else self.longest
         key = (contestant, horizon, purpose)
         if key not in self.kept:
             make = contestant.make if isinstance(contestant, Setting) else learned_with(contestant)
-            self.kept[key] = curves(self.task, make, horizon, purpose, self.counts[purpose], schedule)
+            self.kept[key] = curves(self.tasks[purpose], make, horizon, purpose, self.counts[purpose], schedule)
         return self.kept[key]
 
     def score(self, contestant: Setting | Weights, criterion: str, end: int, purpose: str = "evaluation") -> Tensor:
@@ -210,6 +254,8 @@ def judge(
     tuning: int = 10,
     fresh: int = 20,
     last: int = 1,
+    horizons: Sequence[int] = HORIZONS,
+    tuning_task: Task | None = None,
     progress: Callable[[Iterable[Setting]], Iterable[Setting]] = iter,
 ) -> Judgement:
     """Compare learned rules with tuned baselines.
@@ -225,24 +271,28 @@ def judge(
         tuning: Optimizees to tune baselines on.
         fresh: Optimizees to report on.
         last: Losses averaged into the final one; 1 where the loss has no noise.
+        horizons: Inner steps to report at.
+        tuning_task: Where the optimizees to tune on come from; by default ``task``.
         progress: Wraps the settings while tuning, to show how far it is.
 
     Returns:
         The judgement.
     """
-    runs, judgement = _Runs(Quadratic() if task is None else task, tuning, fresh, last), Judgement()
+    runs = _Runs(Quadratic() if task is None else task, tuning, fresh, last, horizons, tuning_task)
+    judgement = Judgement()
     settings = list(dict.fromkeys(sweep))
     for setting in progress(settings):
-        scores = {f"{c}_{end}": runs.score(setting, c, end, "tuning").mean() for end in HORIZONS for c in CRITERIA}
+        scores = {f"{c}_{end}": runs.score(setting, c, end, "tuning").mean() for end in horizons for c in CRITERIA}
         rounded = {name: _rounded(value) for name, value in scores.items()}
         hyperparameters: Row = {"lr": setting.lr, "momentum": setting.momentum}
         judgement.sweep.append({"optimizer": setting.optimizer, **hyperparameters, **rounded, "n": tuning})
-    for end in HORIZONS:
+    for end in horizons:
         for criterion in CRITERIA:
             chosen = _tuned(runs, settings, criterion, end)
             judgement.summary.extend(_summary(runs, chosen, learned, criterion, end))
-            if (criterion, end) == ("final", HORIZONS[0]):
-                judgement.curves.extend(_curves(runs, chosen, learned))
+            if (criterion, end) == ("final", horizons[0]):
+                others = {setting.optimizer: setting for setting in untuned if setting.optimizer not in chosen}
+                judgement.curves.extend(_curves(runs, chosen | others, learned, end))
             for setting in untuned:
                 row: Row = {"horizon": end, "criterion": criterion, "optimizer": setting.optimizer, "setting": str(setting)}
                 judgement.fixed.append({**row, **_statistics(runs.score(setting, criterion, end))})
@@ -282,17 +332,39 @@ def _summary(
         yield {**row, **_statistics(values), "ratio_to_best_baseline": ratio}
 
 
-def _curves(runs: _Runs, chosen: Mapping[str, Setting], learned: Sequence[Weights]) -> Iterator[Row]:
+def _curves(runs: _Runs, chosen: Mapping[str, Setting], learned: Sequence[Weights], end: int) -> Iterator[Row]:
     contestants: dict[str, Setting | Weights] = {f"{LEARNED} ({weights.name})": weights for weights in learned}
     for name, contestant in (contestants | dict(chosen)).items():
         text = str(contestant) if isinstance(contestant, Setting) else ""
-        for step, column in enumerate(runs.of(contestant, HORIZONS[0], "evaluation").T):
+        for step, column in enumerate(runs.of(contestant, end, "evaluation").T):
             yield {"optimizer": name, "setting": text, "inner_step": step, **_statistics(column)}
 
 
 def _statistics(values: Tensor) -> dict[str, float | int]:
     error = values.std() / len(values) ** 0.5 if len(values) > 1 else torch.tensor(0.0)
     return {"mean": _rounded(values.mean()), "standard_error": _rounded(error), "n": len(values)}
+
+
+def size_table(places: Iterable[Path]) -> Rows:
+    """Collect how good optimizers are on sigmoid nets of many sizes, at the first horizon.
+
+    Args:
+        places: Directories of evaluations; those of other arenas are passed over.
+
+    Returns:
+        A row for each net and optimizer.
+    """
+    table: Rows = []
+    for place in places:
+        name = json.loads((place / "environment.json").read_text())["task"]
+        arena = ARENAS.get(name)
+        if arena is None or not isinstance(arena.task, Mnist) or arena.task.activation != "sigmoid":
+            continue
+        size: Row = {"units": arena.task.hidden[0], "layers": len(arena.task.hidden)}
+        for row in read_rows(place / "summary.csv"):
+            if (row["criterion"], row["horizon"]) == ("final", str(arena.horizons[0])):
+                table.append({**size, **{key: row[key] for key in ("optimizer", "setting", "mean", "standard_error", "n")}})
+    return table
 
 
 def _rounded(value: Tensor | float) -> float:

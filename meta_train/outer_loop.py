@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from learned_optim.rules import UpdateRule
 from meta_train.meta_gradient import Carry, Objective, backpropagate, roll_out, start_episode, unroll
 from meta_train.recipe import OuterLoop, Recipe
-from meta_train.tasks import Optimizee, Task
+from meta_train.tasks import Optimizee, Task, with_data
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,13 @@ class MetaTraining:
     Args:
         recipe: What to do.
         task: Draw optimizees from here instead of from the recipe's task: any object with ``sample(seed)``.
+        data: Directory of real data, for tasks that need it.
     """
 
-    def __init__(self, recipe: Recipe, task: Task | None = None) -> None:
+    def __init__(self, recipe: Recipe, task: Task | None = None, data: Path | None = None) -> None:
         self.recipe = recipe
-        self.task: Task = recipe.task if task is None else task
+        self.task: Task = with_data(recipe.task if task is None else task, data)
+        self.validation_task: Task = with_data(recipe.validation.task, data) if recipe.validation.task else self.task
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(recipe.seed, "meta-parameters"))
             self.rule = recipe.build_rule()
@@ -148,7 +151,7 @@ class MetaTraining:
     def _validate(self) -> float | None:
         if self.step % self.recipe.validation.every and self.step != self.recipe.outer.steps:
             return None
-        return validate(self.average, self.recipe.validation.task or self.task, self.recipe)
+        return validate(self.average, self.validation_task, self.recipe)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on bit for bit, as tensors and plain values."""

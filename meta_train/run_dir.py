@@ -35,12 +35,13 @@ class RunDir:
     Args:
         path: The directory; created if missing.
         recipe_text: TOML of the recipe. Comments may differ from those of a run that is resumed, values may not.
+        data: Directory of real data, for tasks that need it.
 
     Raises:
         ValueError: If the directory holds a run of another recipe, or its files do not belong together.
     """
 
-    def __init__(self, path: str | Path, recipe_text: str) -> None:
+    def __init__(self, path: str | Path, recipe_text: str, data: Path | None = None) -> None:
         self.path = Path(path)
         recipe = parse_recipe(recipe_text)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,7 @@ class RunDir:
             write_atomically(self.path / ENVIRONMENT, (json.dumps(environment(), indent=2) + "\n").encode())
         if not kept.exists():
             write_atomically(kept, recipe_text.encode())
-        self.run = MetaTraining(recipe)
+        self.run = MetaTraining(recipe, data=data)
         if (self.path / CHECKPOINT).exists():
             self.run.load_state_dict(torch.load(self.path / CHECKPOINT, weights_only=True))
         self._validations = self._keep_metrics_up_to(self.run.step)

@@ -139,8 +139,8 @@ class AdamModulationRule(UpdateRule):
         features = [normalised.clamp(-5.0, 5.0), fast, slow, log_ratio]
         features += [torch.tanh(step / tau - 1).to(grad.dtype).expand_as(grad) for tau in config.time_scales]
         amplitude = active * (-config.step_size * scale * self.anneal(step))
-        context = torch.stack((fast, amplitude.to(grad.dtype)), -1)
-        return Encoded(torch.stack(features, -1), context, active, moments)
+        context = torch.stack((fast, amplitude.to(grad.dtype))).t()
+        return Encoded(torch.stack(features).t(), context, active, moments)
 
     def decode(self, hidden: Tensor, context: Tensor) -> Tensor:
         """Return the modulated Adam step plus the bounded learned direction, zero where inactive."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,28 @@ class Task(Protocol):
     def sample(self, seed: int) -> Optimizee:
         """Return the optimizee of a seed: same seed, same initial parameters, data and minibatches."""
         ...
+
+
+@runtime_checkable
+class OnData(Protocol):
+    """A task of real data, which its recipe does not say the place of."""
+
+    def on(self, data: Path) -> Task:
+        """Return the task with the data of a directory."""
+        ...
+
+
+def with_data(task: Task, data: Path | None) -> Task:
+    """Give a task the real data it needs.
+
+    Args:
+        task: Any task.
+        data: Directory of the data; ignored by a task that needs none.
+
+    Returns:
+        A task that can be sampled; without a directory, the one given.
+    """
+    return task.on(data) if data and isinstance(task, OnData) else task
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -1,5 +1,8 @@
 """What state costs, and the optimizer with memory in fewer bytes."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +11,7 @@ from cases import SHAPES, assert_identical, copies, draw_gradients, make_params,
 from torch import nn
 
 from learned_optim import LearnedOptimizer, UpdateRule, state_bytes
+from learned_optim.backends import native
 
 DTYPES: list[dict[str, Any]] = [
     {},
@@ -142,3 +146,58 @@ def test_parameters_that_began_under_another_dtype_go_on_as_they_began() -> None
         alone[1].grad = draw_gradients(params, step)[1]
         single.step()
     torch.testing.assert_close(alone[1], params[1], rtol=1e-5, atol=1e-6)
+
+
+# What a step and a load need beside the state
+
+PEAK = """
+import copy, sys
+import torch
+from torch import nn
+from learned_optim import LearnedOptimizer, state_bytes
+
+torch.set_num_threads(1)
+backend, count, dtype = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+
+
+def read(name):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+
+
+def optimizer_of(sizes):
+    params = [nn.Parameter(torch.ones(size)) for size in sizes]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    return LearnedOptimizer(params, backend=backend, state_dtype=dtype)
+
+
+warm = optimizer_of((10, 3))
+for _ in range(2):
+    warm.step()
+warm.load_state_dict(warm.state_dict())
+before = read("VmRSS")
+sizes = [count - 3, 3]
+optimizer = optimizer_of(sizes)
+state = state_bytes([param for group in optimizer.param_groups for param in group["params"]], state_dtype=dtype)
+assert read("VmRSS") - before < 8 * count + 2**24, "state was allocated before a step"
+for _ in range(2):
+    optimizer.step()
+print((read("VmHWM") - before - 8 * count - state) / 2**20)
+saved = copy.deepcopy(optimizer.state_dict())
+optimizer.load_state_dict(saved)
+print((read("VmHWM") - before - 8 * count - 2 * state) / 2**20)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the process's memory from /proc")
+@pytest.mark.parametrize(("backend", "count"), [("auto", 10_000_000), ("reference", 300_000)])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_step_and_a_load_need_at_most_64_mebibytes_beside_the_state(backend: str, count: int, dtype: str) -> None:
+    if backend == "auto" and (not native.available() or dtype == "float32"):
+        pytest.skip("ten million parameters take the kernel, and in float32 760 MB")
+    command = [sys.executable, "-c", PEAK, backend, str(count), dtype]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    stepping, loading = map(float, done.stdout.split())
+    assert stepping <= 64
+    assert loading <= 64

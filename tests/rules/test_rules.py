@@ -346,3 +346,16 @@ def test_a_configuration_rebuilds_the_rule(rule: UpdateRule) -> None:
     again.load_state_dict(rule.state_dict())
     gradients = torch.randn(3, N)
     assert torch.equal(unroll(again, gradients)[0], unroll(rule, gradients)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_scale_of_a_large_tensor_is_taken_piece_by_piece(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = small_rule("adam-modulation")
+    for shape in ((1000,), (1, 999), (40, 25), (3, 333)):
+        param = (torch.randn(shape) * 0.1).to(dtype)
+        for each in (param, param.t() if param.dim() > 1 else param[::2]):
+            monkeypatch.setattr("learned_optim.rules.rule.PIECE", 2**20)
+            whole = rule.tensor_scale(each)
+            for piece in (1, 7, 64):
+                monkeypatch.setattr("learned_optim.rules.rule.PIECE", piece)
+                torch.testing.assert_close(rule.tensor_scale(each), whole, rtol=1e-6, atol=0)
