@@ -15,6 +15,7 @@ from tqdm import tqdm
 from learned_optim.rules import AdamModulationConfig
 from learned_optim.weights import Weights, available_weights, resolve_weights
 from meta_train import evaluate, figures
+from meta_train.evidence import RESULTS, evidence
 from meta_train.judging.report import judge_suite
 from meta_train.judging.suite import SEEDS, SUITES, TUNING_SEED, Runner, learned
 from meta_train.publish import publish
@@ -22,7 +23,6 @@ from meta_train.recipe import parse_recipe, read_recipe
 from meta_train.responses import responses
 from meta_train.run_dir import BEST, RunDir, training_table
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
 HONESTY = """\
 The optimizees are those of the committed tables. With the same torch, processor and threads the figures are equal to the
 last digit; elsewhere rounding differs, and agreement within two standard errors is all that can be promised."""
@@ -98,8 +98,15 @@ def _parser() -> argparse.ArgumentParser:
     to_package.add_argument("run", type=Path)
     to_package.add_argument("--name", required=True)
     to_package.add_argument("--to", type=Path, help="directory; by default the package's bundled weights")
-    to_package.add_argument("--to-hub", "--hub", dest="hub", metavar="OWNER/REPO", help="upload there too")
+    to_package.add_argument("--to-hub", "--hub", dest="hub", metavar="OWNER/REPO", help="upload there too, as `upload` does")
+    to_package.add_argument("--results", type=Path, default=RESULTS, help="tables for the model card; default: docs/results")
     to_package.set_defaults(verb=_publish)
+
+    to_hub = verbs.add_parser("upload", help="put weights on the Hub, with a card that shows what was measured of them")
+    to_hub.add_argument("weights", help="a bundled name or a file")
+    to_hub.add_argument("hub", metavar="OWNER/REPO")
+    to_hub.add_argument("--results", type=Path, default=RESULTS, help="tables for the model card; default: docs/results")
+    to_hub.set_defaults(verb=_upload)
     return parser
 
 
@@ -288,8 +295,15 @@ def _verify(options: argparse.Namespace) -> int:
 def _publish(options: argparse.Namespace) -> int:
     path = publish(options.run, options.name, *([options.to] if options.to else []))
     print(f"wrote {path.name} and {path.with_suffix('.toml').name} to {path.parent}")
-    if options.hub:
-        print(resolve_weights(path).push_to_hub(options.hub))
+    return _upload(argparse.Namespace(**{**vars(options), "weights": path})) if options.hub else 0
+
+
+def _upload(options: argparse.Namespace) -> int:
+    weights = resolve_weights(options.weights)
+    results = evidence(weights, options.results)
+    if not results:
+        print(f"no tables in {options.results} are of these weights: their card will show no results", file=sys.stderr)
+    print(weights.push_to_hub(options.hub, results=results))
     return 0
 
 
