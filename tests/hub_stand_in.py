@@ -27,6 +27,7 @@ class Hub:
         self.requests: list[str] = []
         self.token: str | None = None
         self.upload_mode = "regular"
+        self.storage_status = 200
         self.error: tuple[int, str] | None = None
         self.message: str | None = None
 
@@ -80,8 +81,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def do_PUT(self) -> None:
             body = self.body()  # To a presigned address, so without a token.
             assert hashlib.sha256(body).hexdigest() == self.path.rsplit("/", 1)[1]
-            hub.uploads[hashlib.sha256(body).hexdigest()] = body
-            self.answer(200)
+            if hub.storage_status == 200:
+                hub.uploads[hashlib.sha256(body).hexdigest()] = body
+            self.answer(hub.storage_status)
 
         def do_POST(self) -> None:
             body = self.body()

@@ -137,6 +137,13 @@ def test_what_is_not_there_is_explained(hub: Hub, kind: str) -> None:
     assert isinstance(caught.value.__cause__, getattr(errors, cause))
 
 
+def test_a_pickle_on_the_hub_is_not_even_asked_for(hub: Hub) -> None:
+    hub.files["pytorch_model.bin"] = b"\x80\x02."
+    with pytest.raises(WeightsNotFoundError, match=r"holds no model\.safetensors"):
+        Weights.from_pretrained(REPO)
+    assert not any("pytorch_model" in request for request in hub.requests)
+
+
 def test_no_network_is_explained(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_off(monkeypatch)
     with pytest.raises(WeightsNotFoundError, match=r"cannot be reached \(ConnectError.*available_weights") as caught:
@@ -229,10 +236,14 @@ def test_pushed_weights_come_back(hub: Hub, tmp_path: Path, mode: str) -> None:
     assert read_weights(tmp_path / "private-place.safetensors").rule.config == back.rule.config
 
 
-def test_a_failed_upload_leaves_the_repository_as_it_was(hub: Hub, published: Weights) -> None:
-    hub.upload_mode = "nonsense"
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # The client's own, at its LFS upload.
+@pytest.mark.parametrize(("mode", "storage", "message"), [("nonsense", 200, "could not be used"), ("lfs", 403, "me/rule: ")])
+def test_a_failed_upload_leaves_the_repository_as_it_was(
+    hub: Hub, published: Weights, mode: str, storage: int, message: str
+) -> None:
+    hub.upload_mode, hub.storage_status = mode, storage
     before = dict(hub.files)
-    with pytest.raises(WeightsError, match="me/rule: the Hub could not be used"):
+    with pytest.raises(WeightsError, match=message):
         Weights(small_rule(seed=1)).push_to_hub(REPO, token="t")
     assert hub.files == before
 
