@@ -132,7 +132,8 @@ class UpdateRule(nn.Module, ABC):
         if batch_dims == 0 and param.numel() > PIECE and type(param) is Tensor and not torch.compiler.is_compiling():
             flat = param.view(-1) if param.is_contiguous() else param
             pieces = flat.split(max(PIECE * len(flat) // flat.numel(), 1))
-            norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
+            wide = torch.empty_like(pieces[0], dtype=torch.float64)
+            norms = [torch.linalg.vector_norm(wide[: len(piece)].copy_(piece)) for piece in pieces]
             norm = torch.linalg.vector_norm(torch.stack(norms))
         else:
             norm = torch.linalg.vector_norm(param, dim=dims, dtype=torch.float64) if dims else param.abs().double()
