@@ -104,7 +104,7 @@ def _pack(items: Sequence[StepItem], size: int) -> Iterator[list[_Slice]]:
     room = size
     for item in items:
         # `reshape` copies a strided tensor: once for the item, not once for each of its chunks.
-        flat_param, flat_grad = item.param.detach().reshape(-1), item.grad.detach().reshape(-1)
+        flat_param, flat_grad = item.param.detach().reshape(-1), item.grad.reshape(-1)
         start, total = 0, item.param.numel()
         while start < total:
             stop = min(total, start + room)
