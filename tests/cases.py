@@ -3,11 +3,14 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from learned_optim import UpdateRule, build_rule
+
+needs_dynamo = pytest.mark.skipif(torch.__version__ < (2, 7), reason="Dynamo of torch 2.6 cannot follow a step")
 
 RULE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "paper-raw": ("paper", {"output_scale": 0.1}),

@@ -150,16 +150,26 @@ def close_session() -> None:
     close()
 
 
-def redirect(monkeypatch: pytest.MonkeyPatch, url: str, home: Path) -> None:
-    """Send this process's Hub client to a server and a home of its own.
+def ask(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Send this process's Hub client to a server.
 
-    The client reads its settings from the environment when it is imported, so they are replaced where it keeps them.
+    It reads its settings from the environment when it is imported, so they are replaced where it keeps them.
     """
+    from huggingface_hub import constants, file_download
+
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    if hasattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE"):  # Version 0.26 has a copy.
+        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    close_session()
+
+
+def redirect(monkeypatch: pytest.MonkeyPatch, url: str, home: Path) -> None:
+    """Send this process's Hub client to a server and a home of its own."""
     from huggingface_hub import constants
 
     settings = {
-        "ENDPOINT": url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HOME": str(home),
         "HF_HUB_CACHE": str(home / "hub"),
         "HF_TOKEN_PATH": str(home / "token"),
@@ -168,8 +178,8 @@ def redirect(monkeypatch: pytest.MonkeyPatch, url: str, home: Path) -> None:
         "HF_HUB_DISABLE_TELEMETRY": True,
     }
     for name, value in settings.items():
-        monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(constants, name, value, raising=name != "HF_HUB_DISABLE_XET")  # Older ones know no Xet.
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("time.sleep", lambda _: None)  # Between the client's attempts.
-    close_session()
+    ask(monkeypatch, url)

@@ -72,7 +72,7 @@ def layout(
     if moment_dtype is None:
         moment_dtype = torch.bfloat16 if state_dtype == torch.int8 else compute_dtype
     entries = {name: Entry((), compute_dtype if name in WIDE_MOMENTS else moment_dtype) for name in rule.moment_names}
-    entries |= {name: Entry((rule.memory_width,), state_dtype) for name in ("hidden", "cell")}
+    entries["hidden"] = entries["cell"] = Entry((rule.memory_width,), state_dtype)
     if state_dtype == torch.int8:
         entries[CELL_SCALE] = Entry((rule.config.num_layers,), torch.bfloat16)
     return entries
@@ -134,7 +134,7 @@ def encode(rule: UpdateRule, memory: Memory, stored: Memory, active: Tensor, bit
         cells = (cell / torch.where(scale > 0, scale, 1).unsqueeze(-1)).flatten(1)
         cells = (cells + _draws(bits, 0, width) / 2**16).floor()
         new["hidden"] = (memory["hidden"] * LARGEST).round()
-        new |= {"cell": cells.clamp(-LARGEST, LARGEST), CELL_SCALE: scale}
+        new["cell"], new[CELL_SCALE] = cells.clamp(-LARGEST, LARGEST), scale
         for name in ("hidden", "cell", CELL_SCALE):
             new[name] = torch.where(active.unsqueeze(-1), new[name].to(stored[name].dtype), stored[name])
     return new

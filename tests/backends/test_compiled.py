@@ -11,7 +11,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from learned_optim import LearnedOptimizer
 from learned_optim.backends import backend_in_use, chunks, compiled
-from tests.cases import assert_identical, copies, draw_gradients, make_params, memories, small_rule, take_steps
+from tests.cases import (
+    assert_identical,
+    copies,
+    draw_gradients,
+    make_params,
+    memories,
+    needs_dynamo,
+    small_rule,
+    take_steps,
+)
 
 SHAPES = ((), (5,), (3, 4), (0, 3), (130,), (7, 9))
 
@@ -46,6 +55,7 @@ def results(backend: str, case: str, steps: int = 4, **options: Any) -> tuple[An
 
 @pytest.mark.skipif(not compiled.available(), reason="no C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Of the compiler's own parts.
+@pytest.mark.filterwarnings("ignore:Skipping serialization")
 @pytest.mark.parametrize(("case", "dtype"), [("paper-log-and-sign", "float32"), ("adam-modulation", "int8")])
 def test_compiled_steps_equal_the_reference(case: str, dtype: str) -> None:
     got, want = (results(backend, case, state_dtype=dtype) for backend in ("compiled", "reference"))
@@ -114,6 +124,7 @@ def test_without_a_compiler_it_is_refused_and_auto_never_takes_it(monkeypatch: p
         LearnedOptimizer([nn.Parameter(torch.ones(2))], backend="compiled")
 
 
+@needs_dynamo
 def test_inside_a_compiled_step_the_reference_is_traced(counter: CompileCounterWithBackend) -> None:
     outer = CompileCounterWithBackend("eager")
     params, expected = make_params(((5,), (3, 4))), make_params(((5,), (3, 4)))

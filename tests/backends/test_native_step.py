@@ -12,10 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer, UpdateRule, build_rule
-from learned_optim.backends import chunks, native, native_library
+from learned_optim.backends import chunks, native, native_library, native_plan
 from learned_optim.backends.chunks import StepItem
 from learned_optim.rules.storage import layout, names
-from tests.cases import RULE_CASES, SHAPES, assert_identical, copies, make_params, memories, small_rule, take_steps
+from tests.cases import (
+    RULE_CASES,
+    SHAPES,
+    assert_identical,
+    copies,
+    make_params,
+    memories,
+    needs_dynamo,
+    small_rule,
+    take_steps,
+)
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the kernels were not built: no C compiler")
 
@@ -348,6 +358,10 @@ def stepper(case: str, params: Any, **options: Any) -> LearnedOptimizer:
     return LearnedOptimizer(params, weights=small_rule(case), **options)
 
 
+needs_plans = pytest.mark.skipif(native_plan._look() is None, reason="this torch lacks what plans look at tensors with")
+
+
+@needs_plans
 @pytest.mark.parametrize("options", [{}, {"state_dtype": "int8"}, {"moment_dtype": "bfloat16"}], ids=str)
 @pytest.mark.parametrize("case", RULE_CASES)
 def test_planned_steps_equal_steps_that_are_not(case: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,6 +435,7 @@ def test_a_plan_follows_gradients_that_come_go_and_change_their_kind() -> None:
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
+@needs_plans
 def test_a_plan_keeps_no_gradient_and_refuses_sparse_ones() -> None:
     params = make_params(((5,), (4, 3)))
     optimizer = stepper("adam-modulation", params)
@@ -437,6 +452,7 @@ def test_a_plan_keeps_no_gradient_and_refuses_sparse_ones() -> None:
     assert_identical(copies(params), before)
 
 
+@needs_plans
 def test_a_plan_spans_groups_with_options_of_their_own_and_groups_at_rest() -> None:
     results = []
     for backend in ("native", "reference"):
@@ -479,6 +495,7 @@ def test_a_planned_step_tells_autograd() -> None:
 # torch.compile
 
 
+@needs_dynamo
 @pytest.mark.parametrize("state_dtype", ["float32", "int8"])
 @pytest.mark.parametrize("case", ["paper-log-and-sign", "adam-modulation-time"])
 def test_a_compiled_native_step_equals_the_eager_one(case: str, state_dtype: str) -> None:

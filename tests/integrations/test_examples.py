@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.meta_train.pictures import DESCRIPTION, make_data
@@ -21,6 +22,10 @@ NEEDS = {
 }
 OPTIONS = {"compiled_step": ("--backend", "aot_eager")}  # The default, inductor, needs a C++ compiler and a minute.
 SPAWN = {"data_parallel", "sharded", "zero_redundancy"}
+NOT_ON_TORCH_2_6 = {
+    "sharded": "its FSDP2 knows no CPU",
+    "zero_redundancy": "its process groups sometimes wait for themselves when they are freed",
+}
 ELSEWHERE = {"digits", "neural_art"}  # `make demo`, and below
 EXAMPLES = sorted({path.stem for path in (ROOT / "examples").glob("*.py")} - ELSEWHERE)
 
@@ -70,6 +75,8 @@ def test_every_example_runs(
 
 @pytest.mark.parametrize("example", sorted(SPAWN))
 def test_every_example_of_several_processes_runs(example: str) -> None:
+    if torch.__version__ < (2, 7) and example in NOT_ON_TORCH_2_6:
+        pytest.skip(NOT_ON_TORCH_2_6[example])
     command = [sys.executable, "-m", f"examples.{example}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import assert_identical, draw_gradients, make_params, small_rule
+from cases import assert_identical, draw_gradients, make_params, needs_dynamo, small_rule
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.lr_scheduler import ExponentialLR
@@ -48,6 +48,7 @@ def test_mixed_precision_resumes_to_the_last_bit() -> None:
     assert_identical(resumed, whole)
 
 
+@needs_dynamo
 # torch's own import compiles functional optimizers with the deprecated torch.jit.
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_a_compiled_step_follows_a_schedule_without_recompiling() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_identical, copies, draw_gradients, make_params, memories, small_rule, take_steps
+from cases import assert_identical, copies, draw_gradients, make_params, memories, needs_dynamo, small_rule, take_steps
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -233,6 +233,7 @@ def test_state_moved_by_a_wrapper_is_used_from_where_it_is(rule: UpdateRule) -> 
 # torch.compile
 
 
+@needs_dynamo
 @pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("case", ["paper-log-and-sign", "adam-modulation-time"])
 def test_a_compiled_step_equals_the_eager_one_without_breaks_or_recompiles(case: str) -> None:
