@@ -65,6 +65,7 @@ reproduce-neural-art: .venv/ready ## the same for pictures; DATA=DIR holds neura
 
 bench: .venv/ready ## time an optimizer step and a meta-training step; run it on a quiet machine
 	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.training_step
 	$(BIN)/python -m benchmarks.meta_training
 	$(BIN)/python -m benchmarks.import_time
 	$(BIN)/python -m benchmarks.recorder

@@ -12,12 +12,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from learned_optim.rules import AdamModulationConfig
 from learned_optim.weights import Weights, available_weights, resolve_weights
 from meta_train import evaluate, figures
 from meta_train.judging.report import judge_suite
 from meta_train.judging.suite import SEEDS, SUITES, TUNING_SEED, Runner, learned
 from meta_train.publish import publish
 from meta_train.recipe import parse_recipe, read_recipe
+from meta_train.responses import responses
 from meta_train.run_dir import BEST, RunDir, training_table
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
@@ -80,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("results", type=Path, help="directory written by evaluate")
     draw.add_argument("--runs", type=Path, nargs="*", default=[], help="run directories, for training.csv")
     draw.set_defaults(verb=_figures)
+
+    explain = verbs.add_parser("explain", help="measure and draw what a rule of the default family learned")
+    explain.add_argument("weights", help="bundled name, file or Hub id")
+    explain.add_argument("--out", type=Path, required=True, help="directory for responses.csv and its figure")
+    explain.set_defaults(verb=_explain)
 
     verify = verbs.add_parser("verify", help="evaluate again and compare with the committed tables")
     verify.add_argument("weights", help="a bundled name, or a file whose stem has committed tables")
@@ -232,6 +239,19 @@ def _figures_of_variants(results: Path) -> None:
         figures.variant_curves(curves, results / f"variants{ending}")
         if grid:
             figures.size_grid(evaluate.read_rows(results / "grid.csv"), results / f"grid{ending}")
+
+
+def _explain(options: argparse.Namespace) -> int:
+    (weights,) = _labelled([options.weights])
+    config = weights.rule.config
+    if not isinstance(config, AdamModulationConfig):
+        raise ValueError(f"{weights.name}: only a rule that modulates an Adam step can be compared with one")
+    rows = responses(weights, config.step_size)
+    options.out.mkdir(parents=True, exist_ok=True)
+    evaluate.write_rows(options.out / "responses.csv", rows)
+    for ending in (".svg", ".png"):
+        figures.rule_responses(evaluate.read_rows(options.out / "responses.csv"), options.out / f"responses{ending}")
+    return 0
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -159,6 +159,33 @@ def update_probe(rows: Sequence[dict[str, str]], path: Path) -> None:
         _save(figure, path)
 
 
+def rule_responses(rows: Sequence[dict[str, str]], path: Path) -> None:
+    """Draw what a rule learned, in three panels.
+
+    Args:
+        rows: ``responses.csv``.
+        path: The picture.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11, 3.6), layout="constrained")
+        size, momentum, correlation = figure.subplots(1, 3)
+        of_size = [row for row in rows if row["response"] == "step size"]
+        for index, series in enumerate(dict.fromkeys(row["series"] for row in of_size)):
+            shade = mpl.colormaps["viridis"](0.9 - 0.2 * index)
+            chosen = [row for row in of_size if row["series"] == series]
+            size.plot(*_columns(chosen, "x", "learned"), color=shade, label=f"{series}")
+        size.legend(title="signal / noise", fontsize=8)
+        size.set(xscale="log", yscale="log", xlabel="inner step", ylabel="step size, relative to Adam's")
+        for axes, response in ((momentum, "momentum"), (correlation, "correlation")):
+            chosen = [row for row in rows if row["response"] == response]
+            for series, label, style in (("learned", "LSTM", "-"), ("adam", "Adam", "--")):
+                axes.plot(*_columns(chosen, "x", series), style, color=COLOURS[label], lw=1.8, label=label)
+            axes.legend()
+        momentum.set(xlabel="steps since a gradient", ylabel="its share of the update")
+        correlation.set(xlabel="correlation of successive gradients", ylabel="step size, relative to Adam's", yscale="log")
+        _save(figure, path)
+
+
 def training_process(rows: Sequence[dict[str, str]], path: Path) -> None:
     """Draw meta-loss and validation figure over outer steps.
 
