@@ -26,6 +26,21 @@ def quadratic(results: Path = RESULTS / "quadratic") -> str:
         A table and a line of where it comes from.
     """
     rows = read_rows(results / "summary.csv")
+    lines = _comparison(rows)
+    where = json.loads((results / "environment.json").read_text())
+    count = rows[0]["n"]
+    note = (
+        f"Mean ± standard error over n = {count} fresh batches of 128 functions, meta-trained to 100 steps; in brackets the "
+        "ratio to the best baseline of the column. One row for each of three meta-training seeds; the one with the best "
+        "validation is bundled. Baselines are tuned on other batches, and one that diverges on a fresh batch gives way to "
+        "its next best setting; every one tried is in [sweep.csv](docs/results/quadratic/sweep.csv). "
+        f"{where['processor']}, torch {where['torch']}, commit {where['commit']}. Command: `make reproduce`."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _comparison(rows: list[dict[str, str]]) -> list[str]:
+    """Return the lines of a table with every optimizer of a summary, the learned ones first."""
     columns = [(criterion, horizon) for horizon in ("100", "200") for criterion in ("sum", "final")]
     cells = {(row["optimizer"], row["criterion"], row["horizon"]): row for row in rows}
     names = sorted({row["optimizer"] for row in rows}, key=lambda name: (not name.startswith("LSTM"), name))
@@ -38,14 +53,42 @@ def quadratic(results: Path = RESULTS / "quadratic") -> str:
         shown = [f"{float(v['mean']):.3g} ± {float(v['standard_error']):.2g} ({_ratio(v)})" for v in values]
         label = f"**{name}**, not tuned" if name.startswith("LSTM") else f"{name}, tuned for each column"
         lines.append(f"| {label} | {' | '.join(shown)} |")
+    return lines
+
+
+MNIST = {"40x1": "40 units", "20x2": "two layers of 20", "relu": "ReLU"}
+"""Nets that the digits' rule was not meta-trained on, by folder."""
+
+
+def mnist(results: Path = RESULTS / "mnist-mlp") -> str:
+    """Return the comparison on digits as Markdown.
+
+    Args:
+        results: Directory of the net that was meta-trained on, with a directory for each other net in it.
+
+    Returns:
+        A table of that net, one of the others, and a line of where they come from.
+    """
+    rows = read_rows(results / "summary.csv")
+    lines = [*_comparison(rows), "", "| loss at step 100 | mnist-mlp | default | the best baseline |", "|---|---|---|---|"]
+    for folder, label in MNIST.items():
+        finals = {
+            row["optimizer"]: row
+            for row in read_rows(results / folder / "summary.csv")
+            if (row["criterion"], row["horizon"]) == ("final", "100")
+        }
+        best = min((row for name, row in finals.items() if not name.startswith("LSTM")), key=lambda row: float(row["mean"]))
+        ours = [f"{float(v['mean']):.3g} ({_ratio(v)})" for v in (finals["LSTM (mnist-mlp)"], finals["LSTM (default)"])]
+        lines.append(
+            f"| {label} | {' | '.join(ours)} | {float(best['mean']):.3g} ({best['optimizer']}, {best['setting']}) |"
+        )
     where = json.loads((results / "environment.json").read_text())
-    count = rows[0]["n"]
     note = (
-        f"Mean ± standard error over n = {count} fresh batches of 128 functions, meta-trained to 100 steps; in brackets the "
-        "ratio to the best baseline of the column. One row for each of three meta-training seeds; the one with the best "
-        "validation is bundled. Baselines are tuned on other batches, and one that diverges on a fresh batch gives way to "
-        "its next best setting; every one tried is in [sweep.csv](docs/results/quadratic/sweep.csv). "
-        f"{where['processor']}, torch {where['torch']}, commit {where['commit']}. Command: `make reproduce`."
+        f"Mean ± standard error over n = {rows[0]['n']} fresh nets of 784-20-10 sigmoid units on the half of MNIST that was "
+        "not meta-trained on; the loss at a step is the mean of the ten minibatches up to it. In brackets the ratio to the "
+        "best baseline of the column. Baselines are tuned over half-decades on other nets, anew for every net of the second "
+        f"table; every setting is in [sweep.csv](docs/results/{results.name}/sweep.csv). "
+        f"{where['processor']}, torch {where['torch']}, commit {where['commit']}. Command: `make reproduce-mnist`."
     )
     return "\n".join([*lines, "", note])
 
@@ -67,7 +110,7 @@ def demo(results: Path = RESULTS / "demo") -> str:
     return f"```text\n{text}\n```\n\n![Training loss of the demo](docs/results/demo/demo.png)"
 
 
-TABLES = {"quadratic": quadratic, "demo": demo}
+TABLES = {"quadratic": quadratic, "mnist": mnist, "demo": demo}
 
 
 PAGES = {ROOT / "README.md": "docs/", ROOT / "docs" / "results.md": ""}
