@@ -74,6 +74,8 @@ class MetaTraining:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(recipe.seed, "meta-parameters"))
             self.rule = recipe.build_rule()
+        for layer in range(self.rule.lstm.num_layers):
+            getattr(self.rule.lstm, f"bias_ih_l{layer}").data.view(4, -1)[1] += recipe.outer.forget_bias
         self.average: UpdateRule = copy.deepcopy(self.rule)
         self.outer_optimizer = torch.optim.Adam(self.rule.parameters(), lr=recipe.outer.lr)
         self.step = 0
