@@ -99,7 +99,7 @@ def vary(changes: Mapping[str, Any], steps: int) -> Recipe:
 def meta_train(recipe: Recipe, name: str) -> Weights:
     """Return the weights at the end of a run."""
     run = MetaTraining(recipe)
-    for _ in tqdm(run, name, recipe.outer.steps):
+    for _ in tqdm(run, name, recipe.steps):
         pass
     return Weights(run.average)
 

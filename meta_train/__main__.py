@@ -118,7 +118,7 @@ def _train(options: argparse.Namespace) -> int:
     run = RunDir(options.out, text, options.data)
     if run.run.step and (changes := run.changes_since_start()):
         print(f"resuming elsewhere than it started, so not bit for bit: {', '.join(changes)}", file=sys.stderr)
-    total = run.run.recipe.outer.steps
+    total = run.run.recipe.steps
     with tqdm(total=total, initial=run.run.step, unit="step", smoothing=0.05, dynamic_ncols=True) as bar:
         validation = "none yet"
         for record in run.train():

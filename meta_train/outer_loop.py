@@ -16,7 +16,7 @@ from torch import Tensor
 
 from learned_optim.rules import UpdateRule
 from meta_train.meta_gradient import Carry, Objective, backpropagate, roll_out, start_episode, unroll
-from meta_train.recipe import OuterLoop, Recipe
+from meta_train.recipe import InnerLoop, OuterLoop, Recipe
 from meta_train.tasks import Optimizee, Task, with_data
 
 
@@ -90,19 +90,36 @@ class MetaTraining:
         Yields:
             A record of each step. The run may be checkpointed whenever it has yielded.
         """
-        while self.step < self.recipe.outer.steps:
+        while self.step < self.recipe.steps:
             yield self._outer_step()
 
+    def _phase(self) -> tuple[int, InnerLoop, OuterLoop]:
+        """Return how to train now, after the outer steps that were already taken so."""
+        done = self.step
+        for inner, outer in self.recipe.phases:
+            if done < outer.steps:
+                return done, inner, outer
+            done -= outer.steps
+        raise RuntimeError(f"all {self.recipe.steps} outer steps of the recipe have been taken")
+
+    def _start_stage(self) -> None:
+        for rule in (self.rule, self.average):
+            rule.load_state_dict(self.best.state_dict())
+        self.outer_optimizer = torch.optim.Adam(self.rule.parameters())
+        self.episodes = [None] * len(self.episodes)
+
     def _outer_step(self) -> OuterStep:
-        outer = self.recipe.outer
+        done, inner, outer = self._phase()
+        if done == 0 and self.step > 0:
+            self._start_stage()
         objective = OBJECTIVES[outer.objective](outer)
         self.outer_optimizer.zero_grad()
-        meta_losses = [self._truncation(slot, objective) for slot in range(outer.episodes)]
+        meta_losses = [self._truncation(slot, inner, outer, objective) for slot in range(outer.episodes)]
         for parameter in self.rule.parameters():
             if parameter.grad is not None:
                 parameter.grad /= outer.episodes
         norm = torch.nn.utils.clip_grad_norm_(self.rule.parameters(), outer.clip)
-        lr = outer.lr * cosine(self.step / outer.steps, outer.final_lr)
+        lr = outer.lr * cosine(done / outer.steps, outer.final_lr)
         for group in self.outer_optimizer.param_groups:
             group["lr"] = lr
         if norm.isfinite():
@@ -111,18 +128,18 @@ class MetaTraining:
         with torch.no_grad():
             for average, parameter in zip(self.average.parameters(), self.rule.parameters(), strict=True):
                 average.lerp_(parameter, 1 - outer.averaging)
-        validation = self._validate()
+        validation = self._validate(last=done + 1 == outer.steps)
         is_best = validation is not None and validation <= self.best_validation
         if is_best and validation is not None:
             self.best_validation = validation
             self.best = copy.deepcopy(self.average)
         return OuterStep(self.step, sum(meta_losses) / len(meta_losses), float(norm), lr, validation, is_best)
 
-    def _truncation(self, slot: int, objective: Objective) -> float:
+    def _truncation(self, slot: int, inner: InnerLoop, outer: OuterLoop, objective: Objective) -> float:
         """Advance one episode by a truncation, adding its meta-gradient; return its meta-loss."""
         episode = self.episodes[slot] or self._start()
-        outer, carry = self.recipe.outer, episode.carry
-        length = min(self.recipe.inner.truncation, episode.horizon - carry.step)
+        carry = episode.carry
+        length = min(inner.truncation, episode.horizon - carry.step)
         if outer.second_derivatives:
             losses, episode.carry = unroll(self.rule, episode.optimizee, carry, length, objective, second_derivatives=True)
         else:
@@ -150,8 +167,8 @@ class MetaTraining:
         generator = torch.Generator().manual_seed(derive_seed(episode.seed, "coordinates", episode.carry.step))
         return torch.randperm(total, generator=generator)[:wanted]
 
-    def _validate(self) -> float | None:
-        if self.step % self.recipe.validation.every and self.step != self.recipe.outer.steps:
+    def _validate(self, *, last: bool) -> float | None:
+        if self.step % self.recipe.validation.every and not last:
             return None
         return validate(self.average, self.validation_task, self.recipe)
 

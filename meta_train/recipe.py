@@ -82,6 +82,27 @@ class Validation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     task: TaskRecipe | None = None
 
 
+class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """More outer steps, after those of :class:`OuterLoop`, from the best meta-parameters until then.
+
+    A long truncation, or exact second derivatives, lead nowhere from an untrained rule and far from one that already
+    optimizes. A stage starts the outer optimizer, its rate's decay and the episodes anew; what it does not name stays.
+
+    Args:
+        steps: Outer steps.
+        lr: As in :class:`OuterLoop`.
+        truncation: As in :class:`InnerLoop`.
+        clip: As in :class:`OuterLoop`.
+        second_derivatives: As in :class:`OuterLoop`.
+    """
+
+    steps: Count
+    lr: Positive
+    truncation: Count | None = None
+    clip: Positive | None = None
+    second_derivatives: bool | None = None
+
+
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One meta-training run.
 
@@ -91,6 +112,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         inner: How an episode runs.
         outer: How meta-parameters are trained.
         validation: How the best are chosen.
+        stages: What follows, one after another.
         seed: Decides everything random.
         schema: Version of this format.
     """
@@ -100,8 +122,25 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inner: InnerLoop
     outer: OuterLoop
     validation: Validation
+    stages: tuple[Stage, ...] = ()
     seed: int = 0
     schema: Literal[1] = 1
+
+    @property
+    def phases(self) -> tuple[tuple[InnerLoop, OuterLoop], ...]:
+        """How each part of the run trains: first as ``inner`` and ``outer`` say, then as each stage does."""
+        phases = [(self.inner, self.outer)]
+        for stage in self.stages:
+            inner, outer = phases[-1]
+            named = {name: value for name, value in msgspec.structs.asdict(stage).items() if value is not None}
+            inner = msgspec.structs.replace(inner, truncation=named.pop("truncation", inner.truncation))
+            phases.append((inner, msgspec.structs.replace(outer, **named)))
+        return tuple(phases)
+
+    @property
+    def steps(self) -> int:
+        """Outer steps of the whole run."""
+        return sum(outer.steps for _, outer in self.phases)
 
     def build_rule(self) -> UpdateRule:
         """Build the untrained rule; the caller seeds torch's generator.

@@ -74,7 +74,7 @@ class RunDir:
                 metrics.write(json.dumps(_plain(record)) + "\n")
             if record.validation is not None:
                 self._validations.append(_plain(record))
-            if record.step % checkpoint_every == 0 or record.step == self.run.recipe.outer.steps:
+            if record.step % checkpoint_every == 0 or record.step == self.run.recipe.steps:
                 self._checkpoint()
             yield record
         if not (self.path / LAST).exists():
@@ -97,7 +97,7 @@ class RunDir:
         if best and math.isfinite(best[-1]["validation"]):
             weights = self._weights(self.run.best, "best", best[-1]["step"], best[-1]["validation"])
             write_weights(self.path / BEST, weights)
-        if self.run.step == self.run.recipe.outer.steps:
+        if self.run.step == self.run.recipe.steps:
             validation = self._validations[-1]["validation"]
             write_weights(self.path / LAST, self._weights(self.run.average, "last", self.run.step, validation))
         buffer = io.BytesIO()
@@ -146,7 +146,7 @@ def training_table(runs: Iterable[str | Path], rows_per_run: int = 100) -> list[
         if rows and rows[0]["measure"] != measure:
             raise ValueError(f"{path} measures {measure!r}, the runs before it {rows[0]['measure']!r}; draw them apart")
         records = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
-        window = max(recipe.outer.steps // rows_per_run, 1)
+        window = max(recipe.steps // rows_per_run, 1)
         for chunk in (records[start : start + window] for start in range(0, len(records), window)):
             meta_loss = sum(record["meta_loss"] for record in chunk) / len(chunk)
             validation = next((f"{r['validation']:.6g}" for r in reversed(chunk) if "validation" in r), "")

@@ -109,10 +109,11 @@ def updated(text: str, docs: str = "docs/") -> str:
         The same with what stands between the marks replaced.
     """
     for name, make in TABLES.items():
-        pattern = re.compile(rf"(<!-- results:{name} -->\n).*?(<!-- /results:{name} -->)", re.DOTALL)
-        # Backslashes in a replacement would be read as references.
-        table = make().replace("](docs/", f"]({docs}").replace("\\", r"\\")
-        text = pattern.sub(r"\1" + table + r"\n\2", text)
+        pattern = re.compile(rf"(?<=<!-- results:{name} -->\n).*?(?=<!-- /results:{name} -->)", re.DOTALL)
+        if pattern.search(text):
+            table = make().replace("](docs/", f"]({docs}")
+            # Backslashes in a replacement would be read as references.
+            text = pattern.sub(table.replace("\\", r"\\") + r"\n", text)
     return text
 
 

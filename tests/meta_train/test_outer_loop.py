@@ -1,5 +1,6 @@
 """What the outer loop promises beyond resuming: weights that are derivatives of what is reported, and no poisoned steps."""
 
+import copy
 import math
 
 import pytest
@@ -74,10 +75,22 @@ def test_the_meta_gradient_is_a_finite_difference_with_gradients_held_constant(c
         assert slope == pytest.approx(float((parameter.grad * direction).sum()), rel=1e-4, abs=1e-9)
 
 
-@pytest.mark.parametrize("change", ["", "second_derivatives = true"])
+STAGE = """
+[[stages]]
+steps = 6
+lr = 0.02
+truncation = 8
+"""
+
+
+@pytest.mark.parametrize("change", ["", "second_derivatives = true", "stages"])
 @pytest.mark.parametrize("objective", ["mean", "log", "relative"])
 def test_resuming_from_a_checkpoint_file_goes_on_bit_for_bit(objective: str, change: str, tmp_path) -> None:
-    recipe = parse_recipe(TINY.replace("[outer]", f'[outer]\nobjective = "{objective}"\nloss_floor = 1e-3\n{change}'))
+    stages, change = (STAGE.replace("= 6", "= 3") + STAGE, "") if change == "stages" else ("", change)
+    outer = f'[outer]\nobjective = "{objective}"\nloss_floor = 1e-3\n{change}'
+    recipe = parse_recipe(
+        TINY.replace("[outer]", outer).replace("steps = 12", "steps = 4" if stages else "steps = 12") + stages
+    )
     whole = MetaTraining(recipe)
     records = list(whole)
     stopped = MetaTraining(recipe)
@@ -127,6 +140,27 @@ def _validation_seeds() -> list[int]:
     from meta_train.outer_loop import derive_seed
 
     return [derive_seed(0, "validation", index) for index in range(2)]
+
+
+def test_a_stage_goes_on_from_the_best_with_a_rate_and_episodes_of_its_own() -> None:
+    run = MetaTraining(parse_recipe(TINY.replace("steps = 12", "steps = 7") + STAGE))
+    records = []
+    for record in run:
+        records.append(record)
+        if record.step == 7:
+            best = copy.deepcopy(run.best.state_dict())
+            with torch.no_grad():
+                for parameter in run.rule.parameters():
+                    parameter.fill_(torch.nan)
+        if record.step == 8:
+            assert run.episodes_started >= 4
+            moved = [(value - best[name]).abs().max() for name, value in run.rule.state_dict().items()]
+            # Adam's first step is as long as its rate.
+            assert max(moved) == pytest.approx(0.02, rel=1e-2)
+            assert {slot.carry.step for slot in run.episodes if slot} <= {8}
+    assert [record.lr for record in records][7:] == [0.02 * cosine(step / 6, 0.02) for step in range(6)]
+    assert [record.step for record in records if record.validation is not None] == [4, 7, 8, 12, 13]
+    assert len(records) == 13
 
 
 def test_the_rate_decays_from_all_to_the_final_share() -> None:
