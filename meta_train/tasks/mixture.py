@@ -23,7 +23,7 @@ from meta_train.tasks.data import (
     language_stream,
     regression_stream,
 )
-from meta_train.tasks.models import ACTIVATIONS, ConvNet, Mlp, TinyRecurrent, TinyTransformer
+from meta_train.tasks.models import ACTIVATIONS, ConvNet, Mlp, PatchTransformer, TinyRecurrent, TinyTransformer
 from meta_train.tasks.task import Optimizee, Params, seeded
 
 Batch = tuple[Tensor, ...]
@@ -118,8 +118,23 @@ def digit_conv(rng: random.Random, draw: torch.Generator, seed: int, problems: i
     )
     channels = [1, *[round(_log_uniform(rng, 4, 10))] * rng.choice((1, 2, 2, 3))]
     activation = rng.choice(("relu", "relu", "gelu", "elu"))
-    batch_norm = rng.random() < 0.5
+    batch_norm = rng.random() < 0.6
     return _optimizee(lambda: ConvNet(problems, channels, 8, 10, activation, batch_norm), _classify, stream, seed)
+
+
+def digit_attention(rng: random.Random, draw: torch.Generator, seed: int, problems: int) -> Optimizee:
+    """Classify digits with attention over their patches."""
+    stream = digit_stream(
+        draw,
+        problems,
+        _batch_size(rng, 32),
+        examples=rng.choice((256, 1797)),
+        scale=_log_uniform(rng, 0.3, 2.0),
+        label_noise=rng.choice((0.0, 0.0, 0.1, 0.3)),
+        flat=False,
+    )
+    patch, width, depth = rng.choice((2, 2, 4)), rng.choice((8, 12, 16, 24)), rng.choice((1, 2, 2))
+    return _optimizee(lambda: PatchTransformer(problems, 8, patch, width, 2, depth, 10), _classify, stream, seed)
 
 
 def cluster_mlp(rng: random.Random, draw: torch.Generator, seed: int, problems: int) -> Optimizee:
@@ -266,17 +281,18 @@ def noisy_quadratic(rng: random.Random, draw: torch.Generator, seed: int, proble
 
 
 KINDS: dict[str, tuple[Kind, float]] = {
-    "digit-mlp": (digit_mlp, 0.14),
-    "digit-conv": (digit_conv, 0.10),
-    "cluster-mlp": (cluster_mlp, 0.12),
+    "digit-mlp": (digit_mlp, 0.11),
+    "digit-conv": (digit_conv, 0.14),
+    "digit-attention": (digit_attention, 0.08),
+    "cluster-mlp": (cluster_mlp, 0.10),
     "deep-narrow": (deep_narrow, 0.08),
-    "teacher-mlp": (teacher_mlp, 0.14),
+    "teacher-mlp": (teacher_mlp, 0.11),
     "linear-regression": (linear_regression, 0.07),
-    "logistic-regression": (logistic_regression, 0.05),
-    "autoencoder": (autoencoder, 0.06),
-    "word-transformer": (word_transformer, 0.1),
-    "word-recurrent": (word_recurrent, 0.06),
-    "noisy-quadratic": (noisy_quadratic, 0.08),
+    "logistic-regression": (logistic_regression, 0.04),
+    "autoencoder": (autoencoder, 0.08),
+    "word-transformer": (word_transformer, 0.09),
+    "word-recurrent": (word_recurrent, 0.05),
+    "noisy-quadratic": (noisy_quadratic, 0.05),
 }
 """Kinds of problems by name, with their share of the mixture."""
 

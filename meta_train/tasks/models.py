@@ -171,17 +171,18 @@ class Embedding(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Causal pre-norm attention and a two-layer net.
+    """Pre-norm attention and a two-layer net.
 
     Args:
         problems: P.
         width: Model size.
         heads: Attention heads.
+        causal: Attend to what came before only.
     """
 
-    def __init__(self, problems: int, width: int, heads: int) -> None:
+    def __init__(self, problems: int, width: int, heads: int, causal: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm1, self.norm2 = (Norm(problems, width, over_batch=False) for _ in range(2))
         self.qkv = Linear(problems, width, 3 * width)
         self.out = Linear(problems, width, width)
@@ -193,7 +194,8 @@ class TransformerBlock(nn.Module):
         problems, rows, width = x.shape
         split = (problems, rows // length, length, 3, self.heads, width // self.heads)
         query, key, value = self.qkv(self.norm1(x)).view(split).permute(3, 0, 1, 4, 2, 5).unbind(0)
-        mixed = F.scaled_dot_product_attention(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), is_causal=True)
+        query, key, value = (part.flatten(0, 1) for part in (query, key, value))
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         x = x + self.out(mixed.transpose(1, 2).reshape(problems, rows, width))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -224,6 +226,39 @@ class TinyTransformer(nn.Module):
         for block in self.blocks:
             x = block(x, tokens.shape[-1])
         return self.readout(self.norm(x))
+
+
+class PatchTransformer(nn.Module):
+    """Attention over the patches of an image, and a readout of their mean.
+
+    Args:
+        problems: P.
+        side: Height and width of the square image, of one channel.
+        patch: Height and width of a patch.
+        width: Model size.
+        heads: Attention heads.
+        depth: Blocks.
+        classes: Outputs.
+    """
+
+    def __init__(self, problems: int, side: int, patch: int, width: int, heads: int, depth: int, classes: int) -> None:
+        super().__init__()
+        self.patch, self.length = patch, (side // patch) ** 2
+        self.embedding = Linear(problems, patch * patch, width)
+        self.position = nn.Parameter(0.02 * torch.randn(problems, 1, self.length, width))
+        self.blocks = nn.ModuleList(TransformerBlock(problems, width, heads, causal=False) for _ in range(depth))
+        self.norm = Norm(problems, width, over_batch=False)
+        self.readout = Linear(problems, width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images ``(P, B, side, side, 1)`` to logits ``(P, B, classes)``."""
+        problems, batch, side = x.shape[:3]
+        tiles = x.view(problems, batch, side // self.patch, self.patch, side // self.patch, self.patch).transpose(3, 4)
+        x = self.embedding(tiles.reshape(problems, batch * self.length, -1)).view(problems, batch, self.length, -1)
+        x = (x + self.position).flatten(1, 2)
+        for block in self.blocks:
+            x = block(x, self.length)
+        return self.readout(self.norm(x).view(problems, batch, self.length, -1).mean(2))
 
 
 class TinyRecurrent(nn.Module):
