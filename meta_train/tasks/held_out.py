@@ -29,7 +29,7 @@ class HeldOut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
             case = kind.make(seed)
         return module_optimizee(
             lambda: case.module,
-            case.loss,
+            lambda module, batch: case.loss(module, (batch[0], batch[1])),
             lambda generator: tuple(value.unsqueeze(0) for value in case.next_batch(generator)),
             seed,
         )

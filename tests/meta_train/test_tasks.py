@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from meta_train.judging.held_out_kinds import HELD_OUT_KINDS
+from meta_train.judging.task import train_case
 from meta_train.meta_gradient import loss_and_grad
-from meta_train.tasks import Mixture, Optimizee, Quadratic, Quartic, module_optimizee
+from meta_train.tasks import HeldOut, Mixture, Optimizee, Quadratic, Quartic, module_optimizee
 from meta_train.tasks.mixture import KINDS, rescale
 
 
@@ -34,6 +36,16 @@ def test_problems_side_by_side_are_independent(kind: str) -> None:
     (grad,) = torch.autograd.grad(losses[0], params)
     assert grad[0].any()
     assert not grad[1].any()
+
+
+def test_a_kind_held_out_is_the_one_that_judges() -> None:
+    """As an optimizee it starts where the judged model of the same seed starts, on the same first minibatch."""
+    for seed in range(3):
+        optimizee = HeldOut().sample(seed)
+        first = float(optimizee.losses(optimizee.params))
+        judged = [float(train_case(kind, lambda p: torch.optim.SGD(p, 0.0), 1, seed).losses[0]) for kind in HELD_OUT_KINDS]
+        assert min(abs(first - loss) for loss in judged) < 1e-5
+        assert float(HeldOut().sample(seed).losses(optimizee.params)) == pytest.approx(first, rel=1e-6)
 
 
 def test_the_quadratic_is_the_mean_over_functions() -> None:
