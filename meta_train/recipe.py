@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from learned_optim.rules import UpdateRule, build_rule
+from meta_train.judging.held_out_kinds import HeldOut
 from meta_train.tasks import TaskRecipe
 
 if sys.version_info >= (3, 11):
@@ -79,7 +80,7 @@ class Validation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     every: Count
     optimizees: Count
     horizon: Count
-    task: TaskRecipe | None = None
+    task: TaskRecipe | HeldOut | None = None
 
 
 class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

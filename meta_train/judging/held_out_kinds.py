@@ -5,6 +5,9 @@ Nothing here is downloaded, so whoever meta-trains can choose between rules with
 
 from __future__ import annotations
 
+import random
+
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from meta_train.judging.models import CharLSTM, CharTransformer, VisionTransformer, conv_net, mlp
 from meta_train.judging.task import Batch, Case, JudgingTask, Loss, classification_loss, regression_loss
 from meta_train.tasks.data import Stream, cluster_stream, digit_stream, language_stream, regression_stream
-from meta_train.tasks.task import seeded
+from meta_train.tasks.task import Optimizee, module_optimizee, seeded
 
 HORIZONS = (200, 1000)
 
@@ -112,3 +115,27 @@ HELD_OUT_KINDS = tuple(
     )
 )
 """What rules are selected on."""
+
+
+class HeldOut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="name", tag="held-out"):
+    """A random kind out of :data:`HELD_OUT_KINDS`, one problem of it: to validate default rules on, never to train on."""
+
+    def sample(self, seed: int) -> Optimizee:
+        """Return one problem.
+
+        Args:
+            seed: Decides the kind, the initialisation, the data and the minibatches.
+
+        Returns:
+            The optimizee.
+        """
+        kind = HELD_OUT_KINDS[random.Random(seed).randrange(len(HELD_OUT_KINDS))]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            case = kind.make(seed)
+        return module_optimizee(
+            lambda: case.module,
+            lambda module, batch: case.loss(module, (batch[0], batch[1])),
+            lambda generator: tuple(value.unsqueeze(0) for value in case.next_batch(generator)),
+            seed,
+        )

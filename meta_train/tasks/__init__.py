@@ -1,19 +1,17 @@
 """Tasks: distributions of optimizees."""
 
 from meta_train.tasks.cifar import Cifar
-from meta_train.tasks.held_out import HeldOut
 from meta_train.tasks.mixture import Mixture
 from meta_train.tasks.mnist import Mnist
 from meta_train.tasks.neural_art import NeuralArt
 from meta_train.tasks.quadratic import Quadratic, Quartic
 from meta_train.tasks.task import Optimizee, Task, module_optimizee, seeded, with_data
 
-TaskRecipe = Quadratic | Quartic | Mixture | NeuralArt | Mnist | Cifar | HeldOut
+TaskRecipe = Quadratic | Quartic | Mixture | NeuralArt | Mnist | Cifar
 """The tasks a recipe can name."""
 
 __all__ = [
     "Cifar",
-    "HeldOut",
     "Mixture",
     "Mnist",
     "NeuralArt",

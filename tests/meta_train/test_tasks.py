@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from meta_train.judging.held_out_kinds import HELD_OUT_KINDS
+from meta_train.judging.held_out_kinds import HELD_OUT_KINDS, HeldOut
 from meta_train.judging.task import train_case
 from meta_train.meta_gradient import loss_and_grad
-from meta_train.tasks import HeldOut, Mixture, Optimizee, Quadratic, Quartic, module_optimizee
+from meta_train.tasks import Mixture, Optimizee, Quadratic, Quartic, module_optimizee
 from meta_train.tasks.mixture import KINDS, rescale
 
 
