@@ -148,8 +148,8 @@ CLASSIFICATION = [
 """The sweep for small classifiers, in half-decades; the cosine decays to zero at the horizon."""
 
 PICTURES = [
-    *settings("SGD", rates(3.16e-3, 0.1)),
-    *settings("NAG", rates(3.16e-3, 0.1), (0.8, 0.9, 0.95, 0.98)),
+    *settings("SGD", rates(1e-3, 0.1)),
+    *settings("NAG", rates(1e-2, 0.1), (0.8, 0.9, 0.95, 0.98, 0.99)),
     *settings("RMSprop", rates(1e-3, 3.16e-2)),
     *settings("Adam", rates(1e-2, 0.316)),
 ]
