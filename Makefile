@@ -49,8 +49,8 @@ reproduce: .venv/ready ## meta-train the quadratic weights with three seeds, jud
 
 ART := $(RUNS)/art
 
-reproduce-neural-art: .venv/ready ## the same for pictures; DATA=DIR holds neural_art/ (docs/results.md)
-	@test -n "$(DATA)" || { echo "say where the data are: make $@ DATA=DIR (docs/results.md)"; exit 2; }
+reproduce-neural-art: .venv/ready ## the same for pictures; DATA=DIR holds neural_art/
+	@test -n "$(DATA)" || { echo "say where the data are: make $@ DATA=DIR (meta_train/tasks/neural_art.py)"; exit 2; }
 	for seed in 0 1 2; do \
 	  $(BIN)/python -m meta_train train learned_optim/weights/neural-art.toml --data $(DATA) --out $(ART)-$$seed --seed $$seed || exit 1; \
 	done

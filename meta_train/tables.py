@@ -50,47 +50,6 @@ def quadratic(results: Path = RESULTS / "quadratic") -> str:
     return "\n".join([*lines, "", note])
 
 
-ART = {"": "new contents", "style": "a new style too", "double": "double resolution"}
-"""What the tables of neural art were made with, by folder."""
-
-
-def neural_art(results: Path = RESULTS / "neural-art") -> str:
-    """Return the comparison on pictures as Markdown.
-
-    Args:
-        results: Directory with the tables of new contents, and ``style`` and ``double`` in it with the others.
-
-    Returns:
-        A table and a line of where it comes from.
-    """
-    cells: dict[tuple[str, str], str] = {}
-    for part in ART:
-        summary = [row for row in read_rows(results / part / "summary.csv") if row["criterion"] == "final"]
-        for row in summary:
-            cells[row["optimizer"], part] = f"{_mean(row)} ({float(row['ratio_to_best_baseline']):.3f} x)"
-        for row in read_rows(results / part / "fixed.csv"):
-            if row["criterion"] == "final":
-                best = min(float(one["mean"]) for one in summary if not one["optimizer"].startswith("LSTM"))
-                cells[row["optimizer"], part] = f"{_mean(row)} ({float(row['mean']) / best:.3f} x)"
-    names = sorted({name for name, _ in cells}, key=lambda name: (not name.startswith("LSTM"), name == "L-BFGS", name))
-    lines = [f"| loss at step {summary[0]['horizon']} | {' | '.join(ART.values())} |", "|---|---|---|---|"]
-    for name in names:
-        label = f"**{name}**, not tuned" if name.startswith("LSTM") else f"{name}, tuned for each column"
-        label = "L-BFGS, each step several evaluations of the loss" if name == "L-BFGS" else label
-        lines.append(f"| {label} | {' | '.join(cells.get((name, part), '') for part in ART)} |")
-    where = json.loads((results / "environment.json").read_text())
-    note = (
-        f"Mean ± standard error over n = {summary[0]['n']} fresh pictures; in brackets the ratio to the best of the tuned "
-        "baselines, which have seen the style and the resolution of their column while the rules have not. "
-        f"{where['processor']}, torch {where['torch']}, commit {where['commit']}. Command: `make reproduce-neural-art`."
-    )
-    return "\n".join([*lines, "", note])
-
-
-def _mean(row: dict[str, str]) -> str:
-    return f"{float(row['mean']):.4g} ± {float(row['standard_error']):.2g}"
-
-
 def _ratio(row: dict[str, str]) -> str:
     return f"{float(row['ratio_to_best_baseline']):.2f} x"
 
@@ -108,7 +67,7 @@ def demo(results: Path = RESULTS / "demo") -> str:
     return f"```text\n{text}\n```\n\n![Training loss of the demo](docs/results/demo/demo.png)"
 
 
-TABLES = {"quadratic": quadratic, "neural-art": neural_art, "demo": demo}
+TABLES = {"quadratic": quadratic, "demo": demo}
 
 
 PAGES = {ROOT / "README.md": "docs/", ROOT / "docs" / "results.md": ""}
