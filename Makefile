@@ -1,10 +1,13 @@
 # Everything runs in .venv, made on demand from nothing but python3 and a network to a package index.
 PYTHON ?= python3
+PYTHON_OLDEST ?= python3.10
 BIN := .venv/bin
 RUNS := runs
 RESULTS := docs/results/quadratic
 
-.PHONY: help demo test test-integrations check docs mutants reproduce reproduce-neural-art bench clean
+OLDEST := .venv-oldest/bin/python
+
+.PHONY: help demo test test-integrations test-oldest check docs mutants package reproduce reproduce-neural-art bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 20
@@ -24,6 +27,11 @@ test-integrations: .venv/ready ## install Lightning, transformers, accelerate an
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,integrations]"
 	$(BIN)/python -m pytest -n 2 tests/integrations
 
+test-oldest: ## run the tests with the oldest Python, torch and others that pyproject.toml allows
+	$(PYTHON_OLDEST) -m venv --clear .venv-oldest
+	$(OLDEST) -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[art]" "pytest>=8" "pytest-xdist>=3.5"
+	$(OLDEST) -m pytest -n 2 -W default::DeprecationWarning
+
 check: .venv/ready ## lint, format, types and the documentation's links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,6 +43,9 @@ docs: .venv/ready ## show the documentation on http://127.0.0.1:8000
 
 mutants: .venv/ready ## break each promise on purpose and see that a test notices
 	$(BIN)/python -m tests.mutants
+
+package: .venv/ready ## build sdist and wheel, install them where nothing else is, run what they promise
+	$(BIN)/python -m tests.distribution
 
 reproduce: .venv/ready ## meta-train the quadratic weights with three seeds, judge them, draw the figures
 	for seed in 0 1 2; do \
@@ -65,9 +76,10 @@ reproduce-neural-art: .venv/ready ## the same for pictures; DATA=DIR holds neura
 
 bench: .venv/ready ## time an optimizer step and a meta-training step; run it on a quiet machine
 	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.training_step
 	$(BIN)/python -m benchmarks.meta_training
 	$(BIN)/python -m benchmarks.import_time
 	$(BIN)/python -m benchmarks.recorder
 
 clean: ## remove what the other targets made
-	rm -rf .venv build dist site *.egg-info learned_optim/backends/_native*.so demo.png
+	rm -rf .venv .venv-oldest build dist site *.egg-info learned_optim/backends/_native*.so demo.png

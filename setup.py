@@ -15,7 +15,7 @@ class BuildOptional(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Compile one extension with the first set of flags that works."""
-        basic = ["-O3", "-std=gnu11", "-ffp-contract=fast"]
+        basic = ["-O3", "-g0", "-std=gnu11", "-ffp-contract=fast"]
         for number, flags in enumerate(ATTEMPTS, 1):
             ext.extra_compile_args = basic + flags
             ext.extra_link_args = [flag for flag in flags if flag == "-fopenmp"]

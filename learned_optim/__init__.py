@@ -1,5 +1,6 @@
 """A PyTorch optimizer whose update rule was itself learned."""
 
+from learned_optim.memory import state_bytes
 from learned_optim.optimizer import LearnedOptimizer
 from learned_optim.recorder import Recorder
 from learned_optim.rules import UpdateRule, build_rule
@@ -17,4 +18,5 @@ __all__ = [
     "__version__",
     "available_weights",
     "build_rule",
+    "state_bytes",
 ]

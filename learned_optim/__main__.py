@@ -16,7 +16,7 @@ from learned_optim.weights import Weights, WeightsError, available_weights, read
 from learned_optim.weights.facts import ADAM_BYTES, bytes_per_parameter, license_of, training_facts
 
 PROGRAM = "python -m learned_optim"
-STATE_DTYPES = (torch.float32, torch.bfloat16)
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -170,8 +170,8 @@ def _bytes(options: argparse.Namespace) -> list[str]:
 
 
 def _costs(weights: Weights) -> str:
-    full, half = (bytes_per_parameter(weights.rule, dtype) for dtype in STATE_DTYPES)
-    return f"{full} bytes/parameter ({half} with state_dtype=bfloat16; Adam {ADAM_BYTES})"
+    full, half, eighth = (bytes_per_parameter(weights.rule, dtype) for dtype in STATE_DTYPES)
+    return f"{full} bytes/parameter ({half} with state_dtype=bfloat16, {eighth} with int8; Adam {ADAM_BYTES})"
 
 
 def _aligned(facts: Mapping[str, object]) -> list[str]:

@@ -19,13 +19,13 @@ from learned_optim.backends import StepItem, apply_step, check_backend
 from learned_optim.backends.native_plan import Plan, make_plan
 from learned_optim.guard import check_guard, judge, nominal, snapshot
 from learned_optim.rules import UpdateRule
+from learned_optim.rules.storage import MOMENT_DTYPES, STATE_DTYPES, layout, names
 from learned_optim.summary import summarize
 from learned_optim.weights import Weights, resolve_weights
+from learned_optim.weights.facts import bytes_per_parameter
 
 WeightsLike = str | PathLike[str] | UpdateRule | Weights
 """A bundled name, ``owner/repo@revision`` on the Hub, a file, a rule, or loaded weights."""
-
-STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class LearnedOptimizer(Optimizer):
@@ -50,10 +50,13 @@ class LearnedOptimizer(Optimizer):
         weight_decay: Decoupled. Each step multiplies parameters by ``1 - 1e-3 * lr * weight_decay``, so that the value
             means what it means to AdamW at its usual rate of 1e-3.
         maximize: Ascend instead of descend.
-        state_dtype: ``torch.float32`` (default) or ``torch.bfloat16`` for the LSTM memory. float64 parameters keep
-            float64.
-        backend: ``"auto"`` (the fastest that fits), ``"reference"`` (PyTorch), ``"native"`` (compiled, on the CPU)
-            or ``"triton"`` (fused, on CUDA).
+        state_dtype: ``torch.float32`` (default), ``torch.bfloat16`` or ``torch.int8`` for the LSTM memory; see
+            :mod:`learned_optim.rules.storage`. float64 parameters keep float64.
+        moment_dtype: ``torch.float32`` or ``torch.bfloat16`` for the moments, all but the mean square, which stays float32.
+            By default bfloat16 beside int8 memory, else float32.
+        backend: ``"auto"`` (of the others the fastest that fits and costs nothing to start), ``"reference"`` (PyTorch),
+            ``"native"`` (compiled, on the CPU), ``"triton"`` (fused, on CUDA) or ``"compiled"`` (``torch.compile``, which
+            takes up to a minute at the first step).
         guard: Watch the updates and, where ``step`` gets a closure, the loss, and fall back to plain Adam where they
             misbehave: :mod:`learned_optim.guard`. Costs a copy of the parameters during each step.
         capturable: Keep step counts on the parameters' device, as CUDA graph capture needs.
@@ -91,6 +94,7 @@ class LearnedOptimizer(Optimizer):
         *,
         maximize: bool = False,
         state_dtype: torch.dtype | str | None = None,
+        moment_dtype: torch.dtype | str | None = None,
         backend: str = "auto",
         guard: bool = False,
         capturable: bool = False,
@@ -122,14 +126,15 @@ class LearnedOptimizer(Optimizer):
             "fingerprint": loaded.fingerprint,
             "weight_decay": weight_decay,
             "maximize": maximize,
-            "state_dtype": _dtype_name(state_dtype),
+            "state_dtype": state_dtype,
+            "moment_dtype": moment_dtype,
             "guard": guard,
             "capturable": capturable,
             "foreach": foreach,
             "fused": None,
             "differentiable": False,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, **_dtype_names(defaults)})
 
     @classmethod
     def from_pretrained(cls, weights: WeightsLike, params: ParamsT, **options: Any) -> LearnedOptimizer:
@@ -149,8 +154,8 @@ class LearnedOptimizer(Optimizer):
         """Add parameters, with their own options if given; they start with fresh memory.
 
         Args:
-            param_group: ``{"params": ...}`` and any of ``lr``, ``weights``, ``weight_decay``, ``maximize``, ``guard``
-                and ``state_dtype``.
+            param_group: ``{"params": ...}`` and any of ``lr``, ``weights``, ``weight_decay``, ``maximize``, ``guard``,
+                ``state_dtype`` and ``moment_dtype``.
 
         Raises:
             ValueError: If an option is out of range or its weights cannot be loaded.
@@ -162,8 +167,7 @@ class LearnedOptimizer(Optimizer):
                 loaded = resolve_weights(param_group["weights"], **self._hub_options)
                 self._weights[loaded.fingerprint] = loaded
                 param_group |= {"weights": loaded.name, "fingerprint": loaded.fingerprint}
-            if "state_dtype" in param_group:
-                param_group["state_dtype"] = _dtype_name(param_group["state_dtype"])
+            param_group |= _dtype_names(param_group)
             options = {**self.defaults, **param_group}
             _check_options(options)
             check_guard(options)
@@ -243,7 +247,7 @@ class LearnedOptimizer(Optimizer):
 
     def summary(self) -> str:
         """Return a table of the groups: weights, rule, parameters, memory and the backend that runs them."""
-        return summarize(self.param_groups, self.backend, self._rule_of, self._initial_state)
+        return summarize(self.param_groups, self.backend, self._rule_of, self._state_bytes)
 
     def _weights_of(self, group: dict[str, Any]) -> Weights:
         """Return what steps a group: its weights, or plain Adam once the guard has fallen back."""
@@ -284,7 +288,7 @@ class LearnedOptimizer(Optimizer):
                 StepItem(
                     param=_local(_as_real(param)),
                     grad=_local(_placed_like(_as_real(param.grad), _as_real(param))),  # type: ignore[arg-type]
-                    memory={name: _local(self.state[param][name]) for name in _memory_names(rule)},
+                    memory={name: _local(self.state[param][name]) for name in names(rule, self.state[param])},
                     step=self.state[param]["step"],
                     scale=None if scale is None else _whole(scale),
                 )
@@ -293,21 +297,22 @@ class LearnedOptimizer(Optimizer):
         return items
 
     def _initial_state(self, param: Tensor, group: dict[str, Any], rule: UpdateRule) -> dict[str, Tensor]:
-        """Return memory at rest: moments of the parameter's shape, LSTM memory with its width behind that shape."""
-        dtype = compute_dtype(param.dtype)
-        memory_dtype = dtype if dtype == torch.float64 else STATE_DTYPES[group["state_dtype"]]
+        """Return memory at rest: every tensor of the parameter's shape, with what there is for each coordinate behind it."""
         like = _as_real(param)
-        state = {"step": torch.zeros((), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")}
-        for name in rule.moment_names:
-            state[name] = _zeros(like, (), dtype)
-        for name in ("hidden", "cell"):
-            state[name] = _zeros(like, (rule.memory_width,), memory_dtype)
-        return state
+        step = torch.zeros((), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
+        entries = layout(rule, *_dtypes(param, group)).items()
+        return {"step": step, **{name: _zeros(like, entry.trailing, entry.dtype) for name, entry in entries}}
+
+    def _state_bytes(self, param: Tensor, group: dict[str, Any]) -> int:
+        """Return the bytes of a parameter's state, over all ranks together; nothing is allocated to count them."""
+        numel = param.numel() * (2 if param.is_complex() else 1)
+        return numel * bytes_per_parameter(self._weights_of(group).rule, *_dtypes(param, group)) + 4
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint exactly: every tensor keeps its own dtype and is copied.
 
-        The base class would cast the memory to the parameter's dtype and alias the caller's tensors.
+        The base class would cast the memory to the parameter's dtype, all of it at once, and alias the caller's tensors: it
+        is shown everything but the memory.
 
         Args:
             state_dict: From :meth:`state_dict`. Not modified, not aliased.
@@ -319,9 +324,10 @@ class LearnedOptimizer(Optimizer):
         self._plan = None  # It would keep the old state alive beside the new.
         checked: list[dict[str, Any]] = []
 
-        def check(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        def check(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             self._check_checkpoint(state_dict)
             checked.append(state_dict)
+            return self._without_memory(state_dict)
 
         # Between the caller's own hooks: after the pre-hooks, which may replace the checkpoint; before the post-hooks,
         # which may change what was loaded.
@@ -353,7 +359,17 @@ class LearnedOptimizer(Optimizer):
                     f"to another LSTM, so construct it with weights={name!r}"
                 )
         for index, saved, param, group in self._saved_states(state_dict):
-            _check_memory(index, saved, param, self._weights_of(group).rule)
+            _check_memory(index, saved, param, group, self._weights_of(group).rule)
+
+    def _without_memory(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a checkpoint without what :meth:`_restore_state` restores."""
+        state = dict(state_dict["state"])
+        saved = _params_with_groups(state_dict["param_groups"])
+        for (index, _), (_, group) in zip(saved, _params_with_groups(self.param_groups), strict=False):
+            if index in state:
+                own = {"step", *names(self._weights_of(group).rule, state[index])}
+                state[index] = {name: value for name, value in state[index].items() if name not in own}
+        return {**state_dict, "state": state}
 
     def _saved_states(self, state_dict: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any], Tensor, dict[str, Any]]]:
         """Yield index, saved state, parameter and saved group of every parameter of which the checkpoint holds state."""
@@ -370,7 +386,7 @@ class LearnedOptimizer(Optimizer):
             step = torch.as_tensor(saved["step"], dtype=torch.float32)
             capturable = group.get("capturable", self.defaults["capturable"])
             state["step"] = step.to(param.device if capturable else "cpu", copy=True)
-            for name in _memory_names(self._weights_of(group).rule):
+            for name in names(self._weights_of(group).rule, saved):
                 state[name] = saved[name].detach().to(param.device, copy=True).contiguous()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -401,31 +417,43 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}; it must not be negative")
 
 
-def _dtype_name(dtype: torch.dtype | str | None) -> str:
-    """Name a memory dtype; a name, unlike a dtype, survives every checkpoint format."""
-    name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
-    if name not in STATE_DTYPES:
-        raise ValueError(f"Invalid state_dtype: {dtype!r}; choose one of {', '.join(STATE_DTYPES)}")
-    return name
+def _dtype_names(options: dict[str, Any]) -> dict[str, str | None]:
+    """Name the memory dtypes among the options; a name, unlike a dtype, survives every checkpoint format."""
+    named: dict[str, str | None] = {}
+    for option, known, default in (("state_dtype", STATE_DTYPES, "float32"), ("moment_dtype", MOMENT_DTYPES, None)):
+        if option in options:
+            dtype = options[option]
+            named[option] = default if dtype is None else str(dtype).removeprefix("torch.")
+            if dtype is not None and named[option] not in known:
+                raise ValueError(f"Invalid {option}: {dtype!r}; choose one of {', '.join(known)}")
+    return named
 
 
-def _memory_names(rule: UpdateRule) -> tuple[str, ...]:
-    return (*rule.moment_names, "hidden", "cell")
+def _dtypes(param: Tensor, group: dict[str, Any]) -> tuple[torch.dtype, torch.dtype | None, torch.dtype]:
+    """Return the dtypes of LSTM memory, moments (None: the layout decides) and computation."""
+    moment_dtype = group["moment_dtype"] and MOMENT_DTYPES[group["moment_dtype"]]
+    return STATE_DTYPES[group["state_dtype"]], moment_dtype, compute_dtype(param.dtype)
 
 
 def _params_with_groups(groups: Iterable[dict[str, Any]]) -> list[tuple[Tensor, dict[str, Any]]]:
     return [(param, group) for group in groups for param in group["params"]]
 
 
-def _check_memory(index: int, saved: dict[str, Any], param: Tensor, rule: UpdateRule) -> None:
+def _check_memory(index: int, saved: dict[str, Any], param: Tensor, group: dict[str, Any], rule: UpdateRule) -> None:
     """Refuse one parameter's saved state if it is not this rule's memory of this parameter."""
     shape = tuple(_as_real(param).shape)
-    names = _memory_names(rule)
-    if missing := [name for name in ("step", *names) if name not in saved]:
+    if missing := [name for name in ("step", *names(rule, saved)) if name not in saved]:
         raise ValueError(f"the checkpoint lacks {', '.join(missing)} of parameter {index}; was it edited?")
-    for name in names:
-        width = () if name in rule.moment_names else (rule.memory_width,)
-        if tuple(saved[name].shape) != shape + width:
+    dtype = str(saved["hidden"].dtype).removeprefix("torch.")
+    expected = group.get("state_dtype", dtype)
+    if (dtype == "int8") != (expected == "int8") and compute_dtype(param.dtype) == torch.float32:
+        raise ValueError(
+            f"the memory of parameter {index} is {dtype} in the checkpoint, whose options say state_dtype={expected!r}; "
+            "8-bit memory means nothing without its scales: load it into an optimizer with the state_dtype that saved it"
+        )
+    entries = layout(rule, saved["hidden"].dtype)
+    for name in names(rule, saved):
+        if tuple(saved[name].shape) != shape + entries[name].trailing:
             raise ValueError(
                 f"parameter {index} has shape {tuple(param.shape)}, but its {name} in the checkpoint has shape "
                 f"{tuple(saved[name].shape)}; give the optimizer the same parameters in the same order"

@@ -11,6 +11,7 @@ from torch import Tensor
 from learned_optim.backends.chunks import CHUNK
 from learned_optim.optimizer import LearnedOptimizer, _as_real, _local, _placed_like, compute_dtype
 from learned_optim.rules import UpdateRule
+from learned_optim.rules.storage import CELL_SCALE, decode
 
 Row = dict[str, float]
 
@@ -165,7 +166,7 @@ def _sums(
     grad = torch.cat([_flat(grad) for grad in grads]).to(rule.readout.weight.dtype)
     finite = (grad * grad if rule.moment_names else grad).isfinite()
     descent = torch.where(finite, grad if group["maximize"] else -grad, 0).double()
-    cell = torch.cat([_local(state["cell"]).reshape(-1, rule.memory_width) for state in states])
+    cell = torch.cat([_cells(rule, state) for state in states])
     if rule.moment_names:
         seen, adam = _adam_step(rule, states)
     else:
@@ -175,6 +176,13 @@ def _sums(
     counts = (~finite, ~seen, saturated, seen.unsqueeze(-1).expand_as(cell))
     sums = [change.new_tensor(change.numel()), *(a @ b for a, b in pairs), *(count.sum().double() for count in counts)]
     return _over_ranks(torch.stack(sums), params[0]).cpu()
+
+
+def _cells(rule: UpdateRule, state: Mapping[str, Tensor]) -> Tensor:
+    """Return a parameter's cells on this rank, ``(N, L * H)``."""
+    stored = {name: _local(state[name]) for name in ("hidden", "cell", CELL_SCALE) if name in state}
+    flat = {name: values.reshape(-1, values.shape[-1]) for name, values in stored.items()}
+    return decode(rule, flat, rule.readout.weight.dtype)["cell"]
 
 
 def _adam_step(rule: UpdateRule, states: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:

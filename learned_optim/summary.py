@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from learned_optim.backends import backend_in_use
@@ -19,7 +18,7 @@ def summarize(
     groups: Sequence[Group],
     backend: str,
     rule_of: Callable[[Tensor, Group], UpdateRule],
-    initial_state: Callable[[Tensor, Group, UpdateRule], dict[str, Tensor]],
+    state_bytes: Callable[[Tensor, Group], int],
 ) -> str:
     """Describe the groups, one line each, and in total.
 
@@ -30,7 +29,7 @@ def summarize(
         groups: Of parameters.
         backend: What the user asked for.
         rule_of: The rule that steps a parameter, in the dtype and on the device that it computes with.
-        initial_state: What the optimizer keeps of a parameter at rest.
+        state_bytes: What the optimizer keeps of a parameter.
 
     Returns:
         Lines of aligned columns.
@@ -39,10 +38,8 @@ def summarize(
     count = size = 0
     for number, group in enumerate(groups):
         rules = [rule_of(param, group) for param in group["params"]]
-        shapes = [torch.empty(param.shape, dtype=param.dtype, device="meta") for param in group["params"]]
-        states = [initial_state(shape, group, rule) for shape, rule in zip(shapes, rules, strict=True)]
-        numel = sum(shape.numel() for shape in shapes)
-        nbytes = sum(value.nbytes for state in states for value in state.values())
+        numel = sum(param.numel() for param in group["params"])
+        nbytes = sum(state_bytes(param, group) for param in group["params"])
         rows.append(
             (
                 str(number),

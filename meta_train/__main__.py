@@ -12,15 +12,17 @@ from typing import Any
 
 from tqdm import tqdm
 
+from learned_optim.rules import AdamModulationConfig
 from learned_optim.weights import Weights, available_weights, resolve_weights
 from meta_train import evaluate, figures
+from meta_train.evidence import RESULTS, evidence
 from meta_train.judging.report import judge_suite
 from meta_train.judging.suite import SEEDS, SUITES, TUNING_SEED, Runner, learned
 from meta_train.publish import publish
 from meta_train.recipe import parse_recipe, read_recipe
+from meta_train.responses import responses
 from meta_train.run_dir import BEST, RunDir, training_table
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
 HONESTY = """\
 The optimizees are those of the committed tables. With the same torch, processor and threads the figures are equal to the
 last digit; elsewhere rounding differs, and agreement within two standard errors is all that can be promised."""
@@ -81,6 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("--runs", type=Path, nargs="*", default=[], help="run directories, for training.csv")
     draw.set_defaults(verb=_figures)
 
+    explain = verbs.add_parser("explain", help="measure and draw what a rule of the default family learned")
+    explain.add_argument("weights", help="bundled name, file or Hub id")
+    explain.add_argument("--out", type=Path, required=True, help="directory for responses.csv and its figure")
+    explain.set_defaults(verb=_explain)
+
     verify = verbs.add_parser("verify", help="evaluate again and compare with the committed tables")
     verify.add_argument("weights", help="a bundled name, or a file whose stem has committed tables")
     verify.add_argument("--results", type=Path, help="the tables; default: docs/results/NAME")
@@ -91,8 +98,15 @@ def _parser() -> argparse.ArgumentParser:
     to_package.add_argument("run", type=Path)
     to_package.add_argument("--name", required=True)
     to_package.add_argument("--to", type=Path, help="directory; by default the package's bundled weights")
-    to_package.add_argument("--to-hub", "--hub", dest="hub", metavar="OWNER/REPO", help="upload there too")
+    to_package.add_argument("--to-hub", "--hub", dest="hub", metavar="OWNER/REPO", help="upload there too, as `upload` does")
+    to_package.add_argument("--results", type=Path, default=RESULTS, help="tables for the model card; default: docs/results")
     to_package.set_defaults(verb=_publish)
+
+    to_hub = verbs.add_parser("upload", help="put weights on the Hub, with a card that shows what was measured of them")
+    to_hub.add_argument("weights", help="a bundled name or a file")
+    to_hub.add_argument("hub", metavar="OWNER/REPO")
+    to_hub.add_argument("--results", type=Path, default=RESULTS, help="tables for the model card; default: docs/results")
+    to_hub.set_defaults(verb=_upload)
     return parser
 
 
@@ -188,28 +202,63 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _drawn(results: Path) -> list[dict[str, str]]:
+    """Read the curves that are drawn: of several weights the first, and the default."""
+    rows = evaluate.read_rows(results / "curves.csv")
+    if "task" in rows[0]:
+        return rows
+    ours = list(dict.fromkeys(row["optimizer"] for row in rows if row["optimizer"].startswith(evaluate.LEARNED)))
+    return [row for row in rows if row["optimizer"] not in ours[1:] or row["optimizer"] == figures.DEFAULT]
+
+
 def _figures(options: argparse.Namespace) -> int:
-    rows = evaluate.read_rows(options.results / "curves.csv")
+    rows = _drawn(options.results)
     if "task" in rows[0]:
         for ending in (".svg", ".png"):
             figures.suite_curves(rows, options.results / f"curves{ending}")
         return 0
     probe = evaluate.read_rows(options.results / "probe.csv")
     about = {"task": "", "trained_to": None, **json.loads((options.results / "environment.json").read_text())}
-    first = next(row["optimizer"] for row in rows if row["optimizer"].startswith(evaluate.LEARNED))
-    hidden = {row["optimizer"] for row in rows if row["optimizer"].startswith(evaluate.LEARNED)} - {first, figures.DEFAULT}
-    drawn = [row for row in rows if row["optimizer"] not in hidden]
-    longest = max(int(row["inner_step"]) for row in drawn)
+    longest = max(int(row["inner_step"]) for row in rows)
     trained_to = about["trained_to"] if about["trained_to"] and about["trained_to"] < longest else None
     if options.runs:
         evaluate.write_rows(options.results / "training.csv", training_table(options.runs))
     training = options.results / "training.csv"
     for ending in (".svg", ".png"):
-        figures.learning_curves(drawn, options.results / f"curves{ending}", trained_to=trained_to, title=about["task"])
+        figures.learning_curves(rows, options.results / f"curves{ending}", trained_to=trained_to, title=about["task"])
         figures.update_probe(probe, options.results / f"probe{ending}")
         if training.exists():
             figures.training_process(evaluate.read_rows(training), training.with_suffix(ending))
+    _figures_of_variants(options.results)
     return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    (weights,) = _labelled([options.weights])
+    config = weights.rule.config
+    if not isinstance(config, AdamModulationConfig):
+        raise ValueError(f"{weights.name}: only a rule that modulates an Adam step can be compared with one")
+    rows = responses(weights, config.step_size)
+    options.out.mkdir(parents=True, exist_ok=True)
+    evaluate.write_rows(options.out / "responses.csv", rows)
+    for ending in (".svg", ".png"):
+        figures.rule_responses(evaluate.read_rows(options.out / "responses.csv"), options.out / f"responses{ending}")
+    return 0
+
+
+def _figures_of_variants(results: Path) -> None:
+    """Draw what the evaluations in subdirectories say of other optimizees."""
+    variants = [path.parent for path in sorted(results.glob("*/curves.csv"))]
+    if not variants:
+        return
+    curves = {path.name: _drawn(path) for path in variants}
+    grid = evaluate.size_table([results, *variants])
+    if grid:
+        evaluate.write_rows(results / "grid.csv", grid)
+    for ending in (".svg", ".png"):
+        figures.variant_curves(curves, results / f"variants{ending}")
+        if grid:
+            figures.size_grid(evaluate.read_rows(results / "grid.csv"), results / f"grid{ending}")
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -246,8 +295,15 @@ def _verify(options: argparse.Namespace) -> int:
 def _publish(options: argparse.Namespace) -> int:
     path = publish(options.run, options.name, *([options.to] if options.to else []))
     print(f"wrote {path.name} and {path.with_suffix('.toml').name} to {path.parent}")
-    if options.hub:
-        print(resolve_weights(path).push_to_hub(options.hub))
+    return _upload(argparse.Namespace(**{**vars(options), "weights": path})) if options.hub else 0
+
+
+def _upload(options: argparse.Namespace) -> int:
+    weights = resolve_weights(options.weights)
+    results = evidence(weights, options.results)
+    if not results:
+        print(f"no tables in {options.results} are of these weights: their card will show no results", file=sys.stderr)
+    print(weights.push_to_hub(options.hub, results=results))
     return 0
 
 

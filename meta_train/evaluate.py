@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from meta_train.baselines import (
     CLASSIFICATION,
     FIXED,
     LBFGS_STEPS,
+    MNIST,
     PICTURES,
     QUADRATIC,
     QUARTIC,
@@ -38,7 +39,7 @@ from meta_train.baselines import (
 )
 from meta_train.outer_loop import derive_seed
 from meta_train.run_dir import environment, write_atomically
-from meta_train.tasks import Mixture, NeuralArt, Optimizee, Quadratic, Quartic, Task, with_data
+from meta_train.tasks import Mixture, Mnist, NeuralArt, Optimizee, Quadratic, Quartic, Task, with_data
 
 Row = dict[str, str | int | float]
 Rows = list[Row]
@@ -86,16 +87,24 @@ def _neural_art(**changes: Any) -> Arena:
     return Arena(task, PICTURES, LBFGS_STEPS, tuning=5, horizons=(128,), tuning_task=tuning_task)
 
 
+def _mnist(*hidden: int, activation: Literal["sigmoid", "relu"] = "sigmoid") -> Arena:
+    """Judge on the half of MNIST that nothing was meta-trained on."""
+    return Arena(Mnist(hidden, activation, half="second"), MNIST, UNTUNED, tuning=5, last=10)
+
+
 ARENAS = {
     "quadratic": Arena(Quadratic(), QUADRATIC, FIXED),
     "quartic": Arena(Quartic(functions=1), QUARTIC, UNTUNED, tuning=20, fresh=50),
     "digits": Arena(Mixture(problems=1, kinds=("digit-mlp",)), CLASSIFICATION, UNTUNED, last=10),
+    "mnist": _mnist(20),
+    "mnist-relu": _mnist(20, activation="relu"),
+    **{f"mnist-{size}x{depth}": _mnist(*[size] * depth) for size in (5, 10, 20, 40, 80) for depth in (1, 2)},
     "neural-art": _neural_art(),
     "neural-art-style": _neural_art(style="the_scream"),
     "neural-art-double": _neural_art(size=128),
 }
-"""Arenas by name: the paper's quadratics, the quartic toy, small dense classifiers of 8x8 digits, and neural art with new
-contents, with a new style too, and at double resolution."""
+"""Arenas by name: the paper's quadratics, the quartic toy, small dense classifiers of 8x8 digits, MNIST with nets of many
+sizes, and neural art with new contents, with a new style too, and at double resolution."""
 
 
 def run(
@@ -334,6 +343,28 @@ def _curves(runs: _Runs, chosen: Mapping[str, Setting], learned: Sequence[Weight
 def _statistics(values: Tensor) -> dict[str, float | int]:
     error = values.std() / len(values) ** 0.5 if len(values) > 1 else torch.tensor(0.0)
     return {"mean": _rounded(values.mean()), "standard_error": _rounded(error), "n": len(values)}
+
+
+def size_table(places: Iterable[Path]) -> Rows:
+    """Collect how good optimizers are on sigmoid nets of many sizes, at the first horizon.
+
+    Args:
+        places: Directories of evaluations; those of other arenas are passed over.
+
+    Returns:
+        A row for each net and optimizer.
+    """
+    table: Rows = []
+    for place in places:
+        name = json.loads((place / "environment.json").read_text())["task"]
+        arena = ARENAS.get(name)
+        if arena is None or not isinstance(arena.task, Mnist) or arena.task.activation != "sigmoid":
+            continue
+        size: Row = {"units": arena.task.hidden[0], "layers": len(arena.task.hidden)}
+        for row in read_rows(place / "summary.csv"):
+            if (row["criterion"], row["horizon"]) == ("final", str(arena.horizons[0])):
+                table.append({**size, **{key: row[key] for key in ("optimizer", "setting", "mean", "standard_error", "n")}})
+    return table
 
 
 def _rounded(value: Tensor | float) -> float:

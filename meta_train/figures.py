@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +47,7 @@ def learning_curves(rows: Sequence[dict[str, str]], path: Path, *, trained_to: i
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes = figure.subplots()
-        for name in dict.fromkeys(row["optimizer"] for row in rows):
-            of_name = [row for row in rows if row["optimizer"] == name]
-            steps, mean, error = (
-                [float(row[column]) for row in of_name] for column in ("inner_step", "mean", "standard_error")
-            )
-            learned, default = name.startswith("LSTM"), name == DEFAULT and name != rows[0]["optimizer"]
-            colour = "black" if default else COLOURS[name.split(" ")[0]]
-            label = "LSTM (learned)" if learned else f"{name} ({of_name[0]['setting'].replace(' momentum', ', momentum')})"
-            label = "default, not trained on this task" if default else label
-            axes.plot(steps, mean, color=colour, lw=2.6 if learned else 1.4, ls="-" if learned else "--", label=label)
-            low = [m - e for m, e in zip(mean, error, strict=True)]
-            high = [m + e for m, e in zip(mean, error, strict=True)]
-            axes.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
+        _draw_curves(axes, rows)
         if trained_to is not None:
             axes.axvline(trained_to, color="black", lw=0.8, ls=":")
             axes.annotate(
@@ -74,6 +62,72 @@ def learning_curves(rows: Sequence[dict[str, str]], path: Path, *, trained_to: i
             )
         axes.set(yscale="log", xlabel="inner step", ylabel="optimizee loss", title=title)
         axes.legend(loc="upper right", bbox_to_anchor=(1.0, 0.93))
+        _save(figure, path)
+
+
+def _draw_curves(axes: Any, rows: Sequence[dict[str, str]]) -> None:
+    """Draw one line with its band for each optimizer of ``curves.csv``."""
+    for name in dict.fromkeys(row["optimizer"] for row in rows):
+        of_name = [row for row in rows if row["optimizer"] == name]
+        steps, mean, error = _columns(of_name, "inner_step", "mean", "standard_error")
+        learned, default = name.startswith("LSTM"), name == DEFAULT and name != rows[0]["optimizer"]
+        colour = "black" if default else COLOURS[name.split(" ")[0]]
+        label = "LSTM (learned)" if learned else f"{name} ({of_name[0]['setting'].replace(' momentum', ', momentum')})"
+        label = "default, not trained on this task" if default else label
+        axes.plot(steps, mean, color=colour, lw=2.6 if learned else 1.4, ls="-" if learned else "--", label=label)
+        low = [m - e for m, e in zip(mean, error, strict=True)]
+        high = [m + e for m, e in zip(mean, error, strict=True)]
+        axes.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
+
+
+def variant_curves(variants: Mapping[str, Sequence[dict[str, str]]], path: Path) -> None:
+    """Draw learning curves on variants of a task side by side, in the manner of the paper's Figure 5.
+
+    Args:
+        variants: ``curves.csv`` of each, by name.
+        path: The picture.
+    """
+    columns = min(len(variants), 4)
+    lines = -(-len(variants) // columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.2 * columns, 3.6 * lines), layout="constrained")
+        panels = figure.subplots(lines, columns, squeeze=False).flatten()
+        for axes, (name, rows) in zip(panels, variants.items(), strict=False):
+            _draw_curves(axes, rows)
+            axes.set(yscale="log", title=name)
+            axes.legend(fontsize=7)
+        for axes in panels[len(variants) :]:
+            axes.axis("off")
+        figure.supxlabel("inner step")
+        figure.supylabel("optimizee loss")
+        _save(figure, path)
+
+
+def size_grid(rows: Sequence[dict[str, str]], path: Path) -> None:
+    """Draw final loss against hidden units, a panel for each number of layers, in the manner of the paper's Figure 6.
+
+    Args:
+        rows: ``grid.csv``.
+        path: The picture.
+    """
+    depths = sorted({int(row["layers"]) for row in rows})
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.6 * len(depths), 3.4), layout="constrained")
+        panels = figure.subplots(1, len(depths), sharey=True, squeeze=False)[0]
+        for axes, depth in zip(panels, depths, strict=True):
+            of_depth = sorted((row for row in rows if int(row["layers"]) == depth), key=lambda row: int(row["units"]))
+            for name in dict.fromkeys(row["optimizer"] for row in of_depth):
+                units, mean, error = _columns(
+                    [r for r in of_depth if r["optimizer"] == name], "units", "mean", "standard_error"
+                )
+                learned = name.startswith("LSTM")
+                colour = "black" if name == DEFAULT else COLOURS[name.split(" ")[0]]
+                axes.errorbar(units, mean, error, color=colour, ls="-" if learned else "--", marker="o", ms=4, label=name)
+            axes.set(xscale="log", yscale="log", xlabel="hidden units", title=f"{depth} hidden layer" + "s" * (depth > 1))
+            axes.set_xticks(units, [f"{value:g}" for value in units])
+            axes.minorticks_off()
+        panels[0].set(ylabel="loss at the first horizon")
+        panels[-1].legend(fontsize=8)
         _save(figure, path)
 
 
@@ -102,6 +156,33 @@ def update_probe(rows: Sequence[dict[str, str]], path: Path) -> None:
         grid[0][0].set(ylabel="gradient")
         grid[1][0].set(ylabel="update")
         grid[1][0].legend()
+        _save(figure, path)
+
+
+def rule_responses(rows: Sequence[dict[str, str]], path: Path) -> None:
+    """Draw what a rule learned, in three panels.
+
+    Args:
+        rows: ``responses.csv``.
+        path: The picture.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11, 3.6), layout="constrained")
+        size, momentum, correlation = figure.subplots(1, 3)
+        of_size = [row for row in rows if row["response"] == "step size"]
+        for index, series in enumerate(dict.fromkeys(row["series"] for row in of_size)):
+            shade = mpl.colormaps["viridis"](0.9 - 0.2 * index)
+            chosen = [row for row in of_size if row["series"] == series]
+            size.plot(*_columns(chosen, "x", "learned"), color=shade, label=f"{series}")
+        size.legend(title="signal / noise", fontsize=8)
+        size.set(xscale="log", yscale="log", xlabel="inner step", ylabel="step size, relative to Adam's")
+        for axes, response in ((momentum, "momentum"), (correlation, "correlation")):
+            chosen = [row for row in rows if row["response"] == response]
+            for series, label, style in (("learned", "LSTM", "-"), ("adam", "Adam", "--")):
+                axes.plot(*_columns(chosen, "x", series), style, color=COLOURS[label], lw=1.8, label=label)
+            axes.legend()
+        momentum.set(xlabel="steps since a gradient", ylabel="its share of the update")
+        correlation.set(xlabel="correlation of successive gradients", ylabel="step size, relative to Adam's", yscale="log")
         _save(figure, path)
 
 

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learned_optim.backends.native_lstm import native_advance, native_sequence, native_supports
+from learned_optim.backends.native_lstm import native_sequence, native_supports
 from learned_optim.rules import Memory, UpdateRule
+from meta_train.inner_steps import inner_steps, tensor_scales
 from meta_train.tasks.task import Optimizee
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -108,14 +109,6 @@ def loss_and_grad(optimizee: Optimizee, params: Tensor) -> tuple[Tensor, Tensor]
     return losses.detach(), grad
 
 
-def coordinate_scales(rule: UpdateRule, optimizee: Optimizee, params: Tensor) -> Tensor | None:
-    """Return the rule's ``tensor_scale`` of each coordinate's tensor, ``(P * D,)``, or None where the rule takes none."""
-    if not rule.uses_scale:
-        return None
-    mean_squares = params.detach().square() @ optimizee.tensor_means.to(params)
-    return rule.scale_of(mean_squares)[:, optimizee.tensor_index].flatten()
-
-
 @torch.no_grad()
 def roll_out(
     rule: UpdateRule, optimizee: Optimizee, carry: Carry, truncation: int, coordinates: Tensor | None = None
@@ -132,33 +125,36 @@ def roll_out(
     Returns:
         The record and the carry after the last step.
     """
-    params, memory, grad, loss = carry.params, carry.memory, carry.grad, carry.loss
-    pick = (lambda x: x) if coordinates is None else (lambda x: x[coordinates])
-    advance = native_advance(rule.lstm) if native_supports(rule.lstm) else None
-    losses, grads, inputs, contexts, active = [], [], [], [], []
+    inner, grad, loss = inner_steps(rule, optimizee, carry.params, carry.memory), carry.grad, carry.loss
+    problems, size = carry.params.shape
+    chosen = torch.arange(problems * size, device=grad.device) if coordinates is None else coordinates
+    problem, tensor = chosen // size, optimizee.tensor_index[chosen % size]
+    losses, grads, memories, scales_seen = [], [grad.flatten()[chosen]], [], []
     for step in range(carry.step + 1, carry.step + truncation + 1):
-        scale = coordinate_scales(rule, optimizee, params)
-        update, memory, encoded = rule(grad.flatten(), memory, params.new_tensor(float(step)), scale, advance)
-        params = params + update.view_as(params)
-        loss, grad = loss_and_grad(optimizee, params)
+        memories.append({name: values[chosen] for name, values in inner.memory.items()})
+        scales = tensor_scales(rule, optimizee, inner.params)
+        if scales is not None:
+            scales_seen.append(scales[problem, tensor])
+        inner.take(grad, step, scales)
+        loss, grad = loss_and_grad(optimizee, inner.params)
         losses.append(loss)
-        grads.append(pick(grad.flatten()))
-        inputs.append(pick(encoded.inputs))
-        contexts.append(pick(encoded.context))
-        active.append(pick(encoded.active))
-    size = params.shape[1]
-    index = torch.arange(params.numel(), device=params.device) if coordinates is None else coordinates
+        grads.append(grad.flatten()[chosen])
+    # What the rule saw, for all inner steps at once.
+    memory = {name: torch.cat([memory[name] for memory in memories]) for name in carry.memory}
+    steps = torch.arange(carry.step + 1, carry.step + truncation + 1).to(grad).repeat_interleave(chosen.numel())
+    scale = torch.cat(scales_seen) if scales_seen else None
+    seen = rule.encode(torch.cat(grads[:-1]), memory, steps, scale)
     record = RollOut(
         losses=torch.stack(losses),
-        grads=torch.stack(grads),
-        inputs=torch.stack(inputs),
-        contexts=torch.stack(contexts),
-        active=torch.stack(active),
-        start=(pick(carry.memory["hidden"]), pick(carry.memory["cell"])),
-        problem=index // size,
-        fraction=index.numel() / params.numel(),
+        grads=torch.stack(grads[1:]),
+        inputs=seen.inputs.unflatten(0, (truncation, chosen.numel())),
+        contexts=seen.context.unflatten(0, (truncation, chosen.numel())),
+        active=seen.active.unflatten(0, (truncation, chosen.numel())),
+        start=(carry.memory["hidden"][chosen], carry.memory["cell"][chosen]),
+        problem=problem,
+        fraction=chosen.numel() / carry.params.numel(),
     )
-    return record, Carry(params, memory, carry.step + truncation, loss, grad, carry.initial_loss)
+    return record, Carry(inner.params, inner.memory, carry.step + truncation, loss, grad, carry.initial_loss)
 
 
 def backpropagate(rule: UpdateRule, record: RollOut, weights: Tensor, discount: float = 1.0) -> None:
@@ -237,7 +233,8 @@ def unroll(
     params, memory = carry.params.detach(), carry.memory
     grad, losses = carry.grad, []
     for step in range(carry.step + 1, carry.step + truncation + 1):
-        scale = coordinate_scales(rule, optimizee, params)
+        scales = tensor_scales(rule, optimizee, params)
+        scale = None if scales is None else scales[:, optimizee.tensor_index].flatten()
         update, memory, _ = rule(grad.flatten(), memory, params.new_tensor(float(step)), scale)
         params = params + update.view_as(params)
         loss = optimizee.losses(optimizee.unflatten(params))

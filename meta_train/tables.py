@@ -10,10 +10,10 @@ import re
 from pathlib import Path
 
 from meta_train.evaluate import read_rows
+from meta_train.evidence import RESULTS, comparison, where
 from meta_train.run_dir import write_atomically
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "docs" / "results"
 
 
 def quadratic(results: Path = RESULTS / "quadratic") -> str:
@@ -26,32 +26,16 @@ def quadratic(results: Path = RESULTS / "quadratic") -> str:
         A table and a line of where it comes from.
     """
     rows = read_rows(results / "summary.csv")
-    columns = [(criterion, horizon) for horizon in ("100", "200") for criterion in ("sum", "final")]
-    cells = {(row["optimizer"], row["criterion"], row["horizon"]): row for row in rows}
-    names = sorted({row["optimizer"] for row in rows}, key=lambda name: (not name.startswith("LSTM"), name))
-    lines = [
-        "| | sum of 100 losses | loss at step 100 | sum of 200 losses | loss at step 200 |",
-        "|---|---|---|---|---|",
-    ]
-    for name in names:
-        values = [cells[name, criterion, horizon] for criterion, horizon in columns]
-        shown = [f"{float(v['mean']):.3g} ± {float(v['standard_error']):.2g} ({_ratio(v)})" for v in values]
-        label = f"**{name}**, not tuned" if name.startswith("LSTM") else f"{name}, tuned for each column"
-        lines.append(f"| {label} | {' | '.join(shown)} |")
-    where = json.loads((results / "environment.json").read_text())
+    about = json.loads((results / "environment.json").read_text())
     count = rows[0]["n"]
     note = (
         f"Mean ± standard error over n = {count} fresh batches of 128 functions, meta-trained to 100 steps; in brackets the "
         "ratio to the best baseline of the column. One row for each of three meta-training seeds; the one with the best "
         "validation is bundled. Baselines are tuned on other batches, and one that diverges on a fresh batch gives way to "
         "its next best setting; every one tried is in [sweep.csv](docs/results/quadratic/sweep.csv). "
-        f"{where['processor']}, torch {where['torch']}, commit {where['commit']}. Command: `make reproduce`."
+        f"{where(about)}. Command: `make reproduce`."
     )
-    return "\n".join([*lines, "", note])
-
-
-def _ratio(row: dict[str, str]) -> str:
-    return f"{float(row['ratio_to_best_baseline']):.2f} x"
+    return "\n".join([*comparison(rows), "", note])
 
 
 def demo(results: Path = RESULTS / "demo") -> str:

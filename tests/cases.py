@@ -18,7 +18,14 @@ RULE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "adam-modulation": ("adam-modulation", {}),
     "adam-modulation-time": (
         "adam-modulation",
-        {"hidden_size": 4, "num_layers": 2, "time_scales": (5.0, 50.0), "step_size": 0.02},
+        {
+            "hidden_size": 4,
+            "num_layers": 2,
+            "time_scales": (5.0, 50.0),
+            "step_size": 0.02,
+            "anneal_power": 0.4,
+            "anneal_steps": 3.0,
+        },
     ),
 }
 

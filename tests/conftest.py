@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import RULE_CASES, small_rule
 
-from learned_optim import UpdateRule
+from learned_optim import LearnedOptimizer, UpdateRule
 
 torch.set_num_threads(1)
 
@@ -22,3 +22,9 @@ def seed() -> Iterator[None]:
 def rule(request: pytest.FixtureRequest) -> UpdateRule:
     """A small random rule of each family."""
     return small_rule(request.param)
+
+
+@pytest.fixture(params=["auto", "reference"])
+def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give optimizers that name no backend the one that users get, and then the one that defines the numbers."""
+    monkeypatch.setitem(LearnedOptimizer.__init__.__kwdefaults__, "backend", request.param)

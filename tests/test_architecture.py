@@ -19,8 +19,9 @@ ALLOWED = {
     "guard": {"rules", "weights"},
     "summary": {"backends", "rules"},
     "optimizer": {"backends", "guard", "rules", "summary", "weights"},
+    "memory": {"optimizer"},
     "recorder": {"backends", "optimizer", "rules"},
-    "__init__": {"optimizer", "recorder", "rules", "weights"},
+    "__init__": {"memory", "optimizer", "recorder", "rules", "weights"},
     "__main__": {"rules", "weights"},
 }
 

@@ -13,21 +13,26 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from learned_optim.backends import chunks, native, triton_step
+from learned_optim.backends import chunks, compiled, native, triton_step
 from learned_optim.backends.chunks import StepItem
 from learned_optim.rules import UpdateRule
 
-_MODULES: dict[str, ModuleType] = {"triton": triton_step, "native": native}
+_MODULES: dict[str, ModuleType] = {"triton": triton_step, "native": native, "compiled": compiled}
 """Every backend but the reference, fastest first."""
+
+_AUTO = ("triton", "native")
+"""What ``auto`` takes without being asked: not ``compiled``, which spends up to a minute compiling at the first step."""
 
 _INSTALL = {
     "triton": "it needs an NVIDIA GPU that torch can use, and `pip install triton`",
     "native": "install a C compiler and reinstall learned-optim",
+    "compiled": "it needs a C++ compiler that works, such as g++",
 }
 """What to do where a backend is not available."""
 
 BACKENDS = ("auto", "reference", *_MODULES)
-"""``reference`` is eager PyTorch, ``triton`` fused on CUDA, ``native`` compiled C on the CPU, ``auto`` takes the fastest."""
+"""``reference`` is eager PyTorch, ``triton`` fused on CUDA, ``native`` compiled C on the CPU, ``compiled`` goes through
+``torch.compile``; ``auto`` takes ``triton``, ``native`` or ``reference``, the first that works."""
 
 
 def check_backend(name: str) -> None:
@@ -73,7 +78,7 @@ def choose_backend(name: str, rule: UpdateRule) -> ModuleType:
     """Return what runs a rule: the named backend, or for ``auto`` the first that supports it; else the reference."""
     if name == "auto" and not native.available() and rule.readout.weight.device.type == "cpu":
         _say_once()
-    names = tuple(_MODULES) if name == "auto" else (name,)
+    names = _AUTO if name == "auto" else (name,)
     for module in (_MODULES[name] for name in names if name in _MODULES):
         if module.available() and module.supports(rule):
             return module

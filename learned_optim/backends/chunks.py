@@ -4,13 +4,16 @@ Coordinates of small tensors are packed together and large tensors are cut, so t
 scratch memory does not grow with the model. This file knows nothing of parameter groups or of where state is kept.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from learned_optim.rules import UpdateRule
+from learned_optim.rules import Memory, UpdateRule
+from learned_optim.rules.storage import decode, encode, noise
 
 CHUNK = 65_536
 """Coordinates processed at once."""
@@ -23,7 +26,8 @@ class StepItem:
     Args:
         param: Real, local tensor; written.
         grad: Same shape, any floating dtype; read only.
-        memory: Moments of ``param``'s shape, ``hidden`` and ``cell`` with the memory width behind it; written.
+        memory: As :mod:`learned_optim.rules.storage` lays it out: moments of ``param``'s shape, ``hidden`` and ``cell`` with
+            the memory width behind it; written.
         step: Inner steps including this one, 0-dim float32.
         scale: The rule's ``tensor_scale`` of the whole parameter, 0-dim, or None.
     """
@@ -71,6 +75,8 @@ def apply_step(
     lr: Tensor | float,
     weight_decay: float,
     maximize: bool,
+    run: Callable[..., None] | None = None,
+    size: int | None = None,
 ) -> None:
     """Apply one inner step in place.
 
@@ -80,20 +86,25 @@ def apply_step(
         lr: Factor on the update.
         weight_decay: Decoupled; parameters shrink by ``1e-3 * lr * weight_decay``.
         maximize: Ascend instead of descend.
+        run: A faster equivalent of :func:`step_chunk`.
+        size: Coordinates of a chunk, :data:`CHUNK` by default.
     """
-    for chunk in _pack(items):
-        _apply_chunk(rule, chunk, lr, weight_decay, maximize)
+    alike: dict[Any, list[StepItem]] = defaultdict(list)
+    for item in items:
+        alike[tuple((name, values.dtype) for name, values in item.memory.items())].append(item)
+    for chunk in (chunk for group in alike.values() for chunk in _pack(group, size or CHUNK)):
+        _apply_chunk(rule, chunk, lr, weight_decay, maximize, run or step_chunk)
         for piece in chunk:
             piece.write_back()
 
 
-def _pack(items: Sequence[StepItem]) -> Iterator[list[_Slice]]:
-    """Cut the items, in order, into chunks of ``CHUNK`` coordinates."""
+def _pack(items: Sequence[StepItem], size: int) -> Iterator[list[_Slice]]:
+    """Cut the items, in order, into chunks of ``size`` coordinates; the last may be smaller."""
     chunk: list[_Slice] = []
-    room = CHUNK
+    room = size
     for item in items:
         # `reshape` copies a strided tensor: once for the item, not once for each of its chunks.
-        flat_param, flat_grad = item.param.reshape(-1), item.grad.reshape(-1)
+        flat_param, flat_grad = item.param.detach().reshape(-1), item.grad.detach().reshape(-1)
         start, total = 0, item.param.numel()
         while start < total:
             stop = min(total, start + room)
@@ -102,9 +113,41 @@ def _pack(items: Sequence[StepItem]) -> Iterator[list[_Slice]]:
             start = stop
             if room == 0:
                 yield chunk
-                chunk, room = [], CHUNK
+                chunk, room = [], size
     if chunk:
         yield chunk
+
+
+def step_chunk(
+    rule: UpdateRule,
+    param: Tensor,
+    grad: Tensor,
+    stored: Memory,
+    step: Tensor,
+    scale: Tensor | None,
+    lr: Tensor | float,
+    shrink: Tensor | float,
+    maximize: bool,
+) -> None:
+    """Take one inner step of a chunk, in place.
+
+    Args:
+        rule: In the dtype to compute with.
+        param: ``(N,)``, in that dtype; written.
+        grad: ``(N,)``, in that dtype.
+        stored: Memory as it is kept, each ``(N, ...)``; written.
+        step: Inner steps including this one, 0-dim or ``(N,)``.
+        scale: Of each coordinate's tensor, 0-dim or ``(N,)``, or None.
+        lr: Factor on the update.
+        shrink: Factor on the parameter.
+        maximize: Ascend instead of descend.
+    """
+    memory = decode(rule, stored, param.dtype)
+    update, new_memory, encoded = rule(-grad if maximize else grad, memory, step, scale)
+    new_stored = encode(rule, new_memory, stored, encoded.active, noise(grad, step))
+    param.copy_(param * shrink + lr * update)
+    for name, values in new_stored.items():
+        stored[name].copy_(values)
 
 
 def _apply_chunk(
@@ -113,25 +156,27 @@ def _apply_chunk(
     lr: Tensor | float,
     weight_decay: float,
     maximize: bool,
+    run: Callable[..., None],
 ) -> None:
     dtype = rule.readout.weight.dtype
     sizes = [piece.stop - piece.start for piece in chunk]
-    grad = _join([piece.grad for piece in chunk]).to(dtype)
-    memory = {name: _join([piece.memory(name) for piece in chunk]).to(dtype) for name in chunk[0].item.memory}
+    param = _join([piece.param.to(dtype) for piece in chunk])
+    grad = _join([piece.grad.to(dtype) for piece in chunk])
+    stored = {name: _join([piece.memory(name) for piece in chunk]) for name in chunk[0].item.memory}
     step = _spread([piece.item.step.to(grad.device, dtype) for piece in chunk], sizes)
     scales = [piece.item.scale for piece in chunk if piece.item.scale is not None]
     scale = _spread(scales, sizes) if scales else None
 
-    update, new_memory, _ = rule(-grad if maximize else grad, memory, step, scale)
+    run(rule, param, grad, stored, step, scale, lr, 1 - lr * 1e-3 * weight_decay, maximize)
 
-    for name, values in new_memory.items():
-        for piece, new in zip(chunk, values.split(sizes), strict=True):
-            piece.memory(name).copy_(new)
-    for piece, change in zip(chunk, update.split(sizes), strict=True):
-        param = piece.param.to(dtype)
-        if weight_decay != 0:
-            param = param * (1 - lr * 1e-3 * weight_decay)
-        piece.param.copy_(param + lr * change)
+    # Part of one tensor was written where it lies; what was joined or cast is a copy.
+    if len(chunk) > 1:
+        for name, values in stored.items():
+            for piece, new in zip(chunk, values.split(sizes), strict=True):
+                piece.memory(name).copy_(new)
+    if len(chunk) > 1 or chunk[0].param.dtype != dtype:
+        for piece, new in zip(chunk, param.split(sizes), strict=True):
+            piece.param.copy_(new)
 
 
 def _join(pieces: list[Tensor]) -> Tensor:

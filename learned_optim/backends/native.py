@@ -24,12 +24,16 @@ from learned_optim.backends.native_library import AVAILABLE, call, pointer
 from learned_optim.rules import AdamModulationRule, PaperRule, UpdateRule
 from learned_optim.rules.adam_modulation import AdamModulationConfig
 from learned_optim.rules.paper import PaperRuleConfig
+from learned_optim.rules.storage import CELL_SCALE, names
 
 VALUE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of parameters and gradients, with the number that the kernel has for each."""
 
-MEMORY_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+MEMORY_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 3}
 """Dtypes of hidden and cell."""
+
+MOMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""Dtypes of moments."""
 
 PLAIN_TENSORS = {Tensor, nn.Parameter}
 _LOG2_E = 1.44269504
@@ -44,6 +48,7 @@ class _Rule(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in _WHOLE_NUMBERS),
         *((name, ctypes.c_float) for name in ("fast_decay", "slow_decay", "second_moment_decay", "step_size", "log_gain")),
+        *((name, ctypes.c_float) for name in ("anneal_power", "anneal_steps")),
         *((name, ctypes.c_float) for name in ("input_scale", "output_scale", "preprocess_p", "threshold")),
         ("time_scales", ctypes.c_float * 16),
     )
@@ -56,7 +61,8 @@ class _Columns(ctypes.Structure):
         ("count", ctypes.c_int64),
         *((name, pointer) for name in ("sizes", "params", "grads", "hidden", "cell")),
         ("moments", pointer * 3),
-        *((name, pointer) for name in ("steps", "scales", "param_types", "grad_types", "memory_types")),
+        *((name, pointer) for name in ("cell_scales", "steps", "scales", "param_types", "grad_types", "memory_types")),
+        ("moment_types", pointer * 3),
         *((name, ctypes.c_float) for name in ("lr", "shrink")),
         *((name, ctypes.c_int32) for name in ("maximize", "count_step")),
     )
@@ -96,13 +102,19 @@ def apply_step(
     if others:
         chunks.apply_step(rule, others, lr=lr, weight_decay=weight_decay, maximize=maximize)
     items = [item for item, taking in zip(items, taken, strict=True) if taking]
-    if not items:
-        return
+    for eight_bit in (False, True):
+        if alike := [item for item in items if (item.memory["hidden"].dtype == torch.int8) == eight_bit]:
+            _apply_alike(rule, alike, lr, weight_decay, maximize)
+
+
+def _apply_alike(
+    rule: UpdateRule, items: Sequence[StepItem], lr: Tensor | float, weight_decay: float, maximize: bool
+) -> None:
+    """Step items whose memory has the same names."""
     # The kernel reads and writes flat tensors; a copy stands in for one that is not.
     params = [item.param.resolve_neg().contiguous() for item in items]
-    names = ("hidden", "cell", *rule.moment_names)
     grads = [item.grad.resolve_neg().contiguous() for item in items]
-    memory = [item.memory[name] for name in names for item in items]
+    memory = [item.memory[name] for name in names(rule, items[0].memory) for item in items]
     numbers = [item.step for item in items], [item.scale for item in items if item.scale is not None]
     if torch.compiler.is_compiling():
         rate = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
@@ -118,23 +130,23 @@ def apply_step(
 
 def takes(rule: UpdateRule, item: StepItem) -> bool:
     """Return whether the kernel can take an item, perhaps by way of a contiguous copy of parameter and gradient."""
-    size, memory = item.param.numel(), item.memory
-    if set(memory) != {"hidden", "cell", *rule.moment_names}:
+    size, layers, memory = item.param.numel(), rule.config.num_layers, item.memory
+    if set(memory) != set(names(rule, memory)):
         return False
     moments = [memory[name] for name in rule.moment_names]
     numbers = [item.step] if item.scale is None else [item.step, item.scale]
     states = (memory["hidden"], memory["cell"])
+    cell_scales = [memory[CELL_SCALE]] if CELL_SCALE in memory else []
     return (
-        all(
-            type(x) in PLAIN_TENSORS and x.device.type == "cpu" for x in (item.param, item.grad, *states, *moments, *numbers)
-        )
+        all(type(x) in PLAIN_TENSORS and x.device.type == "cpu" for x in (item.param, item.grad, *memory.values(), *numbers))
         and item.param.dtype in VALUE_TYPES
         and item.grad.dtype in VALUE_TYPES
         and item.grad.shape == item.param.shape
         and states[0].dtype == states[1].dtype
         and states[0].dtype in MEMORY_TYPES
         and all(x.is_contiguous() and x.numel() == size * rule.memory_width for x in states)
-        and all(x.is_contiguous() and x.numel() == size and x.dtype == torch.float32 for x in moments)
+        and all(x.is_contiguous() and x.numel() == size and x.dtype in MOMENT_TYPES for x in moments)
+        and all(x.is_contiguous() and x.numel() == size * layers and x.dtype == torch.bfloat16 for x in cell_scales)
         and all(x.numel() == 1 and x.dtype == torch.float32 for x in numbers)
     )
 
@@ -149,11 +161,12 @@ def describe(rule: UpdateRule) -> list[float]:
     if isinstance(config, AdamModulationConfig):
         decays = [config.fast_decay, config.slow_decay, config.second_moment_decay]
         times = list(config.time_scales)
-        return [1.0, *sizes, 0.0, float(len(times)), *decays, config.step_size, config.log_gain, 0.0, 0.0, 0.0, 0.0, *times]
+        bounds = [config.step_size, config.log_gain, config.anneal_power, config.anneal_steps]
+        return [1.0, *sizes, 0.0, float(len(times)), *decays, *bounds, 0.0, 0.0, 0.0, 0.0, *times]
     assert isinstance(config, PaperRuleConfig)
     p = config.preprocess_p
     scales = [config.input_scale, config.output_scale, p, math.exp(-p)]
-    return [0.0, *sizes, float(config.inputs == "log_and_sign"), 0.0, *[0.0] * 5, *scales]
+    return [0.0, *sizes, float(config.inputs == "log_and_sign"), 0.0, *[0.0] * 7, *scales]
 
 
 def pack(rule: UpdateRule) -> Tensor:
@@ -219,7 +232,8 @@ class Table:
 
     Args:
         params: Contiguous.
-        memory: ``hidden`` of every parameter, then ``cell`` of every parameter, then each moment; contiguous.
+        memory: ``hidden`` of every parameter, then ``cell`` of every parameter, then each moment, then, if hidden is 8-bit,
+            ``cell_scale``; contiguous.
         steps: One number each.
         scales: One number each; empty where the rule takes none.
     """
@@ -231,14 +245,19 @@ class Table:
         self.tensors = [*params, *memory, *steps, *scales]
         self.addresses = array("Q", map(Tensor.data_ptr, self.tensors))
         self.sizes = array("q", map(Tensor.numel, params))
+        scaled = any(x.dtype == torch.int8 for x in memory[:1])
+        moments = max(len(memory) // max(count, 1) - 2 - scaled, 0)
         self.types = array("B", [VALUE_TYPES[x.dtype] for x in params] + [MEMORY_TYPES[x.dtype] for x in memory[:count]])
+        self.types.extend(MOMENT_TYPES[x.dtype] for x in memory[2 * count : (2 + moments) * count])
         types = self.types.buffer_info()[0]
-        params_at, hidden, cell, *rest = (self.addresses.buffer_info()[0] + 8 * count * column for column in range(8))
-        moments = max(len(memory) // max(count, 1) - 2, 0)
+        params_at, hidden, cell, *rest = (self.addresses.buffer_info()[0] + 8 * count * column for column in range(9))
+        cell_scales = rest[moments] if scaled else None
+        steps_at, scales_at = rest[moments + scaled : moments + scaled + 2]
         self.columns = _Columns(
             count=count, sizes=self.sizes.buffer_info()[0], params=params_at, hidden=hidden, cell=cell,
-            moments=(pointer * 3)(*rest[:moments]), steps=rest[moments], scales=rest[moments + 1],
+            moments=(pointer * 3)(*rest[:moments]), cell_scales=cell_scales, steps=steps_at, scales=scales_at,
             param_types=types, memory_types=types + count,
+            moment_types=(pointer * 3)(*(types + count * (2 + moment) for moment in range(moments))),
         )  # fmt: skip
 
     def run(

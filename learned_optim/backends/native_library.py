@@ -12,7 +12,6 @@ from pathlib import Path
 pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
 ARGUMENTS = {
-    "learned_optim_lstm_step": [long, *[integer] * 3, *[pointer] * 8, integer],
     "learned_optim_lstm_sequence": [integer, long, *[integer] * 3, *[pointer] * 8, integer],
     "learned_optim_step": [pointer, pointer, pointer, integer],
     "learned_optim_mean_squares": [long, *[pointer] * 4, integer],

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels of the LSTM: one inner step, and a whole sequence with its meta-gradient.
+"""The compiled CPU kernel of a sequence of the LSTM and of its meta-gradient.
 
 The library is optional. It is built by ``pip install`` where there is a C compiler and found beside this file; without it
 :func:`native_available` is false and callers stay with torch. Kernels are float32 and take any layers and hidden size.
@@ -14,7 +14,6 @@ from torch.autograd.function import once_differentiable
 
 from learned_optim.backends.native_library import AVAILABLE, call
 from learned_optim.rules.lstm import Carry
-from learned_optim.rules.rule import Advance
 
 MAX_LAYERS = 16
 
@@ -49,30 +48,6 @@ def pack_weights(lstm: nn.LSTM) -> Tensor:
         rows = torch.cat((weight_ih, weight_hh, (bias_ih + bias_hh).unsqueeze(1)), 1)
         layers.append(rows.view(4, lstm.hidden_size, -1).permute(1, 2, 0).flatten())
     return torch.cat(layers).contiguous()
-
-
-def native_advance(lstm: nn.LSTM) -> Advance:
-    """Return the compiled equivalent of :meth:`UpdateRule.advance` for an LSTM, its weights packed once; no graph.
-
-    Args:
-        lstm: The weights, as they are now.
-
-    Returns:
-        ``advance(inputs, carry, active)``.
-    """
-    packed = pack_weights(lstm).detach()
-    sizes = (lstm.input_size, lstm.hidden_size, lstm.num_layers)
-    return lambda inputs, carry, active: _step(packed, sizes, inputs, carry, active)
-
-
-def _step(packed: Tensor, sizes: tuple[int, int, int], inputs: Tensor, carry: Carry, active: Tensor) -> tuple[Tensor, Carry]:
-    inputs, hidden, cell = (tensor.contiguous() for tensor in (inputs, *carry))
-    new_hidden, new_cell = torch.empty_like(hidden), torch.empty_like(cell)
-    count = inputs.shape[0]
-    top = inputs.new_empty(count, sizes[1])
-    addresses = _addresses(inputs, hidden, cell, active.contiguous(), packed, new_hidden, new_cell, top)
-    call("learned_optim_lstm_step", count, *sizes, *addresses, torch.get_num_threads())
-    return top, (new_hidden, new_cell)
 
 
 def native_sequence(lstm: nn.LSTM, inputs: Tensor, carry: Carry, active: Tensor | None = None) -> Tensor:

@@ -23,6 +23,7 @@ from learned_optim.backends.chunks import StepItem
 from learned_optim.backends.native import PLAIN_TENSORS, VALUE_TYPES, Table, describe, packed, struct, supports, takes
 from learned_optim.backends.native_library import AVAILABLE, LIBRARY, call, pointer
 from learned_optim.rules import UpdateRule
+from learned_optim.rules.storage import names
 
 _FUNCTIONS = ("get_layout", "get_device_type", "get_dtype", "get_numel", "is_contiguous", "get_data_ptr")
 _grad, _handle = attrgetter("grad"), attrgetter("_cdata")
@@ -105,7 +106,7 @@ class _PlannedGroup:
     def __init__(self, look: _Look, group: Group, rule: UpdateRule, state: dict[Tensor, Any]) -> None:
         params = list(_with_gradient(group["params"])[0])
         states, count = [state[param] for param in params], len(params)
-        memory = [state[name] for name in ("hidden", "cell", *rule.moment_names) for state in states]
+        memory = [state[name] for name in (names(rule, states[0]) if states else ()) for state in states]
         steps = [state["step"] for state in states]
         self._look, self._rule, self._params = look, rule, params
         self._means = torch.empty(count, dtype=torch.float64, device="cpu")
@@ -163,6 +164,8 @@ def make_plan(groups: Sequence[Group], rules: Sequence[UpdateRule], state: dict[
     for group, rule in zip(groups, rules, strict=True):
         params, grads = _with_gradient(group["params"])
         if not all(_fits(rule, *each, state.get(each[0])) for each in zip(params, grads, strict=True)):
+            return None
+        if len({names(rule, state[param]) for param in params}) > 1:
             return None
     return Plan(look, groups, rules, state)
 

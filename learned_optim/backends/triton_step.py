@@ -150,19 +150,19 @@ def _values(rule: UpdateRule, items: Sequence[StepItem], lr: Tensor | float, wei
     def spread(value: Tensor | float) -> Tensor:
         return value.expand(count) if isinstance(value, Tensor) else torch.full((count,), value, device=device)
 
-    config = rule.config
     rows = [spread(lr), spread(1 - lr * 1e-3 * weight_decay)]
-    if isinstance(config, AdamModulationConfig):
+    if isinstance(rule, AdamModulationRule):
+        config = rule.config
         steps = torch.stack([item.step for item in items]).to(device, non_blocking=True)
         scales = torch.stack([item.scale for item in items if item.scale is not None])
-        rows.append(-config.step_size * scales)
+        rows.append(-config.step_size * scales * rule.anneal(steps))
         # As the reference does it, operation by operation: 1 - 0.999 in float32 leaves few digits to disagree about.
         decays = (config.fast_decay, config.slow_decay, config.second_moment_decay)
         rows += [1 / (1 - decay**steps) for decay in decays]
         rows += [torch.tanh(steps / tau - 1) for tau in config.time_scales]
     else:
-        assert isinstance(config, PaperRuleConfig)
-        rows.append(spread(config.output_scale))
+        assert isinstance(rule, PaperRule)
+        rows.append(spread(rule.config.output_scale))
     return torch.stack(rows)
 
 

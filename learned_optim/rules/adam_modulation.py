@@ -28,6 +28,8 @@ class AdamModulationConfig(RuleConfig):
         step_size: Size of a nominal step relative to the root mean square of the tensor.
         min_scale: Floor of that root mean square, for tensors that start at zero.
         max_scale: Its ceiling.
+        anneal_power: The nominal step shrinks as ``(1 + t / anneal_steps) ** -anneal_power``, t the inner step; 0: never.
+        anneal_steps: Inner steps after which that begins to tell.
         log_gain: Bound on the logarithm of the modulation: steps lie within ``e^+-log_gain`` of the nominal size.
     """
 
@@ -40,22 +42,27 @@ class AdamModulationConfig(RuleConfig):
     step_size: float = 3e-3
     min_scale: float = 1e-2
     max_scale: float = 1.0
+    anneal_power: float = 0.0
+    anneal_steps: float = 100.0
     log_gain: float = 3.0
 
     def __post_init__(self) -> None:
         """Refuse values with no meaning.
 
         Raises:
-            ValueError: If a decay lies outside [0, 1), or a scale, step size or gain is not positive.
+            ValueError: If a decay lies outside [0, 1), or a scale, step size or gain is not positive, or ``anneal_power``
+                is negative.
         """
         super().__post_init__()
         object.__setattr__(self, "time_scales", tuple(float(scale) for scale in self.time_scales))
         for name in ("fast_decay", "slow_decay", "second_moment_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        for name in ("step_size", "min_scale", "max_scale", "log_gain"):
+        for name in ("step_size", "min_scale", "max_scale", "anneal_steps", "log_gain"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.anneal_power >= 0:
+            raise ValueError(f"anneal_power must not be negative, got {self.anneal_power}")
         if any(not scale > 0 for scale in self.time_scales):
             raise ValueError(f"time_scales must be positive, got {self.time_scales}")
 
@@ -67,9 +74,11 @@ class AdamModulationRule(UpdateRule):
 
         inputs  = (g, m, n) / sqrt(v),  log(g^2 / v),  tanh(t / tau - 1) for each time scale
         a, b    = linear(LSTM(inputs))
-        update  = -step_size * scale * exp(c tanh(a / c)) * (m / sqrt(v) + tanh(b)),       c = log_gain
+        update  = -step_size * scale * anneal(t) * exp(c tanh(a / c)) * (m / sqrt(v) + tanh(b)),       c = log_gain
 
-    ``scale`` is the root mean square of the whole parameter tensor, clamped. A coordinate with ``v = 0`` does not move.
+    ``scale`` is the root mean square of the whole parameter tensor, clamped; ``anneal`` is a power law that the modulation
+    may bend but need not discover, so the rule goes on settling long after the longest episode it was trained on. A
+    coordinate with ``v = 0`` does not move.
 
     Args:
         config: Decays, scales and bounds.
@@ -95,6 +104,17 @@ class AdamModulationRule(UpdateRule):
         """Return the clamped root mean square."""
         return mean_square.sqrt().clamp(self.config.min_scale, self.config.max_scale)
 
+    def anneal(self, step: Tensor) -> Tensor:
+        """Return the share of the nominal step size that is left.
+
+        Args:
+            step: Inner steps including this one.
+
+        Returns:
+            A tensor of the same shape.
+        """
+        return (1 + step / self.config.anneal_steps) ** -self.config.anneal_power
+
     def encode(self, grad: Tensor, memory: Memory, step: Tensor, scale: Tensor | None) -> Encoded:
         """Update the moments and normalise gradient and momenta by the root of the second moment."""
         assert scale is not None, "this rule needs tensor_scale() of every tensor"
@@ -118,9 +138,9 @@ class AdamModulationRule(UpdateRule):
         log_ratio = 0.1 * torch.log(normalised * normalised + 1e-8)
         features = [normalised.clamp(-5.0, 5.0), fast, slow, log_ratio]
         features += [torch.tanh(step / tau - 1).to(grad.dtype).expand_as(grad) for tau in config.time_scales]
-        amplitude = active * (-config.step_size * scale)
-        context = torch.stack((fast, amplitude.to(grad.dtype)), -1)
-        return Encoded(torch.stack(features, -1), context, active, moments)
+        amplitude = active * (-config.step_size * scale * self.anneal(step))
+        context = torch.stack((fast, amplitude.to(grad.dtype))).t()
+        return Encoded(torch.stack(features).t(), context, active, moments)
 
     def decode(self, hidden: Tensor, context: Tensor) -> Tensor:
         """Return the modulated Adam step plus the bounded learned direction, zero where inactive."""

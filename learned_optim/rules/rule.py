@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from learned_optim.rules.lstm import Carry, LSTMTensors, lstm_sequence, lstm_step
 
+PIECE = 2**20
+"""Coordinates of which a norm is taken at once: in float64 they are a copy."""
+
 Memory = dict[str, Tensor]
 """Per-coordinate memory by name: moments ``(N,)``, and ``hidden`` and ``cell`` ``(N, L * H)``."""
 
@@ -126,7 +129,13 @@ class UpdateRule(nn.Module, ABC):
             return None
         dims = tuple(range(batch_dims, param.dim()))
         param = param.detach()
-        norm = torch.linalg.vector_norm(param, dim=dims, dtype=torch.float64) if dims else param.abs().double()
+        if batch_dims == 0 and param.numel() > PIECE and type(param) is Tensor and not torch.compiler.is_compiling():
+            flat = param.view(-1) if param.is_contiguous() else param
+            pieces = flat.split(max(PIECE * len(flat) // flat.numel(), 1))
+            norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
+            norm = torch.linalg.vector_norm(torch.stack(norms))
+        else:
+            norm = torch.linalg.vector_norm(param, dim=dims, dtype=torch.float64) if dims else param.abs().double()
         return self.scale_of(norm.square() / max(param.shape[batch_dims:].numel(), 1)).to(self.readout.weight.dtype)
 
     def tensor_scales(self, params: Sequence[Tensor]) -> list[Tensor | None]:

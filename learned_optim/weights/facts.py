@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import sys
 from typing import Any
 
 import torch
 
 from learned_optim.rules import UpdateRule
+from learned_optim.rules.storage import layout
 from learned_optim.weights.weights import Weights
 
 ADAM_BYTES = 8
 """Adam's optimizer state per parameter: two moments in float32."""
 
 
-def bytes_per_parameter(rule: UpdateRule, state_dtype: torch.dtype = torch.float32) -> int:
-    """Return the optimizer state of one model parameter: moments in float32, LSTM memory in ``state_dtype``."""
-    return 4 * len(rule.moment_names) + 2 * rule.memory_width * state_dtype.itemsize
+def bytes_per_parameter(
+    rule: UpdateRule,
+    state_dtype: torch.dtype = torch.float32,
+    moment_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+) -> int:
+    """Return the optimizer state of one real model parameter, in bytes.
+
+    Args:
+        rule: That steps it.
+        state_dtype: As for :func:`~learned_optim.rules.storage.layout`.
+        moment_dtype: As there.
+        compute_dtype: As there.
+
+    Returns:
+        Bytes; every tensor has 4 more, its count of steps.
+    """
+    entries = layout(rule, state_dtype, moment_dtype, compute_dtype).values()
+    return sum(math.prod(entry.trailing) * entry.dtype.itemsize for entry in entries)
 
 
 def license_of(weights: Weights) -> str:

@@ -60,8 +60,9 @@ The rule at `{repo_id}` may change. To get the same one always, and without a ne
 `weights="{repo_id}@<40 hexadecimal digits>"`.
 
 It keeps {moments} moments and {memory} LSTM numbers for each parameter of your model: {bytes_per_parameter(rule)} bytes, or
-{bytes_per_parameter(rule, torch.bfloat16)} with `state_dtype=torch.bfloat16` (Adam keeps {ADAM_BYTES}). It works best on
-problems like those it was meta-trained on, and for about as many steps; measure before you rely on it elsewhere.
+{bytes_per_parameter(rule, torch.bfloat16)} with `state_dtype=torch.bfloat16`, {bytes_per_parameter(rule, torch.int8)} with
+`state_dtype=torch.int8` (Adam keeps {ADAM_BYTES}). It works best on problems like those it was meta-trained on, and for
+about as many steps; measure before you rely on it elsewhere.
 
 ## Meta-training
 

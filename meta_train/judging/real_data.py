@@ -11,7 +11,6 @@ import csv
 import gzip
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +18,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from meta_train.run_dir import write_atomically
+from meta_train.tasks.images import CIFAR10, MNIST, read_images
 
 Tensors = dict[str, Tensor]
 
-IMAGE_SETS = {"mnist": ("ylecun/mnist", "image", 60_000), "cifar": ("uoft-cs/cifar10", "img", 16_000)}
-"""Hub id, column of the images, and how many of the training images are used."""
+IMAGE_SETS = {"mnist": (MNIST, 60_000), "cifar": (CIFAR10, 16_000)}
+"""Image sets, and how many of the training images are used."""
 HELD_OUT = 2_000
 """Held-out examples of each set."""
 
@@ -56,19 +56,11 @@ def prepared(cache: Path, data: Path | None) -> tuple[Tensors, str]:
 
 
 def _images(data: Path) -> Tensors:
-    from datasets import load_dataset
-
     tensors = {}
-    for name, (hub_id, column, count) in IMAGE_SETS.items():
-        local = data / hub_id
-        sets: Any = load_dataset(str(local) if local.exists() else hub_id)
-        for split, suffix, rows in (("train", "", count), ("test", "_held_out", HELD_OUT)):
-            chosen = sets[split].select(range(min(rows, len(sets[split]))))
-            images = np.stack([np.asarray(image) for image in chosen[column]])
-            if images.ndim == 4:
-                images = images.transpose(0, 3, 1, 2)
-            tensors[f"{name}_x{suffix}"] = torch.from_numpy(np.ascontiguousarray(images))
-            tensors[f"{name}_y{suffix}"] = torch.tensor(chosen["label"])
+    for name, (images, count) in IMAGE_SETS.items():
+        tensors[f"{name}_x"], tensors[f"{name}_y"] = read_images(images, data, "train", range(count))
+        held_out = read_images(images, data, "test", range(HELD_OUT))
+        tensors[f"{name}_x_held_out"], tensors[f"{name}_y_held_out"] = held_out
     return tensors
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import multiprocessing
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from meta_train.baselines import Setting
 from meta_train.judging.held_out_kinds import HELD_OUT_KINDS
 from meta_train.judging.real import real_tasks
 from meta_train.judging.real_data import prepared
+from meta_train.judging.stress import stress_tasks
 from meta_train.judging.task import JudgingTask, Outcome, train_case
 from meta_train.run_dir import write_atomically
 
@@ -103,6 +105,7 @@ SUITES = {
     suite.name: suite
     for suite in (
         Suite("held-out-kinds", lambda cache, data: HELD_OUT_KINDS, {"Adam": _RATES}, {}, (Setting("Adam", 1e-3),)),
+        Suite("stress", lambda cache, data: stress_tasks(), {"Adam": _RATES}, {}, (Setting("Adam", 1e-3),)),
         Suite(
             "judge",
             lambda cache, data: real_tasks(*prepared(cache, data)),
@@ -118,7 +121,7 @@ SUITES = {
         ),
     )
 }
-"""Synthetic kinds outside the mixture, for selection; and real data, for the judgement."""
+"""Synthetic kinds outside the mixture, for selection; the same under stress; and real data, for the judgement."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,8 @@ class Run:
         who = self.contestant
         name = who.fingerprint if isinstance(who, Learned) else f"{who.optimizer} {who}"
         text = json.dumps([task.name, task.about, task.data, name, who.lr, self.horizon, self.seed])
-        return cache / f"{self.task}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return cache / f"{re.sub('[^a-z0-9.]+', '-', self.task)}-{digest}.safetensors"
 
 
 class Runner:

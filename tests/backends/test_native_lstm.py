@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer
-from learned_optim.backends.native_lstm import native_advance, native_available, native_sequence, native_supports
+from learned_optim.backends.native_lstm import native_available, native_sequence, native_supports
 from learned_optim.rules.lstm import lstm_step
 from tests.cases import RULE_CASES, small_rule
 
@@ -45,12 +45,8 @@ def test_a_hundred_steps_equal_the_reference(layers: int, hidden: int, inputs: i
     x, carry, active = draw(layers, hidden, inputs, 100, count)
     with torch.no_grad():
         expected = reference(exact, x.double(), (carry[0].double(), carry[1].double()), active)
-        advance, tops = native_advance(lstm), []
-        for step in range(100):
-            top, carry = advance(x[step], carry, active[step])
-            tops.append(top)
-    for got, want in zip((torch.stack(tops), *carry), expected, strict=True):
-        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-5)
+        tops = native_sequence(lstm, x, carry, active)
+    torch.testing.assert_close(tops.double(), expected[0], rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(("layers", "hidden", "inputs"), SIZES)
@@ -75,9 +71,6 @@ def test_weight_gradients_of_a_sequence_equal_autograd(layers: int, hidden: int,
 def test_no_coordinates_and_no_gradient() -> None:
     lstm, _ = make_lstm(1, 4, 2)
     empty = torch.zeros(0, 4)
-    top, (hidden, _) = native_advance(lstm)(torch.zeros(0, 2), (empty, empty), torch.zeros(0, dtype=torch.bool))
-    assert top.shape == (0, 4)
-    assert hidden.shape == (0, 4)
     native_sequence(lstm, torch.zeros(3, 0, 2), (empty, empty)).sum().backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in lstm.parameters())
 
@@ -96,17 +89,15 @@ def test_a_second_derivative_and_a_changed_input_are_refused() -> None:
 
 def test_results_depend_on_neither_position_nor_threads() -> None:
     lstm, _ = make_lstm(2, 6, 3)
-    x, carry, active = draw(2, 6, 3, 1, 150)
+    x, carry, active = draw(2, 6, 3, 4, 150)
     order = torch.randperm(150)
-    advance = native_advance(lstm)
-    top, (hidden, cell) = advance(x[0], carry, active[0])
+    tops = native_sequence(lstm, x, carry, active)
     torch.set_num_threads(2)
     try:
-        again, (hidden2, cell2) = advance(x[0, order], (carry[0][order], carry[1][order]), active[0, order])
+        again = native_sequence(lstm, x[:, order], (carry[0][order], carry[1][order]), active[:, order])
     finally:
         torch.set_num_threads(1)
-    for got, want in ((again, top), (hidden2, hidden), (cell2, cell)):
-        assert torch.equal(got, want[order])
+    assert torch.equal(again, tops[:, order])
 
 
 def test_only_float32_on_the_cpu_is_supported() -> None:

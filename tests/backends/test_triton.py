@@ -28,7 +28,10 @@ TILED = dataclasses.replace(triton_step.TILED, block=64, chunk=128)
 FORMS = {"unrolled": UNROLLED, "tiled": TILED}
 RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "1x8": ("adam-modulation", {}),
-    "2x3-time": ("adam-modulation", {"hidden_size": 3, "num_layers": 2, "time_scales": (5.0,), "fast_decay": 0.3}),
+    "2x3-time": (
+        "adam-modulation",
+        {"hidden_size": 3, "num_layers": 2, "time_scales": (5.0,), "fast_decay": 0.3, "anneal_power": 0.4},
+    ),
     "1x1": ("adam-modulation", {"hidden_size": 1}),
     "raw-1x5": ("paper", {"hidden_size": 5, "num_layers": 1, "input_scale": 3.0, "output_scale": 0.1}),
     "log-3x2": ("paper", {"hidden_size": 2, "num_layers": 3, "inputs": "log_and_sign", "output_scale": 0.1}),

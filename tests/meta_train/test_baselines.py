@@ -45,7 +45,7 @@ def test_a_cosine_ends_at_rate_zero_and_gets_a_run_for_each_horizon() -> None:
 
     evaluate.run(TASK.sample(0), make, 10, setting.schedule)
     assert seen["optimizer"].param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
-    runs = evaluate._Runs(TASK, 1, 1, 1)
+    runs = evaluate._Runs(TASK, 1, 1, 1, evaluate.HORIZONS, TASK)
     assert runs.of(setting, 100, "tuning").shape == (1, 101)
     assert runs.of(setting, 200, "tuning").shape == (1, 201)
     assert runs.of(Setting("Adam", 0.1), 100, "tuning").shape == (1, 201)
@@ -61,7 +61,7 @@ def test_tuning_passes_over_a_setting_that_diverges_on_fresh_optimizees(monkeypa
 
     monkeypatch.setattr(evaluate, "curves", curves)
     group = [Setting("SGD", 0.01), safe, tempting, Setting("SGD", 10.0)]
-    runs = evaluate._Runs(TASK, 2, 2, 1)
+    runs = evaluate._Runs(TASK, 2, 2, 1, evaluate.HORIZONS, TASK)
     assert not runs.diverges(safe, 100)
     assert runs.diverges(tempting, 100)
     monkeypatch.setattr(evaluate, "best_setting", lambda scores, group: min(group[1:3], key=lambda s: scores[str(s)]))

@@ -13,6 +13,7 @@ from meta_train.judging.held_out_kinds import HELD_OUT_KINDS
 from meta_train.judging.models import CharLSTM, CharTransformer, VisionTransformer, conv_net, mlp
 from meta_train.judging.real_data import prepared
 from meta_train.judging.report import judge_suite
+from meta_train.judging.stress import stress_tasks
 from meta_train.judging.suite import SUITES, Runner, Suite, learned, smoothed_final
 from meta_train.judging.task import Case, JudgingTask, regression_loss, train_case
 
@@ -141,6 +142,18 @@ def test_the_transformer_looks_only_back():
 def test_held_out_kinds_can_be_trained(task):
     losses = train_case(task, Setting("Adam", 3e-3).make, 12, 0).losses
     assert losses[-3:].mean() < losses[:3].mean()
+
+
+def test_stress_changes_units_and_nothing_else():
+    kinds, stressed = ({task.name: task for task in tasks} for tasks in (HELD_OUT_KINDS, stress_tasks()))
+    plain, case = kinds["vit"].make(0), stressed["vit, loss x 10000"].make(0)
+    case.module.load_state_dict(plain.module.state_dict())
+    batch = case.next_batch(torch.Generator().manual_seed(1))
+    torch.testing.assert_close(case.loss(case.module, batch), 1e4 * plain.loss(plain.module, batch))
+    small = stressed["vit, inputs x 0.1"].make(0).next_batch(torch.Generator().manual_seed(1))
+    torch.testing.assert_close(small[0], 0.1 * batch[0])
+    assert torch.equal(small[1], batch[1])
+    assert sum(p.numel() for p in stressed["ten-million"].make(0).module.parameters()) == pytest.approx(1e7, rel=0.1)
 
 
 def test_real_data_must_be_given_once(tmp_path: Path):

@@ -5,7 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer, UpdateRule
+from learned_optim.backends import native as native_backend
 from meta_train import meta_gradient
+from meta_train.inner_steps import CompiledSteps, PlainSteps, tensor_scales
 from meta_train.meta_gradient import Carry, backpropagate, roll_out, start_episode, unroll
 from meta_train.tasks import Optimizee, Quadratic, Quartic, module_optimizee, seeded
 from tests.cases import RULE_CASES, small_rule
@@ -55,6 +57,7 @@ def test_one_pass_equals_the_unroll(
 ) -> None:
     if not native:
         monkeypatch.setattr(meta_gradient, "native_supports", lambda lstm: False)
+        monkeypatch.setattr(native_backend, "supports", lambda rule: False)
     rule = small_rule(case).to(dtype)
     once, again = OPTIMIZEES[name](1), OPTIMIZEES[name](1)
     if dtype == torch.float64:
@@ -132,6 +135,22 @@ def test_a_roll_out_is_what_the_optimizer_does(case: str) -> None:
         optimizer.step()
     torch.testing.assert_close(param.detach().flatten(), carry.params.flatten(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(optimizer.state[param]["hidden"].view(12, -1), carry.memory["hidden"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not native_backend.available(), reason="the kernels were not built: no C compiler")
+@pytest.mark.parametrize("case", RULE_CASES)
+def test_compiled_inner_steps_are_the_plain_ones(case: str) -> None:
+    rule, optimizee = small_rule(case), waking(3)
+    start = start_episode(rule, optimizee)
+    ways = [way(rule, optimizee, start.params, start.memory) for way in (PlainSteps, CompiledSteps)]
+    for step in range(1, 31):
+        grad = torch.randn_like(start.params) * (torch.rand_like(start.params) > 0.1)
+        for way in ways:
+            way.take(grad, step, tensor_scales(rule, optimizee, way.params))
+    torch.testing.assert_close(ways[1].params, ways[0].params, rtol=1e-5, atol=1e-6)
+    for name, values in ways[0].memory.items():
+        torch.testing.assert_close(ways[1].memory[name], values, rtol=1e-4, atol=1e-5)
+    assert not start.memory["hidden"].any(), "the start was modified"
 
 
 def test_nothing_leaks_into_the_optimizee_or_across_truncations() -> None:

@@ -164,7 +164,7 @@ def place(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arena() -> evaluate.Arena:
     test, tuning = (msgspec.structs.replace(TASK, problems=1, split=split) for split in ("test", "tuning"))
-    sweep = settings("Adam", [1e-6, 0.1, 1e6])
+    sweep = settings("Adam", [1e-6, 0.01, 1e6])
     return evaluate.Arena(test, sweep, LBFGS_STEPS, tuning=2, fresh=3, horizons=(5,), tuning_task=tuning)
 
 
@@ -189,15 +189,15 @@ def test_baselines_are_tuned_on_the_photos_for_tuning(data: Path) -> None:
     judgement = evaluate.judge(
         [], opened.task, arena().sweep, untuned=(), tuning=2, fresh=1, horizons=(5,), tuning_task=opened.tuning_task
     )
-    tuned = evaluate.curves(opened.tuning_task, Setting("Adam", 0.1).make, 5, "tuning", 2)[:, -1].mean()
-    (row,) = [row for row in judgement.sweep if row["lr"] == 0.1]
+    tuned = evaluate.curves(opened.tuning_task, Setting("Adam", 0.01).make, 5, "tuning", 2)[:, -1].mean()
+    (row,) = [row for row in judgement.sweep if row["lr"] == 0.01]
     assert row["final_5"] == pytest.approx(float(tuned), rel=1e-5)
 
 
 def test_the_figure_shows_the_default_rule_too(place: Path) -> None:
     assert main(["figures", str(place / "results"), "--runs", str(place / "run")]) == 0
     svg = (place / "results" / "curves.svg").read_text()
-    for label in ("LSTM (learned)", "default, not trained on this task", "L-BFGS", "Adam (lr=0.1)"):
+    for label in ("LSTM (learned)", "default, not trained on this task", "L-BFGS", "Adam (lr=0.01)"):
         assert label in svg
 
 

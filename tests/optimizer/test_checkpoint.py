@@ -43,7 +43,7 @@ def trained(rule: UpdateRule, **options: Any) -> tuple[LearnedOptimizer, list[nn
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64])
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_resume_is_exact_through_a_weights_only_file(rule: UpdateRule, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
     optimizer, params = trained(rule, dtype=dtype, state_dtype=state_dtype)
     state = through_a_file(optimizer.state_dict())
@@ -162,6 +162,20 @@ def test_a_checkpoint_of_other_weights_is_refused_naming_both() -> None:
     refuses(optimizer, own, donor.state_dict(), r"'first' \(.{12}\).*'second' \(.{12}\).*weights='first'")
 
 
+@pytest.mark.parametrize("missing", ["hidden", "cell_scale"])
+def test_eight_bit_memory_without_its_scales_is_refused(missing: str) -> None:
+    optimizer, params = trained(small_rule(), state_dtype="int8")
+    state = copy.deepcopy(optimizer.state_dict())
+    if missing == "cell_scale":
+        del state["state"][2]["cell_scale"]
+        refuses(optimizer, params, state, "lacks cell_scale of parameter 2")
+    else:  # As torch.distributed.checkpoint leaves it that loads into an optimizer with memory of another dtype.
+        for memory in state["state"].values():
+            del memory["cell_scale"]
+            memory |= {name: memory[name].float() for name in ("hidden", "cell")}
+        refuses(optimizer, params, state, "memory of parameter 0 is float32.*state_dtype='int8'.*without its scales")
+
+
 def test_equal_weights_under_another_name_are_the_same_weights() -> None:
     params = make_params()
     donor = LearnedOptimizer(params, weights=Weights(small_rule(), "first"))
@@ -199,7 +213,7 @@ def test_a_checkpoint_without_its_memory_is_refused() -> None:
     optimizer, params = trained(small_rule())
     state = copy.deepcopy(optimizer.state_dict())
     del state["state"][1]["cell"], state["state"][1]["exp_avg"]
-    refuses(optimizer, params, state, "lacks exp_avg, cell of parameter 1")
+    refuses(optimizer, params, state, "lacks cell, exp_avg of parameter 1")
 
 
 # Older checkpoints

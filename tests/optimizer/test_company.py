@@ -233,6 +233,7 @@ def test_state_moved_by_a_wrapper_is_used_from_where_it_is(rule: UpdateRule) -> 
 # torch.compile
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("case", ["paper-log-and-sign", "adam-modulation-time"])
 def test_a_compiled_step_equals_the_eager_one_without_breaks_or_recompiles(case: str) -> None:
     rule = small_rule(case, seed=99)  # Weights that no other test has cast before.

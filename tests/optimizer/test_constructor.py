@@ -25,7 +25,8 @@ ONE = [(3,)]
         ({"fused": True}, RuntimeError, "`fused=True` is not an option.*backend="),
         ({"differentiable": True}, RuntimeError, "not differentiable.*meta_train"),
         ({"state_dtype": torch.float16}, ValueError, "Invalid state_dtype: torch.float16; choose one of float32"),
-        ({"state_dtype": "int8"}, ValueError, "Invalid state_dtype: 'int8'"),
+        ({"state_dtype": "int4"}, ValueError, "Invalid state_dtype: 'int4'; choose one of float32, bfloat16, int8"),
+        ({"moment_dtype": torch.int8}, ValueError, "Invalid moment_dtype: torch.int8; choose one of float32, bfloat16"),
         ({"momentum": 0.9}, TypeError, "momentum"),
     ],
 )
@@ -56,6 +57,7 @@ def test_bad_params_are_refused_as_by_every_torch_optimizer(params: Any, error: 
         ({"lr": torch.ones(2)}, "Tensor lr must be 1-element"),
         ({"weight_decay": -1.0}, "Invalid weight_decay"),
         ({"state_dtype": "float16"}, "Invalid state_dtype"),
+        ({"moment_dtype": "float16"}, "Invalid moment_dtype"),
     ],
 )
 def test_bad_options_of_a_group_are_refused_and_the_group_is_not_added(option: dict[str, Any], message: str) -> None:

@@ -67,10 +67,10 @@ def train(model: nn.Module, optimizer: LearnedOptimizer, steps: range) -> None:
 
 
 def train_alone(
-    case: str, steps: int, rows: int = 8, dtype: torch.dtype = torch.float32
+    case: str, steps: int, rows: int = 8, dtype: torch.dtype = torch.float32, **options: Any
 ) -> tuple[nn.Module, LearnedOptimizer]:
     model = make_model(rows, dtype)
-    optimizer = LearnedOptimizer(model.parameters(), weights=small_rule(case))
+    optimizer = LearnedOptimizer(model.parameters(), weights=small_rule(case), **options)
     train(model, optimizer, range(steps))
     return model, optimizer
 
@@ -104,17 +104,18 @@ def check_ddp(case: str) -> None:
         assert_identical(both[0], both[1])
 
 
-def check_fsdp2(case: str, rows: int, dtype: torch.dtype = torch.float32) -> None:
-    model, optimizer = sharded(case, rows, dtype)
+def check_fsdp2(case: str, rows: int, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    model, optimizer = sharded(case, rows, dtype, **options)
     params = list(model.parameters())
     train(model, optimizer, range(STEPS))
-    alone, reference = train_alone(case, STEPS, rows, dtype)
+    alone, reference = train_alone(case, STEPS, rows, dtype, **options)
     assert_identical([full(param) for param in params], copies(alone.parameters()))
     assert_identical(full_memories(optimizer, params), memories(reference, alone.parameters()))
     for param in params:
         hidden = optimizer.state[param]["hidden"]
         assert hidden.placements == param.placements
-        assert hidden.to_local().shape[:-1] == param.to_local().shape
+        for name, value in optimizer.state[param].items():
+            assert name == "step" or value.to_local().shape[: param.dim()] == param.to_local().shape
 
 
 def check_full_checkpoint(case: str) -> None:
@@ -165,7 +166,7 @@ def check_sharded_checkpoint(case: str, flatten: bool, folder: str) -> None:
     assert_identical(full_memories(resumed, list(again.parameters())), full_memories(optimizer, list(model.parameters())))
 
 
-def check_resharding(case: str, dtype: torch.dtype, folder: str) -> None:
+def check_resharding(case: str, dtype: torch.dtype, folder: str, **options: Any) -> None:
     """Two steps on two ranks, one step alone and one more on two ranks are four steps alone, to the last bit."""
     import torch.distributed.checkpoint as dcp
 
@@ -182,21 +183,21 @@ def check_resharding(case: str, dtype: torch.dtype, folder: str) -> None:
         dcp.load(state, checkpoint_id=os.path.join(path, name), no_dist=alone)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
-    path = os.path.join(folder, f"reshard-{case}-{dtype}")
-    model, optimizer = sharded(case, 7, dtype)
+    path = os.path.join(folder, f"reshard-{case}-{dtype}-{options}")
+    model, optimizer = sharded(case, 7, dtype, **options)
     train(model, optimizer, range(2))
     save("two", model, optimizer, alone=False)
-    model, optimizer = train_alone(case, 0, 7, dtype)
+    model, optimizer = train_alone(case, 0, 7, dtype, **options)
     load("two", model, optimizer, alone=True)
     train(model, optimizer, range(2, 3))
     if dist.get_rank() == 0:
         save("one", model, optimizer, alone=True)
     dist.barrier()
-    model, optimizer = sharded(case, 7, dtype)
+    model, optimizer = sharded(case, 7, dtype, **options)
     load("one", model, optimizer, alone=False)
     train(model, optimizer, range(3, 4))
     params = list(model.parameters())
-    alone, reference = train_alone(case, 4, 7, dtype)
+    alone, reference = train_alone(case, 4, 7, dtype, **options)
     assert_identical([full(param) for param in params], copies(alone.parameters()))
     assert_identical(full_memories(optimizer, params), memories(reference, alone.parameters()))
 
@@ -276,6 +277,7 @@ def checks(folder: str) -> dict[str, Callable[[], None]]:
         for kind, rows in (("even", 8), ("uneven", 7)):
             named[f"fsdp2 {kind} {case}"] = lambda case=case, rows=rows: check_fsdp2(case, rows)
         named[f"fsdp2 uneven bf16 {case}"] = lambda case=case: check_fsdp2(case, 7, torch.bfloat16)
+        named[f"fsdp2 uneven int8 {case}"] = lambda case=case: check_fsdp2(case, 7, state_dtype="int8")
         named[f"tensor parallel {case}"] = lambda case=case: check_tensor_parallel_placements(case)
         named[f"zero redundancy {case}"] = lambda case=case: check_zero_redundancy(case)
     for case in FEW_CASES:
@@ -286,6 +288,9 @@ def checks(folder: str) -> dict[str, Callable[[], None]]:
             named[name] = lambda case=case, flatten=flatten: check_sharded_checkpoint(case, flatten, folder)
         for dtype in (torch.float32, torch.bfloat16):
             named[f"resharding {dtype} {case}"] = lambda case=case, dtype=dtype: check_resharding(case, dtype, folder)
+        named[f"resharding int8 {case}"] = lambda case=case: check_resharding(
+            case, torch.float32, folder, state_dtype="int8"
+        )
     for original in (False, True):
         named[f"fsdp1 refused use_orig_params={original}"] = lambda original=original: check_fsdp1_is_refused(original)
     return named

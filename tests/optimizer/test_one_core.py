@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer, UpdateRule
 
+pytestmark = pytest.mark.usefixtures("each_backend")
 STEPS = 10
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
 

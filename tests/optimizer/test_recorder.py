@@ -60,13 +60,18 @@ def test_figures_by_hand(rule: UpdateRule, backend: str, maximize: bool) -> None
     assert row["at_rest"] == 0
 
 
-def test_saturation_counts_cells_of_coordinates_that_have_moved(rule: UpdateRule) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_saturation_counts_cells_of_coordinates_that_have_moved(rule: UpdateRule, dtype: torch.dtype) -> None:
     params = make_params([(6,)])
-    optimizer = LearnedOptimizer(params, weights=rule)
+    optimizer = LearnedOptimizer(params, weights=rule, state_dtype=dtype)
     params[0].grad = torch.tensor([1.0, 0.0, -1.0, 0.0, 2.0, math.nan])
     optimizer.step()
     with torch.no_grad():  # Two of three moved coordinates, in one of their cells.
-        optimizer.state[params[0]]["cell"][[0, 2], -1] = torch.tensor([50.0, -50.0])
+        state = optimizer.state[params[0]]
+        state["cell"][[0, 2], -rule.config.hidden_size :] = 0
+        state["cell"][[0, 2], -1] = torch.tensor([50, -50], dtype=dtype)
+        if dtype == torch.int8:
+            state["cell_scale"][[0, 2], -1] = 0.1
     recorder = Recorder(optimizer, every=1)
     params[0].grad = torch.zeros(6)
     params[0].grad[:3:2] = math.inf  # Their cells stay.

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import SWALR
 
 from learned_optim import LearnedOptimizer
 
+pytestmark = pytest.mark.usefixtures("each_backend")
 STEPS = 8
 SCHEDULERS: dict[str, Callable[[Optimizer], LRScheduler]] = {
     "LambdaLR": lambda opt: lr_scheduler.LambdaLR(opt, lambda epoch: 0.5**epoch),

@@ -12,6 +12,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from learned_optim import LearnedOptimizer, UpdateRule
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 
 def quadratic(params: list[nn.Parameter]) -> Tensor:
     return torch.stack([param.square().sum() for param in params]).sum()

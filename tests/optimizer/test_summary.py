@@ -1,5 +1,6 @@
 """``summary``: what it says is what there is."""
 
+import pytest
 import torch
 from cases import make_params, small_rule, take_steps
 from torch import nn
@@ -43,9 +44,10 @@ def test_a_line_for_each_group_and_a_total() -> None:
     assert columns(total) == ["total", "1,219", f"{sum(size):,}", f"{sum(size) / 1219:.4g}"]
 
 
-def test_the_bytes_of_state_are_those_allocated(rule: UpdateRule) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_the_bytes_of_state_are_those_allocated(rule: UpdateRule, dtype: torch.dtype) -> None:
     params = [*make_params(), *make_params([(3, 2)], torch.float64), *make_params([(5,)], torch.complex64)]
-    optimizer = LearnedOptimizer(params, weights=rule, state_dtype=torch.bfloat16)
+    optimizer = LearnedOptimizer(params, weights=rule, state_dtype=dtype)
     before = optimizer.summary()
     assert not optimizer.state
     take_steps(optimizer, params, 1)
@@ -71,6 +73,7 @@ def test_a_group_without_parameters_has_a_line_too() -> None:
 
 def test_the_bytes_of_the_readme() -> None:
     model = nn.Linear(1000, 100, bias=False)
-    for weights, dtype, expected in (("default", None, "76"), ("default", "bfloat16", "44"), ("quadratic", None, "320")):
+    sizes = (("default", None, "76"), ("default", "bfloat16", "44"), ("default", "int8", "26"), ("quadratic", None, "320"))
+    for weights, dtype, expected in sizes:
         optimizer = LearnedOptimizer(model.parameters(), weights=weights, state_dtype=dtype)
         assert columns(optimizer.summary().splitlines()[1])[-2] == expected

@@ -162,6 +162,8 @@ def test_adam_modulation_follows_its_documented_formula(case: str) -> None:
         directions.append(direction)
     magnitude, addend = rule.readout(rule.lstm(torch.stack(inputs))[0]).unbind(-1)
     gain = torch.exp(config.log_gain * torch.tanh(magnitude / config.log_gain))
+    steps = torch.arange(1, 6, dtype=torch.float64).unsqueeze(1)
+    gain = gain * (1 + steps / config.anneal_steps) ** -config.anneal_power
     expected = -config.step_size * scale * gain * (torch.stack(directions) + torch.tanh(addend))
     torch.testing.assert_close(updates, expected, rtol=1e-9, atol=0)
 
@@ -319,6 +321,8 @@ def test_paper_rules_take_no_tensor_scale(case: str) -> None:
         ("adam-modulation", {"min_scale": 0.0}, "min_scale must be positive"),
         ("adam-modulation", {"max_scale": math.nan}, "max_scale must be positive"),
         ("adam-modulation", {"log_gain": -3.0}, "log_gain must be positive"),
+        ("adam-modulation", {"anneal_power": -0.5}, "anneal_power must not be negative, got -0.5"),
+        ("adam-modulation", {"anneal_steps": 0.0}, "anneal_steps must be positive"),
         ("adam-modulation", {"time_scales": (10.0, 0.0)}, "time_scales must be positive"),
     ],
 )
@@ -342,3 +346,16 @@ def test_a_configuration_rebuilds_the_rule(rule: UpdateRule) -> None:
     again.load_state_dict(rule.state_dict())
     gradients = torch.randn(3, N)
     assert torch.equal(unroll(again, gradients)[0], unroll(rule, gradients)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_scale_of_a_large_tensor_is_taken_piece_by_piece(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = small_rule("adam-modulation")
+    for shape in ((1000,), (1, 999), (40, 25), (3, 333)):
+        param = (torch.randn(shape) * 0.1).to(dtype)
+        for each in (param, param.t() if param.dim() > 1 else param[::2]):
+            monkeypatch.setattr("learned_optim.rules.rule.PIECE", 2**20)
+            whole = rule.tensor_scale(each)
+            for piece in (1, 7, 64):
+                monkeypatch.setattr("learned_optim.rules.rule.PIECE", piece)
+                torch.testing.assert_close(rule.tensor_scale(each), whole, rtol=1e-6, atol=0)

@@ -264,7 +264,11 @@ def test_the_card_says_what_the_rule_costs_and_where_it_comes_from(hub: Hub) -> 
         f"````toml\n{recipe}\n````\n",
     ):
         assert expected in text
-    for dtype, sentence in ((torch.float32, "{} bytes, or"), (torch.bfloat16, "{} with `state_dtype=torch.bfloat16`")):
+    for dtype, sentence in (
+        (torch.float32, "{} bytes, or"),
+        (torch.bfloat16, "{} with `state_dtype=torch.bfloat16`"),
+        (torch.int8, "{} with `state_dtype=torch.int8`"),
+    ):
         (param,) = make_params([(10,)])
         optimizer = LearnedOptimizer([param], weights=weights, state_dtype=dtype)
         param.grad = torch.ones(10)

@@ -1,4 +1,4 @@
-/* The coordinatewise LSTM on a CPU: one inner step, and a whole sequence forward and backward.
+/* The coordinatewise LSTM on a CPU: a whole sequence, forward and backward.
  *
  * Plain C with a plain ABI, loaded by ctypes: no torch headers, no build-time dependency but a compiler. The kernels are
  * compiled once for each instruction set and chosen at run time.
@@ -40,14 +40,7 @@
 #define DISPATCH(function, ...) function##_plain(__VA_ARGS__)
 #endif
 
-/* Arguments are described in lstm_kernel.h; both return 0, or 1 when out of memory. */
-
-int learned_optim_lstm_step(int64_t N, int F, int H, int L, const float *inputs, const float *hidden, const float *cell,
-                            const uint8_t *active, const float *weights, float *new_hidden, float *new_cell, float *top,
-                            int threads) {
-  return DISPATCH(lstm_step, N, F, H, L, inputs, hidden, cell, active, weights, new_hidden, new_cell, top, threads);
-}
-
+/* Arguments are described in lstm_kernel.h; returns 0, or 1 when out of memory. */
 int learned_optim_lstm_sequence(int K, int64_t N, int F, int H, int L, const float *inputs, const float *hidden,
                                 const float *cell, const uint8_t *active, const float *weights, float *top,
                                 const float *d_top, float *d_weights, int threads) {

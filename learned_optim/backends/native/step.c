@@ -16,12 +16,12 @@
 
 enum { PAPER = 0, ADAM_MODULATION = 1 };
 enum { WRITE, FORGET, READ, CANDIDATE }; /* gates as the kernel has them: the three sigmoids first */
-enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };
 
 /* What a rule is, apart from its meta-parameters. Mirrored by native.py. */
 struct rule {
   int32_t family, layers, hidden, log_and_sign, num_times;
-  float fast_decay, slow_decay, second_moment_decay, step_size, log_gain;
+  float fast_decay, slow_decay, second_moment_decay, step_size, log_gain, anneal_power, anneal_steps;
   float input_scale, output_scale, preprocess_p, threshold;
   float time_scales[16];
 };
@@ -31,9 +31,10 @@ struct columns {
   int64_t count;
   const int64_t *sizes;
   void *const *params, *const *grads, *const *hidden, *const *cell, *const *moments[3];
+  uint16_t *const *cell_scales; /* for 8-bit memory */
   float *const *steps; /* one number each: inner steps, this one included unless it is still to be counted */
   const float *const *scales;
-  const uint8_t *param_types, *grad_types, *memory_types;
+  const uint8_t *param_types, *grad_types, *memory_types, *moment_types[3];
   float lr, shrink;
   int32_t maximize, count_step;
 };
@@ -42,7 +43,8 @@ struct columns {
 struct item {
   void *param, *hidden, *cell, *moments[3];
   const void *grad;
-  int param_type, grad_type, memory_type, maximize;
+  uint16_t *cell_scale;
+  int param_type, grad_type, memory_type, moment_types[3], maximize;
   float lr, shrink, step, scale, corrections[3]; /* corrections of the moments' bias */
 };
 
@@ -93,9 +95,11 @@ static void prepare_item(struct item *item, const struct rule *rule, const struc
       .shrink = columns->shrink,
       .step = *columns->steps[i],
   };
+  if (item->memory_type == INT8) item->cell_scale = columns->cell_scales[i];
   if (rule->family != ADAM_MODULATION) return;
-  for (int k = 0; k < 3; k++) item->moments[k] = columns->moments[k][i];
+  for (int k = 0; k < 3; k++) item->moments[k] = columns->moments[k][i], item->moment_types[k] = columns->moment_types[k][i];
   item->scale = *columns->scales[i];
+  if (rule->anneal_power != 0.0f) item->scale *= powf(1.0f + item->step / rule->anneal_steps, -rule->anneal_power);
   if (step == item->step) {
     item->corrections[0] = corrections[0], item->corrections[1] = corrections[1], item->corrections[2] = corrections[2];
     return;

@@ -11,6 +11,15 @@
 #define lay_out_buffers NAME(lay_out_buffers)
 #define read_values NAME(read_values)
 #define write_values NAME(write_values)
+#define read_bytes NAME(read_bytes)
+#define write_bytes NAME(write_bytes)
+#define hash_gradients NAME(hash_gradients)
+#define draw NAME(draw)
+#define round_moment NAME(round_moment)
+#define read_cells NAME(read_cells)
+#define read_hiddens NAME(read_hiddens)
+#define write_cells NAME(write_cells)
+#define write_hiddens NAME(write_hiddens)
 #define read_memory NAME(read_memory)
 #define write_memory NAME(write_memory)
 #define decay_moment NAME(decay_moment)
@@ -73,7 +82,52 @@ INLINE void write_values(void *target, int type, int64_t start, int rows, const 
 
 /* ---- LSTM memory: rows of `width` numbers, one row a coordinate -------------------------------------------------------- */
 
-/* To [unit][coordinate]. Another way to store memory (8-bit blocks, say) needs a branch here and in write_memory. */
+/* Where byte j of a word lies, as a shift from the lowest. */
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+#define BYTE(j) (24 - 8 * (j))
+#else
+#define BYTE(j) (8 * (j))
+#endif
+
+/* 8-bit integers to [unit][coordinate], four units of a coordinate to a word. */
+INLINE void read_bytes(vec *block, const int8_t *memory, int64_t start, int rows, int width) {
+  const int8_t *from = memory + (size_t)start * width;
+  if (width < 4) {
+    float *to = (float *)block;
+    memset(to, 0, sizeof(float) * (size_t)width * BLOCK);
+    for (int r = 0; r < rows; r++)
+      for (int c = 0; c < width; c++) to[(size_t)c * BLOCK + r] = from[(size_t)r * width + c];
+    return;
+  }
+  for (int next = 0; next < width; next += 4) {
+    int c = next + 4 > width ? width - 4 : next; /* the last word overlaps the one before */
+    ivec words[W] = {{0}};
+    for (int r = 0; r < rows; r++) memcpy((int32_t *)words + r, from + (size_t)r * width + c, 4);
+    for (int v = 0; v < W; v++)
+      UNROLL for (int j = 0; j < 4; j++)
+        block[(c + j) * W + v] = __builtin_convertvector(words[v] << (24 - BYTE(j)) >> 24, vec);
+  }
+}
+
+INLINE void write_bytes(int8_t *memory, int64_t start, int rows, int width, const vec *block) {
+  int8_t *to = memory + (size_t)start * width;
+  if (width < 4) {
+    const float *from = (const float *)block;
+    for (int r = 0; r < rows; r++)
+      for (int c = 0; c < width; c++) to[(size_t)r * width + c] = (int8_t)from[(size_t)c * BLOCK + r];
+    return;
+  }
+  for (int next = 0; next < width; next += 4) {
+    int c = next + 4 > width ? width - 4 : next;
+    ivec words[W] = {{0}};
+    for (int v = 0; v < W; v++)
+      UNROLL for (int j = 0; j < 4; j++)
+        words[v] |= (__builtin_convertvector(block[(c + j) * W + v], ivec) & 255) << BYTE(j);
+    for (int r = 0; r < rows; r++) memcpy(to + (size_t)r * width + c, (const int32_t *)words + r, 4);
+  }
+}
+
+/* Floats and bfloat16 to [unit][coordinate]. */
 INLINE void read_memory(vec *block, const void *memory, int type, int64_t start, int rows, int width) {
   float *to = (float *)block;
   int bfloat16 = type == BFLOAT16, tiled = width >= 4 ? rows / TILE * TILE : 0;
@@ -131,13 +185,16 @@ typedef struct {
   vec *inputs;               /* F x W, without the features of time, which are in the bias */
   vec *hidden, *cell, *next; /* L*H x W: before, before and then after, would-be after */
   vec *gates;                /* of one layer: 4 x H x W */
+  vec *scales;               /* of 8-bit cells: L x W */
   float *bias;               /* of layer 0, with the features of time: H x 4 */
   vec grad[W], context[2][W], update[W];
   ivec active[W];
+  uvec noise[W];
 } block_buffers;
 
 INLINE size_t vectors_needed(const struct rule *rule) {
-  return W * (size_t)(encoded_inputs(rule) + (3 * rule->layers + 4) * rule->hidden) + (size_t)rule->hidden * 4 / LANES + 1;
+  return W * (size_t)(encoded_inputs(rule) + (3 * rule->layers + 4) * rule->hidden + rule->layers) +
+         (size_t)rule->hidden * 4 / LANES + 1;
 }
 
 INLINE void lay_out_buffers(block_buffers *b, vec *memory, const struct rule *rule) {
@@ -147,7 +204,92 @@ INLINE void lay_out_buffers(block_buffers *b, vec *memory, const struct rule *ru
   b->cell = b->hidden + width;
   b->next = b->cell + width;
   b->gates = b->next + width;
-  b->bias = (float *)(b->gates + (size_t)4 * rule->hidden * W);
+  b->scales = b->gates + (size_t)4 * rule->hidden * W;
+  b->bias = (float *)(b->scales + (size_t)rule->layers * W);
+}
+
+/* ---- memory in fewer bytes: rules/storage.py says what is stored and why ------------------------------------------------- */
+
+/* Of the gradients as the caller has them, and the step. */
+INLINE void hash_gradients(block_buffers *b, const float *grads, float step) {
+  for (int v = 0; v < W; v++) {
+    uvec x = (uvec)load_vec(grads + v * LANES) ^ ((uint32_t)step * 0x9e3779b9u);
+    x = (x ^ x >> 16) * 0x7feb352du;
+    x = (x ^ x >> 15) * 0x846ca68bu;
+    b->noise[v] = x ^ x >> 16;
+  }
+}
+
+/* 16 random bits for one unit of each coordinate. */
+INLINE uvec draw(const block_buffers *b, int unit, int v) { return (b->noise[v] + unit * 0x9e3779b9u) >> 16; }
+
+INLINE vec round_moment(const block_buffers *b, vec moment, int unit, int v) {
+  return (vec)(((uvec)moment + draw(b, unit, v)) & 0xffff0000u);
+}
+
+INLINE void read_hiddens(block_buffers *b, const struct rule *rule, const struct item *item, int64_t start, int rows) {
+  const int width = rule->layers * rule->hidden;
+  if (item->memory_type != INT8) {
+    read_memory(b->hidden, item->hidden, item->memory_type, start, rows, width);
+    return;
+  }
+  read_bytes(b->hidden, item->hidden, start, rows, width);
+  for (int i = 0; i < width * W; i++) b->hidden[i] *= 1.0f / 127.0f;
+}
+
+INLINE void read_cells(block_buffers *b, const struct rule *rule, const struct item *item, int64_t start, int rows) {
+  const int L = rule->layers, H = rule->hidden;
+  if (item->memory_type != INT8) {
+    read_memory(b->cell, item->cell, item->memory_type, start, rows, L * H);
+    return;
+  }
+  read_bytes(b->cell, item->cell, start, rows, L * H);
+  const uint16_t *from = item->cell_scale + (size_t)start * L;
+  for (int layer = 0; layer < L; layer++) {
+    vec *scales = b->scales + layer * W;
+    for (int r = 0; r < BLOCK; r++) ((float *)scales)[r] = r < rows ? from_bfloat16(from[(size_t)r * L + layer]) : 0.0f;
+    for (int unit = 0; unit < H; unit++)
+      UNROLL for (int v = 0; v < W; v++) b->cell[(layer * H + unit) * W + v] *= scales[v];
+  }
+}
+
+/* Of `next`, already held where not active: what was held is a multiple of 1/127 and comes back as it was. */
+INLINE void write_hiddens(block_buffers *b, const struct rule *rule, const struct item *item, int64_t start, int rows) {
+  const int width = rule->layers * rule->hidden;
+  const float magic = 12582912.0f; /* adding it rounds to an integer */
+  if (item->memory_type != INT8) {
+    write_memory(item->hidden, item->memory_type, start, rows, width, b->next);
+    return;
+  }
+  for (int i = 0; i < width * W; i++) b->next[i] = b->next[i] * 127.0f + magic - magic;
+  write_bytes(item->hidden, start, rows, width, b->next);
+}
+
+/* A held cell is a multiple of its old scale and comes back as it was: no noise is added to it. */
+INLINE void write_cells(block_buffers *b, const struct rule *rule, const struct item *item, int64_t start, int rows) {
+  const int L = rule->layers, H = rule->hidden;
+  if (item->memory_type != INT8) {
+    write_memory(item->cell, item->memory_type, start, rows, L * H, b->cell);
+    return;
+  }
+  uint16_t *to = item->cell_scale + (size_t)start * L;
+  for (int layer = 0; layer < L; layer++) {
+    vec *scales = b->scales + layer * W, *cells = b->cell + layer * H * W;
+    for (int v = 0; v < W; v++) {
+      vec peak = splat(0.0f);
+      for (int unit = 0; unit < H; unit++) peak = max_vec(abs_vec(cells[unit * W + v]), peak);
+      vec above = (vec)(((uvec)(peak / 127.0f) + 0xffff) & 0xffff0000u);
+      vec scale = scales[v] = select_vec(b->active[v], above, scales[v]);
+      vec divisor = select_vec(scale > 0.0f, scale, splat(1.0f));
+      for (int unit = 0; unit < H; unit++) {
+        uvec bits = draw(b, layer * H + unit, v) & (uvec)b->active[v];
+        vec noise = __builtin_convertvector((ivec)bits, vec) * (1.0f / 65536.0f);
+        cells[unit * W + v] = clamp_vec(floor_vec(cells[unit * W + v] / divisor + noise), -127.0f, 127.0f);
+      }
+    }
+    for (int r = 0; r < rows; r++) to[(size_t)r * L + layer] = (uint16_t)(float_to_bits(((float *)scales)[r]) >> 16);
+  }
+  write_bytes(item->cell, start, rows, L * H, b->cell);
 }
 
 /* torch.lerp(value, moment, decay), in the form that torch takes on either side of 1/2. */
@@ -161,7 +303,7 @@ INLINE void encode_adam(block_buffers *b, const struct rule *rule, const struct 
   float staging[3][BLOCK] __attribute__((aligned(64)));
   const float *old[3];
   vec new[3][W];
-  for (int i = 0; i < 3; i++) old[i] = read_values(item->moments[i], FLOAT32, start, rows, staging[i]);
+  for (int i = 0; i < 3; i++) old[i] = read_values(item->moments[i], item->moment_types[i], start, rows, staging[i]);
   for (int v = 0; v < W; v++) {
     vec grad = b->grad[v], square = grad * grad;
     ivec finite = square <= FLT_MAX; /* a second moment of Inf would never recover */
@@ -182,7 +324,11 @@ INLINE void encode_adam(block_buffers *b, const struct rule *rule, const struct 
     b->context[0][v] = fast;
     b->context[1][v] = select_vec(active, splat(-rule->step_size * item->scale), splat(0.0f));
   }
-  for (int i = 0; i < 3; i++) write_values(item->moments[i], FLOAT32, start, rows, new[i]);
+  for (int i = 0; i < 3; i++) {
+    if (item->moment_types[i] == BFLOAT16)
+      for (int v = 0; v < W; v++) new[i][v] = round_moment(b, new[i][v], rule->layers * rule->hidden + i, v);
+    write_values(item->moments[i], item->moment_types[i], start, rows, new[i]);
+  }
 }
 
 /* Inputs, context and active mask of the paper's rules. Whoever was ever active has a bottom cell that is not zero. */
@@ -278,12 +424,13 @@ INLINE void step_block(block_buffers *b, const struct rule *rule, const float *w
   const int width = rule->layers * rule->hidden;
   float staging[BLOCK] __attribute__((aligned(64)));
   const float *grads = read_values(item->grad, item->grad_type, start, rows, staging);
+  hash_gradients(b, grads, item->step);
   for (int v = 0; v < W; v++) {
     vec grad = load_vec(grads + v * LANES);
     b->grad[v] = item->maximize ? -grad : grad;
   }
   if (rule->family == PAPER) {
-    read_memory(b->cell, item->cell, item->memory_type, start, rows, width);
+    read_cells(b, rule, item, start, rows);
     encode_paper(b, rule);
   } else {
     encode_adam(b, rule, item, start, rows);
@@ -293,16 +440,16 @@ INLINE void step_block(block_buffers *b, const struct rule *rule, const float *w
 
   /* A block at rest (an embedding's rows that no batch has touched) costs no LSTM and no memory traffic. */
   if (any_lane(any)) {
-    read_memory(b->hidden, item->hidden, item->memory_type, start, rows, width);
-    if (rule->family != PAPER) read_memory(b->cell, item->cell, item->memory_type, start, rows, width);
+    read_hiddens(b, rule, item, start, rows);
+    if (rule->family != PAPER) read_cells(b, rule, item, start, rows);
     run_lstm(b, rule, weights);
     decode_block(b, rule, readout_weights(rule, weights));
     if (!all_lanes(all))
       for (int i = 0; i < width; i++)
         for (int v = 0; v < W; v++)
           b->next[i * W + v] = select_vec(b->active[v], b->next[i * W + v], b->hidden[i * W + v]);
-    write_memory(item->hidden, item->memory_type, start, rows, width, b->next);
-    write_memory(item->cell, item->memory_type, start, rows, width, b->cell);
+    write_hiddens(b, rule, item, start, rows);
+    write_cells(b, rule, item, start, rows);
   } else {
     for (int v = 0; v < W; v++) b->update[v] = splat(0.0f);
   }

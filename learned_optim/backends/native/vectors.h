@@ -13,6 +13,7 @@
 /* Every name gets the suffix of its instruction set. Defining a macro twice in the same words is allowed. */
 #define vec NAME(vec)
 #define ivec NAME(ivec)
+#define uvec NAME(uvec)
 #define loose_vec NAME(loose_vec)
 #define tile NAME(tile)
 #define loose_floats NAME(loose_floats)
@@ -28,6 +29,7 @@
 #define clamp_vec NAME(clamp_vec)
 #define abs_vec NAME(abs_vec)
 #define sqrt_vec NAME(sqrt_vec)
+#define floor_vec NAME(floor_vec)
 #define any_lane NAME(any_lane)
 #define all_lanes NAME(all_lanes)
 #define exp2_vec NAME(exp2_vec)
@@ -41,6 +43,7 @@
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 typedef float loose_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 INLINE vec splat(float x) { return x - (vec){0}; }
@@ -95,6 +98,12 @@ INLINE vec sqrt_vec(vec x) {
   for (int i = 0; i < LANES; i++) x[i] = sqrtf(x[i]);
   return x;
 #endif
+}
+
+/* Of numbers that fit in an integer. */
+INLINE vec floor_vec(vec x) {
+  vec cut = __builtin_convertvector(__builtin_convertvector(x, ivec), vec);
+  return cut - select_vec(cut > x, splat(1.0f), splat(0.0f));
 }
 
 INLINE int any_lane(ivec mask) {

@@ -157,7 +157,7 @@ def test_bytes_reads_sizes_as_people_write_them(size: str, count: int, total: st
     assert lines[0].endswith(f"bytes/parameter  {count:,} parameters")
     assert lines[-1].split(maxsplit=3)[:3] == ["Adam,", "float32", "8"]
     assert lines[-1].endswith(f"  {total}")
-    assert len(lines) == 2 + 2 * len(available_weights())
+    assert len(lines) == 2 + 3 * len(available_weights())
 
 
 def test_bytes_of_one_rule_are_those_the_optimizer_holds(capsys: Output) -> None:
@@ -165,6 +165,7 @@ def test_bytes_of_one_rule_are_those_the_optimizer_holds(capsys: Output) -> None
     assert [(line[0], line[1], int(line[2])) for line in lines] == [
         ("quadratic,", "float32", 320),
         ("quadratic,", "bfloat16", 160),
+        ("quadratic,", "int8", 84),
         ("Adam,", "float32", 8),
     ]
 

@@ -1,0 +1,105 @@
+"""What was measured of weights, as Markdown: the tables of every evaluation that knows their fingerprint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from learned_optim.weights import Weights
+from meta_train.evaluate import ARENAS, LEARNED, read_rows
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+
+
+def evidence(weights: Weights, results: str | Path = RESULTS) -> str:
+    """Collect the results of weights, for their model card.
+
+    Weights are known by their fingerprint, not by their name: the tables of other weights of that name are left out.
+
+    Args:
+        weights: What was evaluated.
+        results: A directory that ``python -m meta_train evaluate`` wrote, or one of such directories.
+
+    Returns:
+        Markdown, one section for each evaluation; empty if there is none.
+    """
+    sections = []
+    for path in sorted([*Path(results).glob("environment.json"), *Path(results).glob("*/environment.json")]):
+        about = json.loads(path.read_text())
+        for label, fingerprint in about.get("fingerprints", {}).items():
+            if fingerprint == weights.fingerprint and {"suite", "task"} & set(about):
+                name, rows = f"{LEARNED} ({label})", read_rows(path.with_name("summary.csv"))
+                sections.append(_of_suite(name, rows, about) if "suite" in about else _of_task(name, rows, about))
+    return "\n\n".join(sections)
+
+
+def comparison(rows: Sequence[Mapping[str, str]], last: int = 1) -> list[str]:
+    """Set optimizers against each other on one task, each row an optimizer, each column a criterion at a horizon.
+
+    Args:
+        rows: Of ``summary.csv``.
+        last: How many steps a final loss is the mean of.
+
+    Returns:
+        Lines of a Markdown table, learned optimizers first.
+    """
+    final = "loss at step {}" if last == 1 else f"mean of the last {last} of {{}} losses"
+    heads = {"sum": "sum of {} losses", "final": final}
+    cells = {(row["optimizer"], row["criterion"], row["horizon"]): row for row in rows}
+    horizons = sorted({row["horizon"] for row in rows}, key=int)
+    columns = [(criterion, horizon) for horizon in horizons for criterion in heads]
+    names = sorted({row["optimizer"] for row in rows}, key=lambda name: (not name.startswith(LEARNED), name))
+    head = _line("", *(heads[criterion].format(horizon) for criterion, horizon in columns))
+    lines = [head, "|---" * (len(columns) + 1) + "|"]
+    for name in names:
+        shown = [_cell(cells[name, criterion, horizon]) for criterion, horizon in columns]
+        label = f"**{name}**, not tuned" if name.startswith(LEARNED) else f"{name}, tuned for each column"
+        lines.append(_line(label, *shown))
+    return lines
+
+
+def where(about: Mapping[str, Any]) -> str:
+    """Say where an evaluation was made.
+
+    Args:
+        about: Its ``environment.json``.
+
+    Returns:
+        A part of a sentence.
+    """
+    return f"{about['processor']}, torch {about['torch']}, commit {about['commit']}"
+
+
+def _of_task(name: str, rows: Sequence[Mapping[str, str]], about: Mapping[str, Any]) -> str:
+    shown = [row for row in rows if row["optimizer"] == name or not row["optimizer"].startswith(LEARNED)]
+    count, horizon = shown[0]["n"], about["trained_to"]
+    note = (
+        f"Mean ± standard error over n = {count} fresh samples of the task; in brackets the ratio to the best baseline of "
+        f"the column. Baselines are tuned on other samples.{f' Meta-trained to {horizon:,} steps.' if horizon else ''}"
+    )
+    return _section(about["task"], comparison(shown, ARENAS[about["task"]].last), note, about)
+
+
+def _of_suite(name: str, rows: Sequence[Mapping[str, str]], about: Mapping[str, Any]) -> str:
+    lines = [_line("steps", "against", "final loss, ratio", "wins", "worst ratio"), "|---" * 5 + "|"]
+    for row in rows:
+        if row["rule"] == name:
+            wins, worst = f"{row['wins']} of {row['tasks']}", f"{row['worst']} ({row['worst_task']})"
+            lines.append(_line(row["horizon"], row["against"], f"{float(row['ratio']):.2f} x", wins, worst))
+    note = "Geometric means over the tasks of the suite, the rule as it is; below 1 it is better than the baseline."
+    return _section(f"suite {about['suite']}", lines, note, about)
+
+
+def _section(title: str, lines: Sequence[str], note: str, about: Mapping[str, Any]) -> str:
+    return "\n".join([f"### {title}", "", *lines, "", f"{note} {where(about)}. Command: `{about['command']}`."])
+
+
+def _cell(row: Mapping[str, str]) -> str:
+    shown = f"{float(row['mean']):.3g} ± {float(row['standard_error']):.2g}"
+    return f"{shown} ({float(ratio):.2f} x)" if (ratio := row["ratio_to_best_baseline"]) else shown
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |")

@@ -1,0 +1,129 @@
+"""The ``torch.compile`` backend: the reference's numbers, from few graphs, or the reference itself."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from learned_optim import LearnedOptimizer
+from learned_optim.backends import backend_in_use, chunks, compiled
+from tests.cases import assert_identical, copies, draw_gradients, make_params, memories, small_rule, take_steps
+
+SHAPES = ((), (5,), (3, 4), (0, 3), (130,), (7, 9))
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small chunks, so that small models have several; nothing compiled before."""
+    monkeypatch.setattr(compiled, "CHUNK", 64)
+    monkeypatch.setattr(compiled, "_failures", [])
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
+    """Count graphs, and run them without compiling."""
+    counter = CompileCounterWithBackend("eager")
+    function = torch.compile(chunks.step_chunk, dynamic=False, fullgraph=True, backend=counter)
+    monkeypatch.setattr(compiled, "compiled", lambda: function)
+    monkeypatch.setattr(compiled, "available", lambda: True)
+    return counter
+
+
+def results(backend: str, case: str, steps: int = 4, **options: Any) -> tuple[Any, Any]:
+    params = [*make_params(SHAPES), *make_params([(3, 50)], torch.bfloat16)]
+    params[2].data = params[2].detach().t().contiguous().t()
+    optimizer = LearnedOptimizer(params, weights=small_rule(case), backend=backend, **options)
+    take_steps(optimizer, params, steps)
+    return copies(params), memories(optimizer, params)
+
+
+@pytest.mark.skipif(not compiled.available(), reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Of the compiler's own parts.
+@pytest.mark.parametrize(("case", "dtype"), [("paper-log-and-sign", "float32"), ("adam-modulation", "int8")])
+def test_compiled_steps_equal_the_reference(case: str, dtype: str) -> None:
+    got, want = (results(backend, case, state_dtype=dtype) for backend in ("compiled", "reference"))
+    assert not compiled._failures
+    for index, (param, expected) in enumerate(zip(got[0], want[0], strict=True)):
+        tolerance = 2**-7 if param.dtype == torch.bfloat16 else 1e-3 if dtype == "int8" else 1e-5
+        torch.testing.assert_close(param, expected, rtol=tolerance, atol=tolerance)
+        for name, values in got[1][index].items():
+            others = want[1][index][name]
+            if values.dtype == torch.int8:
+                assert values.numel() == 0 or (values.int() - others.int()).abs().max() <= 1
+            else:
+                torch.testing.assert_close(values, others, rtol=2**-7 if values.element_size() == 2 else 1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("case", "state_dtype"), [("paper-raw", "float32"), ("adam-modulation-time", "int8")])
+def test_chunks_filled_up_equal_the_reference(counter: CompileCounterWithBackend, case: str, state_dtype: str) -> None:
+    options = {"lr": torch.tensor(0.5), "weight_decay": 1.0, "maximize": True, "state_dtype": state_dtype}
+    got, want = (results(backend, case, **options) for backend in ("compiled", "reference"))
+    tolerance = 1e-5 if state_dtype == "float32" else 1e-3
+    torch.testing.assert_close(got[0][:6], want[0][:6], rtol=tolerance, atol=tolerance)
+
+
+def test_fifty_tensors_and_a_hundred_steps_compile_two_graphs(counter: CompileCounterWithBackend) -> None:
+    params = make_params([(size, 1 + size % 3) for size in range(1, 51)])
+    optimizer = LearnedOptimizer(params, weights=small_rule(), backend="compiled")
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
+    take_steps(optimizer, params, 1)
+    assert counter.frame_count == 2  # Of several tensors, and of part of one.
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(1, 100):
+            for param, gradient in zip(params, draw_gradients(params, step), strict=True):
+                param.grad = None if step % 7 == 3 and param.numel() % 5 == 0 else gradient
+            optimizer.step()
+            scheduler.step()
+    others = make_params([(900,), (77,)], seed=1)
+    take_steps(LearnedOptimizer(others, weights=small_rule(seed=1), backend="compiled"), others, 2)
+    assert counter.frame_count == 2  # Another model and other weights of the same form need no other graph.
+    assert not compiled._failures
+
+
+def test_where_compiling_fails_the_reference_goes_on_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise OSError("g++: no such header")
+
+    monkeypatch.setattr(compiled, "compiled", lambda: torch.compile(chunks.step_chunk, backend=broken))
+    monkeypatch.setattr(compiled, "available", lambda: True)
+    with caplog.at_level(logging.WARNING, "learned_optim"):
+        got = results("compiled", "adam-modulation")
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "learned_optim"]
+    assert "torch.compile failed" in message
+    torch.testing.assert_close(got, results("reference", "adam-modulation"), rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_compiler_it_is_refused_and_auto_never_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = small_rule()
+    rule.freeze()
+    for found in ("/usr/bin/g++", None):
+        monkeypatch.setattr("shutil.which", lambda name, found=found: found)
+        assert compiled.available() == bool(found)
+        assert backend_in_use("auto", rule) in ("native", "reference")
+        assert backend_in_use("compiled", rule) == ("compiled" if found else "reference")
+    with pytest.raises(RuntimeError, match=r"'compiled' is not available here; it needs a C.. compiler"):
+        LearnedOptimizer([nn.Parameter(torch.ones(2))], backend="compiled")
+
+
+def test_inside_a_compiled_step_the_reference_is_traced(counter: CompileCounterWithBackend) -> None:
+    outer = CompileCounterWithBackend("eager")
+    params, expected = make_params(((5,), (3, 4))), make_params(((5,), (3, 4)))
+    optimizer = LearnedOptimizer(params, weights=small_rule(), backend="compiled", lr=torch.tensor(1.0))
+    optimizer.step = torch.compile(optimizer.step, backend=outer, fullgraph=True)  # type: ignore[method-assign]
+    take_steps(optimizer, params, 3)
+    take_steps(LearnedOptimizer(expected, weights=small_rule(), backend="reference"), expected, 3)
+    assert (outer.frame_count, counter.frame_count) == (2, 0)
+    torch.testing.assert_close(params, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_two_compiled_runs_are_identical(counter: CompileCounterWithBackend) -> None:
+    assert_identical(*(results("compiled", "adam-modulation", state_dtype="int8") for _ in range(2)))

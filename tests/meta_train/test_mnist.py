@@ -1,0 +1,139 @@
+"""Digits: read once, split in halves, nets by hand; and what the figures of other architectures are drawn from."""
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from msgspec.structs import replace
+from torch import Tensor
+
+from meta_train import evaluate
+from meta_train.__main__ import main
+from meta_train.baselines import settings
+from meta_train.meta_gradient import loss_and_grad
+from meta_train.tasks import Mnist, mnist
+from meta_train.tasks.images import MNIST, read_images
+from tests.meta_train.digits import make_digits
+from tests.meta_train.test_recipe import TINY
+
+RECIPE = re.sub(r'name = "quadratic"\ndimension = 3\nfunctions = 4', 'name = "mnist"\nhidden = [3]\nbatch = 8', TINY)
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Tensor, Tensor]:
+    """Images whose top row tells the label: a net can learn them."""
+    labels = torch.randint(10, (60_000,), generator=torch.Generator().manual_seed(3))
+    pixels = torch.randint(40, (60_000, 4, 10), generator=torch.Generator().manual_seed(4))
+    pixels[:, 0] += 200 * F.one_hot(labels, 10)
+    return pixels.byte(), labels
+
+
+@pytest.fixture
+def asked(digits: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
+    """Put the digits in the place of the real ones; tells where they were looked for."""
+    places: list[Path | None] = []
+
+    def read(_: object, data: Path | None, split: str, part: range) -> tuple[Tensor, Tensor]:
+        assert split == "train"
+        places.append(data)
+        return digits[0][part.start : part.stop], digits[1][part.start : part.stop]
+
+    monkeypatch.setattr(mnist, "read_images", read)
+    return places
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "relu", "tanh"])
+@pytest.mark.parametrize("hidden", [(), (3,), (4, 2)])
+def test_the_net_is_the_one_that_is_written_down(digits: tuple[Tensor, Tensor], hidden: tuple[int, ...], activation) -> None:
+    task = Mnist(hidden, activation, batch=6, problems=2, initial_std=0.5)
+    pixels, labels = digits[0][:50], digits[1][:50]
+    optimizee = task.sample_from(pixels, labels, 7)
+    twin = torch.Generator()
+    twin.set_state(optimizee.generator.get_state())
+    losses, _ = loss_and_grad(optimizee, optimizee.flat_params())
+    index = torch.randint(50, (2, 6), generator=twin)
+    for problem in range(2):
+        x = pixels[index[problem]].flatten(1) / 255
+        for layer in range(len(hidden) + 1):
+            weight, bias = (optimizee.params[f"{name}{layer}"][problem] for name in ("weight", "bias"))
+            x = x @ weight + bias
+            x = getattr(torch, activation)(x) if layer < len(hidden) else x
+        torch.testing.assert_close(losses[problem], F.cross_entropy(x, labels[index[problem]]))
+
+
+def test_nets_start_small_each_its_own_and_see_their_own_minibatches(digits: tuple[Tensor, Tensor]) -> None:
+    optimizee = Mnist(problems=2).sample_from(*digits, seed=0)
+    first, second = optimizee.flat_params()
+    assert first.std().item() == pytest.approx(0.01, rel=0.1)
+    assert not torch.equal(first, second)
+    losses, _ = loss_and_grad(optimizee, first.expand(2, -1))
+    assert losses[0] != losses[1]
+
+
+def test_the_halves_share_no_digit(asked: list[Path | None], digits: tuple[Tensor, Tensor]) -> None:
+    used = {half: set(part) for half, part in mnist.HALVES.items()}
+    assert used["first"].isdisjoint(used["second"])
+    assert used["first"] | used["second"] == set(range(60_000))
+    drawn = [loss_and_grad(o := Mnist(half=half).sample(5), o.flat_params())[0] for half in ("first", "second", "first")]
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
+def test_the_hub_is_asked_where_no_directory_is_given(asked: list[Path | None]) -> None:
+    task = Mnist()
+    assert task.sample(1).params["weight0"].shape == (1, 40, 20)
+    task.on(Path("here")).sample(1)
+    assert asked == [None, Path("here")]
+
+
+def test_a_recipe_names_the_task_and_no_place(asked: list[Path | None], tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    assert main(["train", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run"), "--data", str(tmp_path)]) == 0
+    assert set(asked) == {tmp_path}
+    assert not any(str(tmp_path) in path.read_text(errors="ignore") for path in (tmp_path / "run").iterdir())
+
+
+def test_other_architectures_lie_in_subdirectories(
+    asked: list[Path | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = evaluate.Arena(
+        Mnist((3,), batch=64, initial_std=0.5), settings("Adam", [1e-5, 0.1, 1e4]), tuning=2, fresh=2, horizons=(30,)
+    )
+    names = {"": "mnist", "deep": "mnist-20x2", "kinked": "mnist-relu"}
+    tasks = [replace(tiny.task, **change) for change in ({}, {"hidden": (4, 4)}, {"activation": "relu"})]
+    results = tmp_path / "results"
+    for (place, name), task in zip(names.items(), tasks, strict=True):
+        monkeypatch.setitem(evaluate.ARENAS, name, dataclasses.replace(tiny, task=task))
+        assert main(["evaluate", "quadratic", "default", "--task", name, "--out", str(results / place)]) == 0
+    assert main(["figures", str(results)]) == 0
+    rows = evaluate.read_rows(results / "grid.csv")
+    assert {(row["units"], row["layers"]) for row in rows} == {("3", "1"), ("4", "2")}
+    assert {row["optimizer"] for row in rows} == {"Adam", "LSTM (quadratic)", "LSTM (default)"}
+    deep = evaluate.read_rows(results / "deep" / "summary.csv")
+    final = {row["optimizer"]: row["mean"] for row in deep if row["criterion"] == "final"}
+    assert {row["optimizer"]: row["mean"] for row in rows if row["units"] == "4"} == final
+    variants = (results / "variants.svg").read_text()
+    assert all(name in variants for name in ("deep", "kinked", "not trained on this task"))
+    assert "2 hidden layers" in (results / "grid.svg").read_text()
+
+
+def test_images_are_read_once_from_a_directory_in_the_layout_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data = make_digits(tmp_path / "data")
+    pixels, labels = read_images(MNIST, data, "train", range(10, 1000))
+    assert (pixels.shape, pixels.dtype, labels.shape) == ((30, 5, 5), torch.uint8, (30,))
+    assert torch.equal((pixels.amin((1, 2)) // 22).long(), labels)
+    assert read_images(MNIST, data, "train", range(10, 1000))[0] is pixels
+    assert len(read_images(MNIST, data, "test")[1]) == 40
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"reading ylecun/mnist needs datasets: pip install 'learned-optim\[judge\]'"):
+        read_images(MNIST, Path("nowhere"), "train")
