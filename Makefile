@@ -79,8 +79,8 @@ reproduce-mnist: .venv/ready ## the same for nets on MNIST, from the Hub or from
 
 ART := $(RUNS)/art
 
-reproduce-neural-art: .venv/ready ## the same for pictures; DATA=DIR holds neural_art/ (docs/results.md)
-	@test -n "$(DATA)" || { echo "say where the data are: make $@ DATA=DIR (docs/results.md)"; exit 2; }
+reproduce-neural-art: .venv/ready ## the same for pictures; DATA=DIR holds neural_art/
+	@test -n "$(DATA)" || { echo "say where the data are: make $@ DATA=DIR (meta_train/tasks/neural_art.py)"; exit 2; }
 	for seed in 0 1 2; do \
 	  $(BIN)/python -m meta_train train learned_optim/weights/neural-art.toml --data $(DATA) --out $(ART)-$$seed --seed $$seed || exit 1; \
 	done

@@ -5,21 +5,46 @@
 The straightforward way calls ``loss.backward(retain_graph=True)`` at each inner step through the growing graph to get the
 gradient, then backpropagates the summed losses. Both take one truncation of 20 inner steps of the paper's quadratics with
 the paper's 2 x 20 LSTM.
+
+Then one truncation of twelve problems of the default recipe: its inner steps by the fused kernel of the optimizer, and by
+``nn.LSTM``; everything else is the same.
 """
 
+from collections.abc import Callable
+from unittest import mock
+
 import torch
+from torch import Tensor
 
 from benchmarks.timing import side_by_side, write_table
 from learned_optim import build_rule
+from learned_optim.rules.lstm import Carry
+from meta_train import meta_gradient
+from meta_train.inner_steps import PlainSteps
 from meta_train.meta_gradient import backpropagate, roll_out, start_episode, unroll
+from meta_train.publish import WEIGHTS_DIR
+from meta_train.recipe import read_recipe
 from meta_train.tasks import Quadratic
 
 TRUNCATION = 20
+PROBLEMS = 12
 
 
 def main() -> None:
     """Time the ways side by side."""
     torch.manual_seed(0)
+    rows = []
+    for ways in (ways_on_quadratics(), ways_on_the_mixture()):
+        seconds = side_by_side(ways, repeats=12)
+        slowest = next(iter(seconds.values()))
+        for name, value in seconds.items():
+            print(f"{name:<42}{1 / value:>8.1f} outer steps/s{slowest / value:>8.1f} x")
+            rows.append({"way": name, "speed_up": round(slowest / value, 2)})
+    write_table("meta_training", rows)
+
+
+def ways_on_quadratics() -> dict[str, Callable[[], object]]:
+    """Return ways to the meta-gradient, the straightforward one first."""
     rule = build_rule("paper", input_scale=128.0, output_scale=0.1)
     optimizee = Quadratic().sample(0)
     carry = start_episode(rule, optimizee)
@@ -43,20 +68,48 @@ def main() -> None:
         record, _ = roll_out(rule, optimizee, carry, TRUNCATION, chosen)
         backpropagate(rule, record, weights)
 
-    ways = {
+    return {
         "straightforward": straightforward,
         "autograd unroll": lambda: unroll(rule, optimizee, carry, TRUNCATION, lambda losses, _: weights),
         "one pass, every coordinate": lambda: one_pass(0),
         "one pass, a quarter of the coordinates": lambda: one_pass(320),
     }
-    seconds = side_by_side(ways, repeats=12)
-    slowest = seconds["straightforward"]
-    for name, value in seconds.items():
-        print(f"{name:<42}{1 / value:>8.1f} outer steps/s{slowest / value:>8.1f} x")
-    write_table(
-        "meta_training",
-        [{"way": name, "speed_up": round(slowest / value, 2)} for name, value in seconds.items()],
-    )
+
+
+class LstmSteps(PlainSteps):
+    """Inner steps by ``nn.LSTM``."""
+
+    def take(self, grad: Tensor, step: int, scales: Tensor | None) -> None:
+        """Take an inner step."""
+
+        def advance(features: Tensor, held: Carry, active: Tensor) -> tuple[Tensor, Carry]:
+            hiddens, new = self.rule.recur(features.unsqueeze(0), held, fused=True)
+            return hiddens[0], new
+
+        scale = None if scales is None else scales[:, self.optimizee.tensor_index].flatten()
+        time = self.params.new_tensor(float(step))
+        update, self.memory, _ = self.rule(grad.flatten(), self.memory, time, scale, advance)
+        self.params = self.params + update.view_as(self.params)
+
+
+def ways_on_the_mixture() -> dict[str, Callable[[], object]]:
+    """Return ways of an outer step of the default recipe, the one by ``nn.LSTM`` first."""
+    recipe = read_recipe(WEIGHTS_DIR / "default.toml")
+    rule, length = recipe.build_rule(), recipe.inner.truncation
+    optimizees = [recipe.task.sample(seed) for seed in range(PROBLEMS)]
+    carries = [start_episode(rule, optimizee) for optimizee in optimizees]
+
+    def outer_step() -> None:
+        for optimizee, carry in zip(optimizees, carries, strict=True):
+            chosen = torch.randperm(carry.params.numel())[: recipe.outer.coordinates]
+            record, _ = roll_out(rule, optimizee, carry, length, chosen)
+            backpropagate(rule, record, torch.ones_like(record.losses))
+
+    def by_lstm() -> None:
+        with mock.patch.object(meta_gradient, "inner_steps", LstmSteps):
+            outer_step()
+
+    return {"mixture, inner steps by nn.LSTM": by_lstm, "mixture, inner steps by the kernel": outer_step}
 
 
 if __name__ == "__main__":

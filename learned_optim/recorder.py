@@ -155,45 +155,69 @@ def _batches(params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Tensor]]
     yield from filter(None, alike.values())
 
 
+PIECE = 16_384
+"""Coordinates looked at together: few enough for every intermediate result to stay within the caches."""
+
+
 def _sums(
     optimizer: LearnedOptimizer, group: dict[str, Any], params: Sequence[Tensor], originals: Mapping[Tensor, Tensor]
 ) -> Tensor:
     """Return what :func:`_figures` needs of a batch, summed over its coordinates, on the CPU in float64."""
     states, rule = [optimizer.state[param] for param in params], optimizer._rule_of(params[0], group)
-    before = torch.cat([originals[param] for param in params]).double()
-    change = torch.cat([_flat(param) for param in params]).double() - before
     grads = [_placed_like(_as_real(param.grad), _as_real(param)) for param in params]  # type: ignore[arg-type]
-    grad = torch.cat([_flat(grad) for grad in grads]).to(rule.readout.weight.dtype)
-    finite = (grad * grad if rule.moment_names else grad).isfinite()
+    before, after = _joined([originals[param] for param in params]), _joined(map(_flat, params))
+    grad = _joined(map(_flat, grads))
+    stored = {
+        name: _joined(_flat(state[name], state[name].shape[-1]) for state in states)
+        for name in ("hidden", "cell", CELL_SCALE)
+        if name in states[0]
+    }
+    moments = [_joined(_flat(state[name]) for state in states) for name in rule.moment_names]
+    sums = after.new_zeros(11, dtype=torch.float64)
+    for start in range(0, max(len(after), 1), PIECE):
+        piece = slice(start, start + PIECE)
+        cell = decode(rule, {name: x[piece] for name, x in stored.items()}, rule.readout.weight.dtype)["cell"]
+        adam = [moment[piece] for moment in moments]
+        sums += _sums_of_piece(rule, group, before[piece], after[piece], grad[piece], cell, adam, float(states[0]["step"]))
+    return _over_ranks(sums, params[0]).cpu()
+
+
+def _joined(tensors: Iterable[Tensor]) -> Tensor:
+    first, *others = tensors
+    return torch.cat([first, *others]) if others else first
+
+
+def _sums_of_piece(
+    rule: UpdateRule,
+    group: dict[str, Any],
+    before: Tensor,
+    after: Tensor,
+    grad: Tensor,
+    cell: Tensor,
+    moments: Sequence[Tensor],
+    step: float,
+) -> Tensor:
+    change = after.double() - before.double()
+    grad = grad.to(rule.readout.weight.dtype)
+    finite = (grad * grad if moments else grad).isfinite()
     descent = torch.where(finite, grad if group["maximize"] else -grad, 0).double()
-    cell = torch.cat([_cells(rule, state) for state in states])
-    if rule.moment_names:
-        seen, adam = _adam_step(rule, states)
+    if moments:
+        seen, adam = _adam_step(rule, moments, step)
     else:
         seen, adam = cell[:, : rule.config.hidden_size].any(-1), torch.zeros_like(change)
-    saturated = (cell.abs() > SATURATED) & seen.unsqueeze(-1)
-    pairs = ((change, change), (before, before), (change, descent), (descent, descent), (change, adam), (adam, adam))
-    counts = (~finite, ~seen, saturated, seen.unsqueeze(-1).expand_as(cell))
-    sums = [change.new_tensor(change.numel()), *(a @ b for a, b in pairs), *(count.sum().double() for count in counts)]
-    return _over_ranks(torch.stack(sums), params[0]).cpu()
+    saturated = (cell.abs() > SATURATED).sum(1)
+    vectors = torch.stack((change, before.double(), descent, adam))
+    products = vectors @ vectors.T
+    pairs = ((0, 0), (1, 1), (0, 2), (2, 2), (0, 3), (3, 3))
+    counts = (~finite).sum(), (~seen).sum(), (saturated * seen).sum(), seen.sum() * cell.shape[1]
+    return torch.stack([change.new_tensor(len(change)), *(products[pair] for pair in pairs), *(c.double() for c in counts)])
 
 
-def _cells(rule: UpdateRule, state: Mapping[str, Tensor]) -> Tensor:
-    """Return a parameter's cells on this rank, ``(N, L * H)``."""
-    stored = {name: _local(state[name]) for name in ("hidden", "cell", CELL_SCALE) if name in state}
-    flat = {name: values.reshape(-1, values.shape[-1]) for name, values in stored.items()}
-    return decode(rule, flat, rule.readout.weight.dtype)["cell"]
-
-
-def _adam_step(rule: UpdateRule, states: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return where a second moment is positive, and there ``-m / sqrt(v)`` corrected for bias; step counts are equal."""
-    momentum, second_moment = (
-        torch.cat([_flat(state[name]) for state in states]).double() for name in ("exp_avg", "exp_avg_sq")
-    )
+def _adam_step(rule: UpdateRule, moments: Sequence[Tensor], step: float) -> tuple[Tensor, Tensor]:
+    """Return where a second moment is positive, and there ``-m / sqrt(v)`` corrected for bias."""
     config: Any = rule.config
-    step = float(states[0]["step"])
-    momentum /= 1 - config.fast_decay**step
-    second_moment /= 1 - config.second_moment_decay**step
+    momentum = moments[rule.moment_names.index("exp_avg")].double() / (1 - config.fast_decay**step)
+    second_moment = moments[rule.moment_names.index("exp_avg_sq")].double() / (1 - config.second_moment_decay**step)
     seen = second_moment > 0
     return seen, torch.where(seen, -momentum * second_moment.rsqrt(), 0)
 
@@ -208,6 +232,6 @@ def _over_ranks(sums: Tensor, param: Tensor) -> Tensor:
     return DTensor.from_local(sums, param.device_mesh, placements, run_check=False).full_tensor()  # type: ignore
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def _flat(tensor: Tensor, *trailing: int) -> Tensor:
     """Return this rank's coordinates in logical order, complex ones as pairs of reals."""
-    return _local(_as_real(tensor.detach())).reshape(-1)
+    return _local(_as_real(tensor.detach())).reshape(-1, *trailing)

@@ -160,11 +160,12 @@ def _judge_suite(options: argparse.Namespace) -> int:
     suite = SUITES[options.suite]
     runner = Runner(suite, options.cache, options.data, options.horizon, options.workers, progress)
     report = judge_suite(runner, rules)
+    limit = f" --horizon {options.horizon}" if options.horizon else ""
     about = {
         "suite": suite.name,
         "fingerprints": {rule.name: rule.fingerprint for rule in rules},
         "seeds": {"tuning": [TUNING_SEED], "evaluation": list(SEEDS)},
-        "command": f"python -m meta_train evaluate {' '.join(options.weights)} --suite {suite.name}",
+        "command": f"python -m meta_train evaluate {' '.join(options.weights)} --suite {suite.name}{limit}",
     }
     evaluate.write_judgement(report, options.out, about)
     for row in report.summary:

@@ -78,6 +78,48 @@ def mnist(results: Path = RESULTS / "mnist-mlp") -> str:
     return "\n".join([*lines, "", note])
 
 
+OPPONENTS = ("Adam(0.001)", "Adam, tuned", "AdamW+cosine, tuned", "ScheduleFree(0.0025)", "Prodigy(1)")
+"""Whom the default rule is set against in the README; the CSVs have all."""
+
+
+def suite(results: Path = RESULTS / "judge") -> str:
+    """Return the judgement of the default rule as Markdown.
+
+    Args:
+        results: Directory written by ``python -m meta_train evaluate default --suite judge``.
+
+    Returns:
+        A table against each opponent, one of each task against tuned Adam, and a line of where they come from.
+    """
+    rule = "LSTM (default)"
+    summary = {(r["against"], int(r["horizon"])): r for r in read_rows(results / "summary.csv") if r["rule"] == rule}
+    tasks = [row for row in read_rows(results / "ratios.csv") if row["rule"] == rule]
+    horizons = sorted({horizon for _, horizon in summary})
+    heads = " | ".join(f"{horizon:,} steps" for horizon in horizons)
+    lines = [f"| final training loss against | {heads} |", "|---" * (len(horizons) + 1) + "|"]
+    for opponent in (name for name in OPPONENTS if (name, horizons[0]) in summary):
+        cells = []
+        for horizon in horizons:
+            row = summary.get((opponent, horizon))
+            better = f"better on {row['wins']} of {row['tasks']}" if row else ""
+            cells.append(f"**{float(row['ratio']):.2f} x**, {better}" if row else "")
+        lines.append(f"| {opponent} | {' | '.join(cells)} |")
+    lines += ["", f"| task, against tuned Adam | {heads} |", "|---" * (len(horizons) + 1) + "|"]
+    for task in dict.fromkeys(row["task"] for row in tasks):
+        ratios = {int(r["horizon"]): r["ratio"] for r in tasks if (r["task"], r["against"]) == (task, "Adam, tuned")}
+        cells = [f"{float(ratios[horizon]):.2f} x" if horizon in ratios else "" for horizon in horizons]
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    about = json.loads((results / "environment.json").read_text())
+    note = (
+        f"Geometric means over tasks and n = {tasks[0]['n']} fresh seeds of the mean training loss over the last tenth of "
+        "the steps; below 1 is better than the opponent. `default` is told neither rate nor horizon. Tuned opponents have "
+        "the best rate of a half-decade grid for each task and each horizon, found on another seed; AdamW with a cosine "
+        f"decay knows the horizon. Every figure is in [results.csv](docs/results/{results.name}/results.csv), every rate "
+        f"tried in [sweep.csv](docs/results/{results.name}/sweep.csv). {where(about)}. Command: `{about['command']}`."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def demo(results: Path = RESULTS / "demo") -> str:
     """Return what the demo prints, as a block.
 
@@ -91,7 +133,7 @@ def demo(results: Path = RESULTS / "demo") -> str:
     return f"```text\n{text}\n```\n\n![Training loss of the demo](docs/results/demo/demo.png)"
 
 
-TABLES = {"quadratic": quadratic, "mnist": mnist, "demo": demo}
+TABLES = {"quadratic": quadratic, "mnist": mnist, "judge": suite, "demo": demo}
 
 
 PAGES = {ROOT / "README.md": "docs/", ROOT / "docs" / "results.md": ""}

@@ -14,6 +14,7 @@
 #define read_bytes NAME(read_bytes)
 #define write_bytes NAME(write_bytes)
 #define hash_gradients NAME(hash_gradients)
+#define rounds NAME(rounds)
 #define draw NAME(draw)
 #define round_moment NAME(round_moment)
 #define read_cells NAME(read_cells)
@@ -209,6 +210,13 @@ INLINE void lay_out_buffers(block_buffers *b, vec *memory, const struct rule *ru
 }
 
 /* ---- memory in fewer bytes: rules/storage.py says what is stored and why ------------------------------------------------- */
+
+/* Whether anything is rounded stochastically. */
+INLINE int rounds(const struct rule *rule, const struct item *item) {
+  int any = item->memory_type == INT8;
+  for (int i = 0; i < (rule->family == PAPER ? 0 : 3); i++) any |= item->moment_types[i] == BFLOAT16;
+  return any;
+}
 
 /* Of the gradients as the caller has them, and the step. */
 INLINE void hash_gradients(block_buffers *b, const float *grads, float step) {
@@ -408,15 +416,21 @@ INLINE vec read_out(const vec *hidden, const float *weights, int H) {
 INLINE void decode_block(block_buffers *b, const struct rule *rule, const float *readout) {
   const int H = rule->hidden;
   const vec *top = b->next + (size_t)(rule->layers - 1) * H * W;
-  for (int v = 0; v < W; v++) {
-    if (rule->family == PAPER) {
-      b->update[v] = read_out(top + v, readout, H) * b->context[0][v];
-    } else {
-      vec magnitude = read_out(top + v, readout, H), direction = read_out(top + v, readout + H + 1, H);
-      vec gain = exp_vec(rule->log_gain * tanh_vec(magnitude / rule->log_gain));
-      b->update[v] = b->context[1][v] * gain * (b->context[0][v] + tanh_vec(direction));
-    }
+  if (rule->family == PAPER) {
+    for (int v = 0; v < W; v++) b->update[v] = read_out(top + v, readout, H) * b->context[0][v];
+    return;
   }
+  /* Stage by stage, so that the vectors' chains of operations run side by side. */
+  vec magnitude[W], direction[W];
+  UNROLL for (int v = 0; v < W; v++) magnitude[v] = splat(readout[H]), direction[v] = splat(readout[2 * H + 1]);
+  for (int k = 0; k < H; k++)
+    UNROLL for (int v = 0; v < W; v++) {
+      magnitude[v] += readout[k] * top[k * W + v];
+      direction[v] += readout[H + 1 + k] * top[k * W + v];
+    }
+  UNROLL for (int v = 0; v < W; v++) magnitude[v] = rule->log_gain * tanh_vec(magnitude[v] / rule->log_gain);
+  UNROLL for (int v = 0; v < W; v++) direction[v] = b->context[0][v] + tanh_vec(direction[v]);
+  UNROLL for (int v = 0; v < W; v++) b->update[v] = b->context[1][v] * exp_vec(magnitude[v]) * direction[v];
 }
 
 INLINE void step_block(block_buffers *b, const struct rule *rule, const float *weights, const struct item *item,
@@ -424,7 +438,7 @@ INLINE void step_block(block_buffers *b, const struct rule *rule, const float *w
   const int width = rule->layers * rule->hidden;
   float staging[BLOCK] __attribute__((aligned(64)));
   const float *grads = read_values(item->grad, item->grad_type, start, rows, staging);
-  hash_gradients(b, grads, item->step);
+  if (rounds(rule, item)) hash_gradients(b, grads, item->step);
   for (int v = 0; v < W; v++) {
     vec grad = load_vec(grads + v * LANES);
     b->grad[v] = item->maximize ? -grad : grad;
