@@ -69,9 +69,12 @@ def training_facts(recipe: str) -> dict[str, str]:
     if horizon := inner.get("horizon"):
         ends = dict.fromkeys(horizon if isinstance(horizon, list) else [horizon])
         facts["horizon"] = f"{' to '.join(f'{end:,}' if isinstance(end, int) else str(end) for end in ends)} inner steps"
+    stages = tables.get("stages")
+    stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
     for table, key in ((inner, "truncation"), (outer, "steps"), (outer, "objective")):
-        if key in table:
-            facts["outer steps" if key == "steps" else key] = str(table[key])
+        values = [str(part[key]) for part in (table, *stages) if key in part]
+        if values:
+            facts["outer steps" if key == "steps" else key] = ", then ".join(values)
     return facts
 
 

@@ -70,7 +70,8 @@ def test_info_says_everything_the_file_does(capsys: Output) -> None:
         assert facts[name] == str(value), name
     if sys.version_info >= (3, 11):
         assert facts["task distribution"].startswith("mixture")
-        assert facts["horizon"] == "100 to 3,000 inner steps"
+        assert facts["horizon"] == "100 to 4,000 inner steps"
+        assert facts["truncation"] == "64, then 256"
     for line in weights.recipe.strip().splitlines():
         assert f"  {line}\n" in out
 
