@@ -82,7 +82,7 @@ class MetaTraining:
         self.episodes_started = 0
         self.episodes: list[Episode | None] = [None] * recipe.outer.episodes
         self.best_validation = math.inf
-        self.best: UpdateRule = copy.deepcopy(self.rule)
+        self.best: UpdateRule = self.in_use(self.rule)
 
     def __iter__(self) -> Iterator[OuterStep]:
         """Take outer steps until the recipe's number is reached, from wherever this run stands.
@@ -132,7 +132,7 @@ class MetaTraining:
         is_best = validation is not None and validation <= self.best_validation
         if is_best and validation is not None:
             self.best_validation = validation
-            self.best = copy.deepcopy(self.average)
+            self.best = self.in_use(self.average)
         return OuterStep(self.step, sum(meta_losses) / len(meta_losses), float(norm), lr, validation, is_best)
 
     def _truncation(self, slot: int, inner: InnerLoop, outer: OuterLoop, objective: Objective) -> float:
@@ -170,7 +170,14 @@ class MetaTraining:
     def _validate(self, *, last: bool) -> float | None:
         if self.step % self.recipe.validation.every and not last:
             return None
-        return validate(self.average, self.validation_task, self.recipe)
+        return validate(self.in_use(self.average), self.validation_task, self.recipe)
+
+    def in_use(self, rule: UpdateRule) -> UpdateRule:
+        """Return a copy of a rule of this run as it will be used: with the options of the recipe's ``use``."""
+        with torch.random.fork_rng(devices=[]):
+            used = self.recipe.build_rule(in_use=True)
+        used.load_state_dict(rule.state_dict())
+        return used
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on bit for bit, as tensors and plain values."""

@@ -114,6 +114,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         outer: How meta-parameters are trained.
         validation: How the best are chosen.
         stages: What follows, one after another.
+        use: Options of the rule that differ in use from meta-training: rules are validated, kept and published with them.
+            None may change the shape of the meta-parameters. A truncated meta-gradient sees no gain beyond its truncation,
+            so rules are meta-trained to hurry; a clock (``time_scales``) that runs slower in use makes up for it.
         seed: Decides everything random.
         schema: Version of this format.
     """
@@ -124,6 +127,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     outer: OuterLoop
     validation: Validation
     stages: tuple[Stage, ...] = ()
+    use: dict[str, Any] = {}
     seed: int = 0
     schema: Literal[1] = 1
 
@@ -143,8 +147,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Outer steps of the whole run."""
         return sum(outer.steps for _, outer in self.phases)
 
-    def build_rule(self) -> UpdateRule:
+    def build_rule(self, *, in_use: bool = False) -> UpdateRule:
         """Build the untrained rule; the caller seeds torch's generator.
+
+        Args:
+            in_use: With the options of ``use``, not those of meta-training.
 
         Returns:
             The rule.
@@ -152,7 +159,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             ValueError: If the rule's family or an option is unknown.
         """
-        options = dict(self.rule)
+        options = {**self.rule, **self.use} if in_use else dict(self.rule)
         if "family" not in options:
             raise ValueError('the recipe\'s [rule] names no family; write, for example, family = "paper"')
         return build_rule(options.pop("family"), **options)
@@ -176,7 +183,9 @@ def parse_recipe(text: str) -> Recipe:
         raise ValueError(f"the recipe is not valid TOML: {error}") from error
     except msgspec.ValidationError as error:
         raise ValueError(f"the recipe does not fit: {error}") from error
-    recipe.build_rule()
+    trained, used = (recipe.build_rule(in_use=in_use).state_dict() for in_use in (False, True))
+    if {name: value.shape for name, value in trained.items()} != {name: value.shape for name, value in used.items()}:
+        raise ValueError(f"[use] must not change the shape of the meta-parameters, got {recipe.use}")
     if recipe.inner.horizon[0] > recipe.inner.horizon[1]:
         raise ValueError(f"inner.horizon must be [shortest, longest], got {list(recipe.inner.horizon)}")
     return recipe

@@ -99,7 +99,8 @@ class RunDir:
             write_weights(self.path / BEST, weights)
         if self.run.step == self.run.recipe.steps:
             validation = self._validations[-1]["validation"]
-            write_weights(self.path / LAST, self._weights(self.run.average, "last", self.run.step, validation))
+            last = self._weights(self.run.in_use(self.run.average), "last", self.run.step, validation)
+            write_weights(self.path / LAST, last)
         buffer = io.BytesIO()
         torch.save(self.run.state_dict(), buffer)
         with (self.path / METRICS).open("a") as metrics:

@@ -105,6 +105,20 @@ def test_resuming_from_a_checkpoint_file_goes_on_bit_for_bit(objective: str, cha
         assert torch.equal(value, resumed.best.state_dict()[name]), name
 
 
+def test_what_is_validated_and_kept_is_the_rule_in_use_and_what_is_trained_is_not() -> None:
+    plain = MetaTraining(parse_recipe(TINY + STAGE))
+    asleep = MetaTraining(parse_recipe(TINY + STAGE + "[use]\noutput_scale = 1e-12\n"))
+    trained, validated = [], []
+    for records in zip(plain, asleep, strict=True):
+        if records[0].step <= 12:  # the stage after it starts from the best, and which that is depends on the use
+            trained.append([record.meta_loss for record in records])
+        validated.append(records[1].validation)
+    assert all(one == other for one, other in trained)
+    assert len({value for value in validated if value is not None}) == 1, "a rule that does nothing is always as good"
+    assert asleep.best.config.output_scale == 1e-12
+    assert plain.best.config.output_scale != 1e-12
+
+
 class Exploding:
     """Every optimizee breaks after a few inner steps."""
 

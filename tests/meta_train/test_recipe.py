@@ -60,6 +60,14 @@ def test_a_mistake_is_named_with_its_place(old: str, new: str, message: str, tmp
     assert "recipe.toml" in str(error.value)
 
 
+def test_a_rule_in_use_may_do_other_things_with_the_same_meta_parameters() -> None:
+    recipe = parse_recipe(TINY + "[use]\noutput_scale = 7\n")
+    assert recipe.build_rule(in_use=True).config.output_scale == 7
+    assert recipe.build_rule().config.output_scale != 7
+    with pytest.raises(ValueError, match=r"shape of the meta-parameters.*hidden_size"):
+        parse_recipe(TINY + "[use]\nhidden_size = 4\n")
+
+
 def test_options_reach_the_rule() -> None:
     rule = parse_recipe(TINY).build_rule()
     assert (rule.config.hidden_size, rule.config.num_layers) == (3, 1)
