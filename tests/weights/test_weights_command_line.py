@@ -71,7 +71,7 @@ def test_info_says_everything_the_file_does(capsys: Output) -> None:
     if sys.version_info >= (3, 11):
         assert facts["task distribution"].startswith("mixture")
         assert facts["horizon"] == "100 to 4,000 inner steps"
-        assert facts["truncation"] == "64, then 256"
+        assert facts["truncation"] == "64, then 256, then 512"
     for line in weights.recipe.strip().splitlines():
         assert f"  {line}\n" in out
 
