@@ -46,7 +46,7 @@ def test_wrappers_of_pytorch_optimizer_train_with_it(wrapper: str) -> None:
         optimizer.train()
     (batch,) = make_batches(1)
     before = loss_of(model, batch).item()
-    for _ in range(30):
+    for _ in range(60):
         optimizer.zero_grad()
         loss_of(model, batch).backward()
         optimizer.step()
