@@ -16,7 +16,7 @@ from learned_optim.rules import AdamModulationConfig
 from learned_optim.weights import Weights, available_weights, resolve_weights
 from meta_train import evaluate, figures
 from meta_train.evidence import RESULTS, evidence
-from meta_train.judging.report import judge_suite
+from meta_train.judging.report import judge_suite, read_baselines
 from meta_train.judging.suite import SEEDS, SUITES, TUNING_SEED, Runner, learned
 from meta_train.publish import publish
 from meta_train.recipe import parse_recipe, read_recipe
@@ -73,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("--cache", type=Path, default=Path("runs/judging"), help="finished runs; default: %(default)s")
     judge.add_argument(
         "--workers", type=int, default=1, help="processes of one thread each; default: %(default)s, 0: this one"
+    )
+    judge.add_argument(
+        "--baselines", type=Path, metavar="DIR", help="take theirs from the tables of an earlier judgement of the suite"
     )
     judge.add_argument("--horizon", type=int, help="leave out longer horizons")
     judge.add_argument("--lr", type=float, nargs="+", default=[1.0], help="factors on the learned update; default: 1")
@@ -149,6 +152,10 @@ def _labelled(names: Sequence[str]) -> list[Weights]:
     return [Weights(one.rule, label, one.recipe, one.metadata) for one, label in zip(loaded, labels, strict=True)]
 
 
+_WHERE = ("torch", "processor", "commit")
+"""What of an earlier judgement's environment stays with baselines that are taken from it."""
+
+
 def _judge_suite(options: argparse.Namespace) -> int:
     if options.workers < 0:
         raise ValueError(f"--workers must not be negative, got {options.workers}")
@@ -159,13 +166,23 @@ def _judge_suite(options: argparse.Namespace) -> int:
 
     suite = SUITES[options.suite]
     runner = Runner(suite, options.cache, options.data, options.horizon, options.workers, progress)
-    report = judge_suite(runner, rules)
+    baselines, taken = None, ""
+    about_baselines: dict[str, Any] = {}
+    if options.baselines:
+        baselines = read_baselines(options.baselines)
+        earlier = json.loads((options.baselines / "environment.json").read_text())
+        if earlier.get("suite") != suite.name:
+            raise ValueError(f"{options.baselines} is a judgement of {earlier.get('suite')!r}, not of {suite.name!r}")
+        about_baselines = {"baselines": earlier.get("baselines") or {key: earlier[key] for key in _WHERE}}
+        taken = f" --baselines {'DIR' if options.baselines.is_absolute() else options.baselines.as_posix()}"
+    report = judge_suite(runner, rules, baselines=baselines)
     limit = f" --horizon {options.horizon}" if options.horizon else ""
     about = {
         "suite": suite.name,
         "fingerprints": {rule.name: rule.fingerprint for rule in rules},
         "seeds": {"tuning": [TUNING_SEED], "evaluation": list(SEEDS)},
-        "command": f"python -m meta_train evaluate {' '.join(options.weights)} --suite {suite.name}{limit}",
+        "command": f"python -m meta_train evaluate {' '.join(options.weights)} --suite {suite.name}{limit}{taken}",
+        **about_baselines,
     }
     evaluate.write_judgement(report, options.out, about)
     for row in report.summary:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from meta_train.baselines import Setting
-from meta_train.evaluate import Row, Rows
+from meta_train.evaluate import Row, Rows, read_rows
 from meta_train.judging.suite import SEEDS, TUNING_SEED, Contestant, Learned, Runner, smoothed_final
 
 CURVE_POINTS = 60
@@ -36,34 +37,72 @@ class Report:
     curves: Rows = field(default_factory=list)
 
 
-def judge_suite(runner: Runner, rules: Sequence[Learned], seeds: Sequence[int] = SEEDS) -> Report:
+def judge_suite(
+    runner: Runner, rules: Sequence[Learned], seeds: Sequence[int] = SEEDS, baselines: Report | None = None
+) -> Report:
     """Tune the baselines, run everything that has not been run before, and compare.
 
     Args:
         runner: Holds suite, cache and workers.
         rules: Learned contestants; none is tuned.
         seeds: Of the runs that are reported.
+        baselines: Take theirs from here (:func:`read_baselines`) and run the learned rules alone.
 
     Returns:
         The tables.
+
+    Raises:
+        ValueError: If ``baselines`` lack a task or a horizon that is judged.
     """
-    tuned = runner.tune()
-    fixed: list[Contestant] = [*rules, *runner.suite.untuned]
+    tuned = {} if baselines else runner.tune()
+    fixed: list[Contestant] = [*rules] if baselines else [*rules, *runner.suite.untuned]
     runner.complete(run for task in runner.tasks.values() for one in fixed for run in runner.runs_of(one, task, seeds))
     runner.complete(run for (task, _, _), one in tuned.items() for run in runner.runs_of(one, runner.tasks[task], seeds))
     report = Report()
-    report.sweep.extend(_sweep(runner))
+    report.sweep.extend(baselines.sweep if baselines else _sweep(runner))
     for task in runner.tasks.values():
         for horizon in task.horizons:
-            field_of_contestants = dict(_contestants(runner, rules, tuned, task.name, horizon))
-            report.results.extend(_results(runner, field_of_contestants, task.name, horizon, seeds))
-            report.ratios.extend(_ratios(runner, field_of_contestants, task.name, horizon, seeds))
+            rows = list(
+                _results(runner, dict(_contestants(fixed, runner, tuned, task.name, horizon)), task.name, horizon, seeds)
+            )
+            rows += _taken(baselines.results, task.name, horizon) if baselines else []
+            report.results.extend(rows)
+            report.ratios.extend(_ratios(rows))
         longest = task.horizons[-1]
         report.curves.extend(
-            _curves(runner, dict(_contestants(runner, rules, tuned, task.name, longest)), task.name, longest, seeds)
+            _curves(runner, dict(_contestants(fixed, runner, tuned, task.name, longest)), task.name, longest, seeds)
         )
+        if baselines:
+            report.curves.extend(row for row in baselines.curves if row["task"] == task.name)
     report.summary.extend(_summary(report.ratios))
     return report
+
+
+def read_baselines(results: Path) -> Report:
+    """Read what an earlier judgement found of the optimizers that are not learned.
+
+    Args:
+        results: Directory of its tables.
+
+    Returns:
+        Their results, sweep and curves.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if not (results / "results.csv").exists():
+        raise ValueError(f"there are no baselines in {results}: results.csv is missing; leave --baselines out to run them")
+    hand_designed: Rows = [{**row} for row in read_rows(results / "results.csv") if row["setting"]]
+    names = {row["optimizer"] for row in hand_designed}
+    curves: Rows = [{**row} for row in read_rows(results / "curves.csv") if row["optimizer"] in names]
+    return Report(results=hand_designed, sweep=[{**row} for row in read_rows(results / "sweep.csv")], curves=curves)
+
+
+def _taken(results: Rows, task: str, horizon: int) -> Rows:
+    rows = [row for row in results if (row["task"], int(row["horizon"])) == (task, horizon)]
+    if not rows:
+        raise ValueError(f"the baselines have no {task} at {horizon} steps; leave --baselines out to run them")
+    return rows
 
 
 def label(contestant: Contestant) -> str:
@@ -74,13 +113,13 @@ def label(contestant: Contestant) -> str:
 
 
 def _contestants(
-    runner: Runner, rules: Sequence[Learned], tuned: dict[tuple[str, str, int], Setting], task: str, horizon: int
+    fixed: Sequence[Contestant], runner: Runner, tuned: dict[tuple[str, str, int], Setting], task: str, horizon: int
 ) -> Iterable[tuple[str, Contestant]]:
-    for rule in rules:
-        yield label(rule), rule
-    for setting in runner.suite.untuned:
-        if horizon <= runner.suite.horizon_limits.get(setting.optimizer, math.inf):
-            yield f"{setting.optimizer}({setting.lr:g})", setting
+    for one in fixed:
+        if isinstance(one, Learned):
+            yield label(one), one
+        elif horizon <= runner.suite.horizon_limits.get(one.optimizer, math.inf):
+            yield f"{one.optimizer}({one.lr:g})", one
     for name in runner.suite.grids:
         if (task, name, horizon) in tuned:
             yield f"{name}, tuned", tuned[task, name, horizon]
@@ -107,29 +146,30 @@ def _results(
         }
 
 
-def _ratios(
-    runner: Runner, contestants: dict[str, Contestant], task: str, horizon: int, seeds: Sequence[int]
-) -> Iterable[Row]:
-    outcomes = {name: runner.outcomes(one, task, horizon, seeds) for name, one in contestants.items()}
-    finals = {name: torch.stack([smoothed_final(o.losses, horizon) for o in runs]) for name, runs in outcomes.items()}
-    held = {name: torch.tensor([o.held_out.get(horizon, math.nan) for o in runs]) for name, runs in outcomes.items()}
-    for name, contestant in contestants.items():
-        if not isinstance(contestant, Learned):
-            continue
-        for other, opponent in contestants.items():
-            if isinstance(opponent, Learned):
-                continue
-            ratio = (finals[name] / finals[other]).log()
+def _ratios(results: Rows) -> Iterable[Row]:
+    """Compare each learned rule with each baseline in the results of one task and horizon."""
+    for rule in (row for row in results if not row["setting"]):
+        for baseline in (row for row in results if row["setting"]):
+            held_out = [row["held_out"] for row in (rule, baseline)]
             yield {
-                "task": task,
-                "horizon": horizon,
-                "rule": name,
-                "against": other,
-                "ratio": _round(ratio.mean().exp()),
-                "log_standard_error": _round(ratio.std() / len(ratio) ** 0.5) if len(ratio) > 1 else "",
-                "held_out_ratio": _optional((held[name] / held[other]).log().mean().exp()),
-                "n": len(ratio),
+                "task": rule["task"],
+                "horizon": rule["horizon"],
+                "rule": rule["optimizer"],
+                "against": baseline["optimizer"],
+                "ratio": _round(float(rule["final"]) / float(baseline["final"])),
+                "log_standard_error": _root_sum_square([_relative_error(row) for row in (rule, baseline)]),
+                "held_out_ratio": "" if "" in held_out else _round(float(held_out[0]) / float(held_out[1])),
+                "n": rule["n"],
             }
+
+
+def _relative_error(row: Row) -> float:
+    return float(row["standard_error"]) / float(row["final"]) if row["standard_error"] != "" else math.nan
+
+
+def _root_sum_square(errors: Sequence[float]) -> float | str:
+    total = math.hypot(*errors)
+    return "" if math.isnan(total) else _round(total)
 
 
 def _summary(ratios: Rows) -> Iterable[Row]:
@@ -175,7 +215,3 @@ def _curves(
 
 def _round(value: Tensor | float) -> float:
     return float(f"{float(value):.5g}")
-
-
-def _optional(value: Tensor) -> float | str:
-    return "" if math.isnan(value) else _round(value)

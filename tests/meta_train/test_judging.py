@@ -9,10 +9,11 @@ from torch import nn
 
 from meta_train.__main__ import main
 from meta_train.baselines import Setting
+from meta_train.evaluate import read_rows, write_judgement
 from meta_train.judging.held_out_kinds import HELD_OUT_KINDS
 from meta_train.judging.models import CharLSTM, CharTransformer, VisionTransformer, conv_net, mlp
 from meta_train.judging.real_data import prepared
-from meta_train.judging.report import judge_suite
+from meta_train.judging.report import Report, judge_suite, read_baselines
 from meta_train.judging.stress import stress_tasks
 from meta_train.judging.suite import SUITES, Runner, Suite, learned, smoothed_final
 from meta_train.judging.task import Case, JudgingTask, regression_loss, train_case
@@ -84,7 +85,7 @@ def test_the_report_compares_at_every_horizon(runner):
     }
     ratio = next(row for row in report.ratios if row["against"] == "Adam(0.001)" and row["horizon"] == 30)
     finals = {row["optimizer"]: row["final"] for row in report.results if row["horizon"] == 30}
-    assert ratio["ratio"] == pytest.approx(finals["LSTM (default)"] / finals["Adam(0.001)"], rel=0.2)
+    assert ratio["ratio"] == pytest.approx(finals["LSTM (default)"] / finals["Adam(0.001)"], rel=1e-4)
     assert next(row for row in report.summary if row["against"] == "Adam(0.001)")["wins"] == 1
 
 
@@ -101,6 +102,49 @@ def test_a_judgement_is_written_and_drawn(tmp_path, monkeypatch, capsys):
         "curves.svg",
         "curves.png",
     }
+
+
+def test_baselines_of_an_earlier_judgement_are_not_run_again(tmp_path, runner, monkeypatch):
+    first = judge_suite(runner, [learned("default")], seeds=(0, 1))
+    write_judgement(first, tmp_path / "first")
+    taken = read_baselines(tmp_path / "first")
+    fresh = Runner(runner.suite, tmp_path / "fresh", workers=0)
+    monkeypatch.setattr(Runner, "tune", lambda self: pytest.fail("baselines were tuned"))
+    second = judge_suite(fresh, [learned("default")], seeds=(0, 1), baselines=taken)
+    assert second.ratios == first.ratios
+    assert second.summary == first.summary
+    write_judgement(second, tmp_path / "second")
+    for table in ("results", "sweep"):
+        assert (tmp_path / "second" / f"{table}.csv").read_text() == (tmp_path / "first" / f"{table}.csv").read_text()
+    assert sorted(read_rows(tmp_path / "second" / "curves.csv"), key=str) == sorted(
+        read_rows(tmp_path / "first" / "curves.csv"), key=str
+    )
+
+
+def test_baselines_must_be_there_and_of_the_same_tasks(tmp_path, runner):
+    with pytest.raises(ValueError, match=r"results\.csv is missing"):
+        read_baselines(tmp_path)
+    with pytest.raises(ValueError, match="the baselines have no line at 10 steps"):
+        judge_suite(runner, [learned("default")], seeds=(0,), baselines=Report())
+
+
+def test_baselines_of_another_suite_are_refused(tmp_path, capsys):
+    row = {"task": "t", "horizon": 1, "optimizer": "Adam", "setting": "lr=1", "final": 1.0}
+    tables = Report(results=[row], sweep=[row], curves=[row])
+    write_judgement(tables, tmp_path / "earlier", {"suite": "stress"})
+    arguments = [
+        "evaluate",
+        "default",
+        "--suite",
+        "held-out-kinds",
+        "--out",
+        str(tmp_path / "out"),
+        "--cache",
+        str(tmp_path),
+    ]
+    assert main([*arguments, "--baselines", str(tmp_path / "earlier")]) == 2
+    assert "a judgement of 'stress', not of 'held-out-kinds'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_processes_give_the_same_bits(tmp_path, monkeypatch):
