@@ -110,12 +110,14 @@ def suite(results: Path = RESULTS / "judge") -> str:
         cells = [f"{float(ratios[horizon]):.2f} x" if horizon in ratios else "" for horizon in horizons]
         lines.append(f"| {task} | {' | '.join(cells)} |")
     about = json.loads((results / "environment.json").read_text())
+    baselines = about.get("baselines")
+    taken = f"; baselines at commit {baselines['commit']}" if baselines else ""
     note = (
-        f"Geometric means over tasks and n = {tasks[0]['n']} fresh seeds of the mean training loss over the last tenth of "
-        "the steps; below 1 is better than the opponent. `default` is told neither rate nor horizon. Tuned opponents have "
+        "Geometric means over tasks of the ratio of two mean training losses, each over the last tenth of the steps and "
+        f"n = {tasks[0]['n']} fresh seeds; below 1 is better than the opponent. `default` is told neither rate nor horizon. Tuned opponents have "
         "the best rate of a half-decade grid for each task and each horizon, found on another seed; AdamW with a cosine "
         f"decay knows the horizon. Every figure is in [results.csv](docs/results/{results.name}/results.csv), every rate "
-        f"tried in [sweep.csv](docs/results/{results.name}/sweep.csv). {where(about)}. Command: `{about['command']}`."
+        f"tried in [sweep.csv](docs/results/{results.name}/sweep.csv). {where(about)}{taken}. Command: `{about['command']}`."
     )
     return "\n".join([*lines, "", note])
 
