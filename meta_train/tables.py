@@ -114,10 +114,11 @@ def suite(results: Path = RESULTS / "judge") -> str:
     taken = f"; baselines at commit {baselines['commit']}" if baselines else ""
     note = (
         "Geometric means over tasks of the ratio of two mean training losses, each over the last tenth of the steps and "
-        f"n = {tasks[0]['n']} fresh seeds; below 1 is better than the opponent. `default` is told neither rate nor horizon. Tuned opponents have "
-        "the best rate of a half-decade grid for each task and each horizon, found on another seed; AdamW with a cosine "
-        f"decay knows the horizon. Every figure is in [results.csv](docs/results/{results.name}/results.csv), every rate "
-        f"tried in [sweep.csv](docs/results/{results.name}/sweep.csv). {where(about)}{taken}. Command: `{about['command']}`."
+        f"n = {tasks[0]['n']} fresh seeds; below 1 is better than the opponent. `default` is told neither rate nor horizon. "
+        "Tuned opponents have the best rate of a half-decade grid for each task and each horizon, found on another seed; "
+        "AdamW with a cosine decay knows the horizon. Every figure is in "
+        f"[results.csv](docs/results/{results.name}/results.csv), every rate tried in "
+        f"[sweep.csv](docs/results/{results.name}/sweep.csv). {where(about)}{taken}. Command: `{about['command']}`."
     )
     return "\n".join([*lines, "", note])
 

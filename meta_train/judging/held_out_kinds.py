@@ -98,6 +98,18 @@ def _autoencoder(seed: int) -> Case:
     return _case(mlp([64, 128, 12, 128, 64], nn.GELU), regression_loss, images_twice)
 
 
+def _image_autoencoder(seed: int) -> Case:
+    stream = digit_stream(seeded(seed), 1, 64, examples=1797, scale=1.0, label_noise=0.0, flat=False)
+
+    def images_twice(generator: torch.Generator) -> tuple[Tensor, ...]:
+        images = F.interpolate(stream(generator)[0][0].permute(0, 3, 1, 2), scale_factor=3, mode="bilinear")
+        framed = F.pad((images - images.min()) / (images.max() - images.min()), (2, 2, 2, 2))
+        pixels = (framed.flatten(1) - 0.3).unsqueeze(0) / 0.3
+        return pixels, pixels
+
+    return _case(mlp([784, 64, 16, 64, 784], nn.GELU), regression_loss, images_twice)
+
+
 HELD_OUT_KINDS = tuple(
     JudgingTask(name, about, make, HORIZONS)
     for name, about, make in (
@@ -115,6 +127,13 @@ HELD_OUT_KINDS = tuple(
     )
 )
 """What rules are selected on."""
+
+LONG_KINDS = (
+    JudgingTask(
+        "image-autoencoder", "784-64-16-64-784 GELU on framed digits at 28x28, batch 64", _image_autoencoder, (*HORIZONS, 5000)
+    ),
+)
+"""What shows only after thousands of steps: where a gradient is nearly all signal, steps grow until the loss spikes."""
 
 
 class HeldOut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="name", tag="held-out"):

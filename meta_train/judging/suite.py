@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from learned_optim import LearnedOptimizer
 from learned_optim.weights import Weights, resolve_weights
 from meta_train.baselines import Setting
-from meta_train.judging.held_out_kinds import HELD_OUT_KINDS
+from meta_train.judging.held_out_kinds import HELD_OUT_KINDS, LONG_KINDS
 from meta_train.judging.real import real_tasks
 from meta_train.judging.real_data import prepared
 from meta_train.judging.stress import stress_tasks
@@ -100,11 +100,14 @@ class Suite:
     untuned: tuple[Setting, ...]
 
 
+_ADAM = Setting("Adam", 1e-3)
 _RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 SUITES = {
     suite.name: suite
     for suite in (
-        Suite("held-out-kinds", lambda cache, data: HELD_OUT_KINDS, {"Adam": _RATES}, {}, (Setting("Adam", 1e-3),)),
+        Suite(
+            "held-out-kinds", lambda cache, data: HELD_OUT_KINDS + LONG_KINDS, {"Adam": _RATES}, {}, (Setting("Adam", 1e-3),)
+        ),
         Suite("stress", lambda cache, data: stress_tasks(), {"Adam": _RATES}, {}, (Setting("Adam", 1e-3),)),
         Suite(
             "judge",
@@ -117,7 +120,7 @@ SUITES = {
                 "RMSprop": (3e-4, 1e-3, 3e-3),
             },
             {"SGD": 1000, "NAG": 1000, "RMSprop": 1000, "Prodigy": 1000, "ScheduleFree": 1000},
-            (Setting("Adam", 1e-3), Setting("Prodigy", 1.0), Setting("ScheduleFree", 2.5e-3)),
+            (_ADAM, Setting("Prodigy", 1.0), Setting("ScheduleFree", 2.5e-3)),
         ),
     )
 }

@@ -10,7 +10,7 @@ from torch import nn
 from meta_train.__main__ import main
 from meta_train.baselines import Setting
 from meta_train.evaluate import read_rows, write_judgement
-from meta_train.judging.held_out_kinds import HELD_OUT_KINDS
+from meta_train.judging.held_out_kinds import HELD_OUT_KINDS, LONG_KINDS
 from meta_train.judging.models import CharLSTM, CharTransformer, VisionTransformer, conv_net, mlp
 from meta_train.judging.real_data import prepared
 from meta_train.judging.report import Report, judge_suite, read_baselines
@@ -182,7 +182,7 @@ def test_the_transformer_looks_only_back():
     assert not torch.equal(before[:, 4:], after[:, 4:])
 
 
-@pytest.mark.parametrize("task", HELD_OUT_KINDS, ids=lambda task: task.name)
+@pytest.mark.parametrize("task", HELD_OUT_KINDS + LONG_KINDS, ids=lambda task: task.name)
 def test_held_out_kinds_can_be_trained(task):
     losses = train_case(task, Setting("Adam", 3e-3).make, 12, 0).losses
     assert losses[-3:].mean() < losses[:3].mean()
