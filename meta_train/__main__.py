@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument(
         "--baselines", type=Path, metavar="DIR", help="take theirs from the tables of an earlier judgement of the suite"
     )
+    judge.add_argument("--only", nargs="+", default=[], metavar="TASK", help="tasks of the suite to judge on; default: all")
     judge.add_argument("--horizon", type=int, help="leave out longer horizons")
     judge.add_argument("--lr", type=float, nargs="+", default=[1.0], help="factors on the learned update; default: 1")
     judge.set_defaults(verb=_evaluate)
@@ -165,7 +166,7 @@ def _judge_suite(options: argparse.Namespace) -> int:
         return tqdm(runs, total=total, unit="run", dynamic_ncols=True, disable=not total)
 
     suite = SUITES[options.suite]
-    runner = Runner(suite, options.cache, options.data, options.horizon, options.workers, progress)
+    runner = Runner(suite, options.cache, options.data, options.horizon, options.workers, progress, options.only)
     baselines, taken = None, ""
     about_baselines: dict[str, Any] = {}
     if options.baselines:
@@ -176,7 +177,8 @@ def _judge_suite(options: argparse.Namespace) -> int:
         about_baselines = {"baselines": earlier.get("baselines") or {key: earlier[key] for key in _WHERE}}
         taken = f" --baselines {'DIR' if options.baselines.is_absolute() else options.baselines.as_posix()}"
     report = judge_suite(runner, rules, baselines=baselines)
-    limit = f" --horizon {options.horizon}" if options.horizon else ""
+    limit = f" --only {' '.join(options.only)}" if options.only else ""
+    limit += f" --horizon {options.horizon}" if options.horizon else ""
     about = {
         "suite": suite.name,
         "fingerprints": {rule.name: rule.fingerprint for rule in rules},

@@ -130,7 +130,10 @@ HELD_OUT_KINDS = tuple(
 
 LONG_KINDS = (
     JudgingTask(
-        "image-autoencoder", "784-64-16-64-784 GELU on framed digits at 28x28, batch 64", _image_autoencoder, (*HORIZONS, 5000)
+        "image-autoencoder",
+        "784-64-16-64-784 GELU on framed digits, batch 64",
+        _image_autoencoder,
+        (*HORIZONS, 5000),
     ),
 )
 """What shows only after thousands of steps: where a gradient is nearly all signal, steps grow until the loss spikes."""

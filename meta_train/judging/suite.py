@@ -162,6 +162,10 @@ class Runner:
         horizon: Leave out longer horizons.
         workers: Processes, one thread each; 0 runs everything in this one.
         progress: Wraps a list of runs, to show how far it is.
+        only: Names of the tasks to judge on; empty for all.
+
+    Raises:
+        ValueError: If the suite has no task of a name.
     """
 
     def __init__(
@@ -172,12 +176,16 @@ class Runner:
         horizon: int | None = None,
         workers: int = 1,
         progress: Callable[[Iterable[Run], int], Iterable[Run]] = lambda runs, total: runs,
+        only: Sequence[str] = (),
     ) -> None:
         self.suite, self.cache, self.data, self.workers, self.progress = suite, cache / suite.name, data, workers, progress
         self.cache.mkdir(parents=True, exist_ok=True)
         self.tried: dict[tuple[str, str], list[Setting]] = {}
         limit = horizon or math.inf
         self.tasks = {task.name: _limited(task, limit) for task in suite.tasks(self.cache, data)}
+        if unknown := [name for name in only if name not in self.tasks]:
+            raise ValueError(f"the suite {suite.name} has no task {unknown[0]!r}; it has {', '.join(self.tasks)}")
+        self.tasks = {name: task for name, task in self.tasks.items() if not only or name in only}
 
     def runs_of(self, contestant: Contestant, task: JudgingTask, seeds: Sequence[int]) -> list[Run]:
         """Return the runs that give a contestant's result at every horizon: a schedule needs one for each."""

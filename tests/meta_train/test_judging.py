@@ -147,6 +147,13 @@ def test_baselines_of_another_suite_are_refused(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_suite_can_be_judged_in_part(tmp_path):
+    suite = SUITES["held-out-kinds"]
+    assert list(Runner(suite, tmp_path, only=["vit", "linear"]).tasks) == ["vit", "linear"]
+    with pytest.raises(ValueError, match="the suite held-out-kinds has no task 'resnet'; it has wide-mlp, "):
+        Runner(suite, tmp_path, only=["vit", "resnet"])
+
+
 def test_processes_give_the_same_bits(tmp_path, monkeypatch):
     suite = SUITES["held-out-kinds"]
     small = JudgingTask("linear", HELD_OUT_KINDS[9].about, HELD_OUT_KINDS[9].make, (20,))
