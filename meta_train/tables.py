@@ -123,6 +123,35 @@ def suite(results: Path = RESULTS / "judge") -> str:
     return "\n".join([*lines, "", note])
 
 
+def long_runs(results: Path = RESULTS / "judge-long") -> str:
+    """Return the judgement to 20,000 steps as Markdown: :func:`suite` on the tasks that are followed so far."""
+    return suite(results)
+
+
+def stress(results: Path = RESULTS / "stress") -> str:
+    """Return what became of the default rule under stress as Markdown.
+
+    Args:
+        results: Directory written by ``python -m meta_train evaluate default --suite stress``.
+
+    Returns:
+        A row for each task and a line of where they come from.
+    """
+    rows = [row for row in read_rows(results / "ratios.csv") if row["rule"] == "LSTM (default)"]
+    ratios = {(row["task"], row["horizon"], row["against"]): float(row["ratio"]) for row in rows}
+    lines = ["| task | steps | against Adam(0.001) | against Adam, tuned |", "|---|---|---|---|"]
+    for task, horizon in dict.fromkeys(key[:2] for key in ratios):
+        cells = (f"{ratios[task, horizon, opponent]:.2f} x" for opponent in ("Adam(0.001)", "Adam, tuned"))
+        lines.append(f"| {task} | {int(horizon):,} | {' | '.join(cells)} |")
+    about = json.loads((results / "environment.json").read_text())
+    note = (
+        f"Ratios of mean training losses over the last tenth of the steps and n = {rows[0]['n']} fresh seeds; a run that "
+        f"diverges would be Inf. Every figure is in [results.csv](docs/results/{results.name}/results.csv). {where(about)}. "
+        f"Command: `{about['command']}`."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def demo(results: Path = RESULTS / "demo") -> str:
     """Return what the demo prints, as a block.
 
@@ -136,7 +165,7 @@ def demo(results: Path = RESULTS / "demo") -> str:
     return f"```text\n{text}\n```\n\n![Training loss of the demo](docs/results/demo/demo.png)"
 
 
-TABLES = {"quadratic": quadratic, "mnist": mnist, "judge": suite, "demo": demo}
+TABLES = {"quadratic": quadratic, "mnist": mnist, "judge": suite, "judge-long": long_runs, "stress": stress, "demo": demo}
 
 
 PAGES = {ROOT / "README.md": "docs/", ROOT / "docs" / "results.md": ""}
