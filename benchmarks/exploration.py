@@ -1,15 +1,18 @@
 """Which choices of the default recipe matter: short meta-training runs that differ from it in one of them.
 
-    python -m benchmarks.exploration [--steps 450] [VARIATION ...]
+    python -m benchmarks.exploration [--steps 300] [--seeds 0] [VARIATION ...]
 
-Each run is judged on the synthetic kinds that the mixture does not hold, so nothing here spends the data that judge the
-published weights. A finished run is a file in ``runs/exploration`` and is not made again; the table is made of all of them.
+Each run is the first stage of the recipe, cut short, and is judged on the synthetic kinds that the mixture does not hold, so
+nothing here spends the data that judge the published weights. Rules are judged as they were meta-trained, without the
+recipe's ``[use]``. A finished run is a file in ``runs/exploration`` and is not made again; the tables are made of all.
 """
 
 import argparse
 import json
 import math
-from collections.abc import Iterator, Mapping
+import re
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +32,12 @@ from meta_train.run_dir import environment, write_atomically
 from meta_train.tasks.mixture import KINDS
 
 RUNS = Path("runs/exploration")
-TABLE = Path(__file__).parent / "exploration.csv"
+TABLES = Path(__file__).parents[1] / "docs" / "results" / "exploration"
 HORIZONS = (200, 500)
+BASE = "as in the recipe"
 
 VARIATIONS: dict[str, dict[str, Any]] = {
-    "as published": {},
-    "seed 1": {"seed": 1},
-    "seed 2": {"seed": 2},
+    BASE: {},
     "LSTM 1x4": {"rule": {"hidden_size": 4}},
     "LSTM 1x16": {"rule": {"hidden_size": 16}},
     "LSTM 2x20": {"rule": {"hidden_size": 20, "num_layers": 2}},
@@ -48,13 +50,13 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "no scale": {"rule": {"min_scale": 0.1, "max_scale": 0.1}},
     "mean objective": {"outer": {"objective": "mean"}},
     "log objective": {"outer": {"objective": "log"}},
-    "truncation 16": {"inner": {"truncation": 16}, "outer": {"episodes": 16}},
-    "truncation 64": {"inner": {"truncation": 64}, "outer": {"episodes": 4}},
+    "truncation 16, 16 episodes": {"inner": {"truncation": 16}, "outer": {"episodes": 16}},
+    "truncation 128, 2 episodes": {"inner": {"truncation": 128}, "outer": {"episodes": 2}},
     "discount 0.97": {"outer": {"discount": 0.97}},
     "horizons to 1,000": {"inner": {"horizon": [100, 1000]}},
     "outer rate 2e-3": {"outer": {"lr": 2e-3}},
     "outer rate 8e-3": {"outer": {"lr": 8e-3}},
-    "averaging 0.99": {"outer": {"averaging": 0.99}},
+    "averaging 0.98": {"outer": {"averaging": 0.98}},
     "every coordinate": {"outer": {"coordinates": 0}},
     "reparametrised 10 x": {"task": {"reparametrise": 10.0}},
     **{f"without {kind}": {"task": {"kinds": [other for other in KINDS if other != kind]}} for kind in KINDS},
@@ -63,37 +65,42 @@ VARIATIONS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Make the runs that are missing and write the table."""
+    """Make the runs that are missing and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variations", nargs="*", help=", ".join(VARIATIONS))
-    parser.add_argument("--steps", type=int, default=450, help="outer steps; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=300, help="outer steps; default: %(default)s")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of meta-training; default: 0")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if unknown := set(options.variations) - set(VARIATIONS):
         parser.error(f"there is no variation {', '.join(sorted(unknown))}")
     RUNS.mkdir(parents=True, exist_ok=True)
     for name in options.variations or VARIATIONS:
-        recipe = vary(VARIATIONS[name], options.steps)
-        file = RUNS / f"{name.replace(' ', '-')}-{options.steps}.json"
-        if not file.exists():
-            losses = {task: values for task, values in tqdm(judge(meta_train(recipe, name)), name, len(HELD_OUT_KINDS))}
-            about = {"variation": name, "steps": options.steps, "commit": environment()["commit"], "losses": losses}
-            write_atomically(file, json.dumps(about).encode())
-    table = rows([json.loads(file.read_text()) for file in sorted(RUNS.glob(f"*-{options.steps}.json"))])
-    write_rows(TABLE, table)
+        for seed in options.seeds:
+            file = RUNS / f"{re.sub('[^a-z0-9.]+', '-', name.lower())}-{seed}-{options.steps}.json"
+            if not file.exists():
+                rule = meta_train(vary(VARIATIONS[name], options.steps, seed), f"{name}, seed {seed}")
+                losses = {task: values for task, values in tqdm(judge(rule), name, len(HELD_OUT_KINDS))}
+                about = {"variation": name, "seed": seed, "steps": options.steps, "commit": environment()["commit"]}
+                write_atomically(file, json.dumps({**about, "losses": losses}).encode())
+    runs = [json.loads(file.read_text()) for file in sorted(RUNS.glob(f"*-{options.steps}.json"))]
+    TABLES.mkdir(parents=True, exist_ok=True)
+    write_rows(TABLES / "kinds.csv", kinds(runs))
+    write_rows(TABLES / "variations.csv", table := variations(runs))
     for row in table:
+        spread = f"+- {row['spread_500']}" if row["n"] > 1 else ""
         worst = f"worst {row['worst_500']} ({row['worst_kind']})"
-        print(f"{row['variation']:<28}{row['ratio_200']:>8}{row['ratio_500']:>8}  {worst}")
+        print(f"{row['variation']:<28}{row['ratio_200']:>8}{row['ratio_500']:>8} {spread:<9} n={row['n']}  {worst}")
 
 
-def vary(changes: Mapping[str, Any], steps: int) -> Recipe:
-    """Return the default recipe with changes, as many outer steps, and no validation on the way."""
+def vary(changes: Mapping[str, Any], steps: int, seed: int) -> Recipe:
+    """Return the first stage of the default recipe with changes, so many outer steps of it, and no validation on the way."""
     recipe = msgspec.to_builtins(read_recipe(WEIGHTS_DIR / "default.toml"))
     once = {"every": steps, "optimizees": 1, "horizon": 1}
     for name, change in {**changes, "validation": once}.items():
-        recipe[name] = {**recipe[name], **change} if isinstance(change, Mapping) else change
+        recipe[name] = {**recipe[name], **change}
     recipe["outer"]["steps"] = steps
-    return msgspec.convert(recipe, Recipe)
+    return msgspec.convert({**recipe, "stages": [], "use": {}, "seed": seed}, Recipe)
 
 
 def meta_train(recipe: Recipe, name: str) -> Weights:
@@ -111,26 +118,47 @@ def judge(weights: Weights) -> Iterator[tuple[str, dict[int, float]]]:
         yield task.name, {horizon: float(smoothed_final(losses, horizon)) for horizon in HORIZONS}
 
 
-def rows(runs: list[dict[str, Any]]) -> Rows:
-    """Return one row a variation: geometric means over kinds of the loss relative to the recipe as published."""
-    losses = {run["variation"]: run["losses"] for run in runs}
-    base = losses["as published"]
-    table = []
-    for run in runs:
-        ratios = {h: {kind: run["losses"][kind][str(h)] / base[kind][str(h)] for kind in base} for h in HORIZONS}
-        worst = max(ratios[500], key=ratios[500].__getitem__)
-        table.append(
-            {
-                "variation": run["variation"],
-                "outer_steps": run["steps"],
-                **{f"ratio_{h}": f"{math.exp(sum(map(math.log, ratios[h].values())) / len(base)):.3f}" for h in HORIZONS},
-                "worst_500": f"{ratios[500][worst]:.2f}",
-                "worst_kind": worst,
-                "n": 1,
-                "commit": run["commit"],
-            }
-        )
+def ratios(runs: list[dict[str, Any]]) -> dict[tuple[str, int], dict[tuple[str, int], float]]:
+    """Return by variation and seed, then kind and horizon, the loss relative to the geometric mean of the base."""
+    keys = [(kind, horizon) for kind in runs[0]["losses"] for horizon in HORIZONS]
+    base = [run["losses"] for run in runs if run["variation"] == BASE]
+    if not base:
+        raise SystemExit(f"run {BASE!r} first: the others are relative to it")
+    level = {(kind, h): geometric_mean([losses[kind][str(h)] for losses in base]) for kind, h in keys}
+    return {
+        (run["variation"], run["seed"]): {(kind, h): run["losses"][kind][str(h)] / level[kind, h] for kind, h in keys}
+        for run in runs
+    }
+
+
+def variations(runs: list[dict[str, Any]]) -> Rows:
+    """Return one row a variation: geometric means over kinds and seeds, and their spread between seeds."""
+    table, found = [], ratios(runs)
+    for name in dict.fromkeys(name for name, _ in found):
+        seeds = [of_kind for (variation, _), of_kind in found.items() if variation == name]
+        means = {h: [geometric_mean([x for (_, end), x in one.items() if end == h]) for one in seeds] for h in HORIZONS}
+        by_kind = {kind: geometric_mean([one[kind, h] for one in seeds]) for kind, h in seeds[0] if h == HORIZONS[-1]}
+        worst = max(by_kind, key=by_kind.__getitem__)
+        row: dict[str, Any] = {"variation": name, "n": len(seeds), "outer_steps": runs[0]["steps"]}
+        for h in HORIZONS:
+            row[f"ratio_{h}"] = f"{geometric_mean(means[h]):.3f}"
+            row[f"spread_{h}"] = f"{statistics.stdev(map(math.log, means[h])):.3f}" if len(seeds) > 1 else ""
+        table.append({**row, "worst_500": f"{by_kind[worst]:.2f}", "worst_kind": worst, "commit": runs[-1]["commit"]})
     return sorted(table, key=lambda row: row["ratio_500"])
+
+
+def kinds(runs: list[dict[str, Any]]) -> Rows:
+    """Return one row for each run, kind and horizon."""
+    return [
+        {"variation": name, "seed": seed, "kind": kind, "horizon": horizon, "ratio": f"{ratio:.4g}"}
+        for (name, seed), of_kind in ratios(runs).items()
+        for (kind, horizon), ratio in of_kind.items()
+    ]
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Return the geometric mean."""
+    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 if __name__ == "__main__":

@@ -179,6 +179,7 @@ def _judge_suite(options: argparse.Namespace) -> int:
     report = judge_suite(runner, rules, baselines=baselines)
     limit = f" --only {' '.join(options.only)}" if options.only else ""
     limit += f" --horizon {options.horizon}" if options.horizon else ""
+    limit += f" --lr {' '.join(f'{lr:g}' for lr in options.lr)}" if options.lr != [1.0] else ""
     about = {
         "suite": suite.name,
         "fingerprints": {rule.name: rule.fingerprint for rule in rules},
