@@ -28,6 +28,7 @@ RULE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "step_size": 0.02,
             "anneal_power": 0.4,
             "anneal_steps": 3.0,
+            "anneal_start": 2.0,
         },
     ),
 }

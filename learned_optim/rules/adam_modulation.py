@@ -28,8 +28,10 @@ class AdamModulationConfig(RuleConfig):
         step_size: Size of a nominal step relative to the root mean square of the tensor.
         min_scale: Floor of that root mean square, for tensors that start at zero.
         max_scale: Its ceiling.
-        anneal_power: The nominal step shrinks as ``(1 + t / anneal_steps) ** -anneal_power``, t the inner step; 0: never.
+        anneal_power: The nominal step shrinks as ``(1 + t / anneal_steps) ** -anneal_power``, t the inner steps since
+            ``anneal_start``; 0: never.
         anneal_steps: Inner steps after which that begins to tell.
+        anneal_start: Inner steps until which nothing shrinks.
         log_gain: Bound on the logarithm of the modulation: steps lie within ``e^+-log_gain`` of the nominal size.
     """
 
@@ -44,6 +46,7 @@ class AdamModulationConfig(RuleConfig):
     max_scale: float = 1.0
     anneal_power: float = 0.0
     anneal_steps: float = 100.0
+    anneal_start: float = 0.0
     log_gain: float = 3.0
 
     def __post_init__(self) -> None:
@@ -51,7 +54,7 @@ class AdamModulationConfig(RuleConfig):
 
         Raises:
             ValueError: If a decay lies outside [0, 1), or a scale, step size or gain is not positive, or ``anneal_power``
-                is negative.
+                or ``anneal_start`` is negative.
         """
         super().__post_init__()
         object.__setattr__(self, "time_scales", tuple(float(scale) for scale in self.time_scales))
@@ -61,8 +64,9 @@ class AdamModulationConfig(RuleConfig):
         for name in ("step_size", "min_scale", "max_scale", "anneal_steps", "log_gain"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not self.anneal_power >= 0:
-            raise ValueError(f"anneal_power must not be negative, got {self.anneal_power}")
+        for name in ("anneal_power", "anneal_start"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if any(not scale > 0 for scale in self.time_scales):
             raise ValueError(f"time_scales must be positive, got {self.time_scales}")
 
@@ -113,7 +117,8 @@ class AdamModulationRule(UpdateRule):
         Returns:
             A tensor of the same shape.
         """
-        return (1 + step / self.config.anneal_steps) ** -self.config.anneal_power
+        since = (step - self.config.anneal_start).clamp(min=0)
+        return (1 + since / self.config.anneal_steps) ** -self.config.anneal_power
 
     def encode(self, grad: Tensor, memory: Memory, step: Tensor, scale: Tensor | None) -> Encoded:
         """Update the moments and normalise gradient and momenta by the root of the second moment."""

@@ -98,16 +98,31 @@ def _autoencoder(seed: int) -> Case:
     return _case(mlp([64, 128, 12, 128, 64], nn.GELU), regression_loss, images_twice)
 
 
-def _image_autoencoder(seed: int) -> Case:
+def _framed_images(seed: int) -> Stream:
+    """Digits as ``(1, B, 784)`` pixels, the outermost of which never change."""
     stream = digit_stream(seeded(seed), 1, 64, examples=1797, scale=1.0, label_noise=0.0, flat=False)
 
+    def framed(generator: torch.Generator) -> tuple[Tensor, ...]:
+        digits, labels = stream(generator)
+        images = F.interpolate(digits[0].permute(0, 3, 1, 2), scale_factor=3, mode="bilinear")
+        images = F.pad((images - images.min()) / (images.max() - images.min()), (2, 2, 2, 2))
+        return (images.flatten(1) - 0.3).unsqueeze(0) / 0.3, labels
+
+    return framed
+
+
+def _image_autoencoder(seed: int) -> Case:
+    stream = _framed_images(seed)
+
     def images_twice(generator: torch.Generator) -> tuple[Tensor, ...]:
-        images = F.interpolate(stream(generator)[0][0].permute(0, 3, 1, 2), scale_factor=3, mode="bilinear")
-        framed = F.pad((images - images.min()) / (images.max() - images.min()), (2, 2, 2, 2))
-        pixels = (framed.flatten(1) - 0.3).unsqueeze(0) / 0.3
+        pixels = stream(generator)[0]
         return pixels, pixels
 
     return _case(mlp([784, 64, 16, 64, 784], nn.GELU), regression_loss, images_twice)
+
+
+def _image_mlp(seed: int) -> Case:
+    return _case(mlp([784, 128, 128, 10], nn.ReLU), classification_loss, _framed_images(seed))
 
 
 HELD_OUT_KINDS = tuple(

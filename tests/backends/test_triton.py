@@ -30,7 +30,14 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "1x8": ("adam-modulation", {}),
     "2x3-time": (
         "adam-modulation",
-        {"hidden_size": 3, "num_layers": 2, "time_scales": (5.0,), "fast_decay": 0.3, "anneal_power": 0.4},
+        {
+            "hidden_size": 3,
+            "num_layers": 2,
+            "time_scales": (5.0,),
+            "fast_decay": 0.3,
+            "anneal_power": 0.4,
+            "anneal_start": 2.0,
+        },
     ),
     "1x1": ("adam-modulation", {"hidden_size": 1}),
     "raw-1x5": ("paper", {"hidden_size": 5, "num_layers": 1, "input_scale": 3.0, "output_scale": 0.1}),

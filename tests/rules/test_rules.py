@@ -163,7 +163,7 @@ def test_adam_modulation_follows_its_documented_formula(case: str) -> None:
     magnitude, addend = rule.readout(rule.lstm(torch.stack(inputs))[0]).unbind(-1)
     gain = torch.exp(config.log_gain * torch.tanh(magnitude / config.log_gain))
     steps = torch.arange(1, 6, dtype=torch.float64).unsqueeze(1)
-    gain = gain * (1 + steps / config.anneal_steps) ** -config.anneal_power
+    gain = gain * (1 + (steps - config.anneal_start).clamp(min=0) / config.anneal_steps) ** -config.anneal_power
     expected = -config.step_size * scale * gain * (torch.stack(directions) + torch.tanh(addend))
     torch.testing.assert_close(updates, expected, rtol=1e-9, atol=0)
 
@@ -322,6 +322,7 @@ def test_paper_rules_take_no_tensor_scale(case: str) -> None:
         ("adam-modulation", {"max_scale": math.nan}, "max_scale must be positive"),
         ("adam-modulation", {"log_gain": -3.0}, "log_gain must be positive"),
         ("adam-modulation", {"anneal_power": -0.5}, "anneal_power must not be negative, got -0.5"),
+        ("adam-modulation", {"anneal_start": -1.0}, "anneal_start must not be negative, got -1"),
         ("adam-modulation", {"anneal_steps": 0.0}, "anneal_steps must be positive"),
         ("adam-modulation", {"time_scales": (10.0, 0.0)}, "time_scales must be positive"),
     ],

@@ -21,7 +21,7 @@ enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };
 /* What a rule is, apart from its meta-parameters. Mirrored by native.py. */
 struct rule {
   int32_t family, layers, hidden, log_and_sign, num_times;
-  float fast_decay, slow_decay, second_moment_decay, step_size, log_gain, anneal_power, anneal_steps;
+  float fast_decay, slow_decay, second_moment_decay, step_size, log_gain, anneal_power, anneal_steps, anneal_start;
   float input_scale, output_scale, preprocess_p, threshold;
   float time_scales[16];
 };
@@ -99,7 +99,8 @@ static void prepare_item(struct item *item, const struct rule *rule, const struc
   if (rule->family != ADAM_MODULATION) return;
   for (int k = 0; k < 3; k++) item->moments[k] = columns->moments[k][i], item->moment_types[k] = columns->moment_types[k][i];
   item->scale = *columns->scales[i];
-  if (rule->anneal_power != 0.0f) item->scale *= powf(1.0f + item->step / rule->anneal_steps, -rule->anneal_power);
+  const float since = item->step - rule->anneal_start;
+  if (rule->anneal_power != 0.0f && since > 0.0f) item->scale *= powf(1.0f + since / rule->anneal_steps, -rule->anneal_power);
   if (step == item->step) {
     item->corrections[0] = corrections[0], item->corrections[1] = corrections[1], item->corrections[2] = corrections[2];
     return;
