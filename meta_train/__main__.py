@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
     draw = verbs.add_parser("figures", help="draw the figures of an evaluation from its tables")
     draw.add_argument("results", type=Path, help="directory written by evaluate")
-    draw.add_argument("--runs", type=Path, nargs="*", default=[], help="run directories, for training.csv")
+    draw.add_argument("--runs", type=Path, nargs="*", default=[], help="run directories: writes and draws training.csv")
     draw.set_defaults(verb=_figures)
 
     explain = verbs.add_parser("explain", help="measure and draw what a rule of the default family learned")
@@ -233,23 +233,29 @@ def _drawn(results: Path) -> list[dict[str, str]]:
 
 
 def _figures(options: argparse.Namespace) -> int:
-    rows = _drawn(options.results)
-    if "task" in rows[0]:
-        for ending in (".svg", ".png"):
-            figures.suite_curves(rows, options.results / f"curves{ending}")
+    training = options.results / "training.csv"
+    if options.runs:
+        rows = training_table(options.runs)
+        options.results.mkdir(parents=True, exist_ok=True)
+        evaluate.write_rows(training, rows)
+    endings = (".svg", ".png")
+    if training.exists():
+        for ending in endings:
+            figures.training_process(evaluate.read_rows(training), training.with_suffix(ending))
+    if options.runs and not (options.results / "curves.csv").exists():
+        return 0
+    drawn = _drawn(options.results)
+    if "task" in drawn[0]:
+        for ending in endings:
+            figures.suite_curves(drawn, options.results / f"curves{ending}")
         return 0
     probe = evaluate.read_rows(options.results / "probe.csv")
     about = {"task": "", "trained_to": None, **json.loads((options.results / "environment.json").read_text())}
-    longest = max(int(row["inner_step"]) for row in rows)
+    longest = max(int(row["inner_step"]) for row in drawn)
     trained_to = about["trained_to"] if about["trained_to"] and about["trained_to"] < longest else None
-    if options.runs:
-        evaluate.write_rows(options.results / "training.csv", training_table(options.runs))
-    training = options.results / "training.csv"
-    for ending in (".svg", ".png"):
-        figures.learning_curves(rows, options.results / f"curves{ending}", trained_to=trained_to, title=about["task"])
+    for ending in endings:
+        figures.learning_curves(drawn, options.results / f"curves{ending}", trained_to=trained_to, title=about["task"])
         figures.update_probe(probe, options.results / f"probe{ending}")
-        if training.exists():
-            figures.training_process(evaluate.read_rows(training), training.with_suffix(ending))
     _figures_of_variants(options.results)
     return 0
 

@@ -98,31 +98,21 @@ def _autoencoder(seed: int) -> Case:
     return _case(mlp([64, 128, 12, 128, 64], nn.GELU), regression_loss, images_twice)
 
 
-def _framed_images(seed: int) -> Stream:
-    """Digits as ``(1, B, 784)`` pixels, the outermost of which never change."""
+def _image_autoencoder(seed: int) -> Case:
     stream = digit_stream(seeded(seed), 1, 64, examples=1797, scale=1.0, label_noise=0.0, flat=False)
 
-    def framed(generator: torch.Generator) -> tuple[Tensor, ...]:
-        digits, labels = stream(generator)
-        images = F.interpolate(digits[0].permute(0, 3, 1, 2), scale_factor=3, mode="bilinear")
-        images = F.pad((images - images.min()) / (images.max() - images.min()), (2, 2, 2, 2))
-        return (images.flatten(1) - 0.3).unsqueeze(0) / 0.3, labels
-
-    return framed
-
-
-def _image_autoencoder(seed: int) -> Case:
-    stream = _framed_images(seed)
-
     def images_twice(generator: torch.Generator) -> tuple[Tensor, ...]:
-        pixels = stream(generator)[0]
+        images = F.interpolate(stream(generator)[0][0].permute(0, 3, 1, 2), scale_factor=3, mode="bilinear")
+        framed = F.pad((images - images.min()) / (images.max() - images.min()), (2, 2, 2, 2))
+        pixels = (framed.flatten(1) - 0.3).unsqueeze(0) / 0.3
         return pixels, pixels
 
     return _case(mlp([784, 64, 16, 64, 784], nn.GELU), regression_loss, images_twice)
 
 
-def _image_mlp(seed: int) -> Case:
-    return _case(mlp([784, 128, 128, 10], nn.ReLU), classification_loss, _framed_images(seed))
+def _digits_by_heart(seed: int) -> Case:
+    stream = digit_stream(seeded(seed), 1, 64, examples=1797, scale=1.0, label_noise=0.0, flat=True)
+    return _case(mlp([64, 64, 64, 10], nn.ReLU), classification_loss, stream)
 
 
 HELD_OUT_KINDS = tuple(
@@ -150,8 +140,14 @@ LONG_KINDS = (
         _image_autoencoder,
         (*HORIZONS, 5000),
     ),
+    JudgingTask(
+        "digits-by-heart",
+        "64-64-64-10 ReLU on digits, batch 64, far beyond a training loss of zero",
+        _digits_by_heart,
+        (*HORIZONS, 5000, 20_000),
+    ),
 )
-"""What shows only after thousands of steps: where a gradient is nearly all signal, steps grow until the loss spikes."""
+"""What shows only after thousands of steps: where a gradient is nearly all signal, or all but gone, losses spike."""
 
 
 class HeldOut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="name", tag="held-out"):

@@ -76,6 +76,11 @@ def test_figures_come_from_tables_alone(place: Path) -> None:
     assert "date" not in svg
 
 
+def test_a_run_is_drawn_before_anything_was_evaluated(place: Path, tmp_path: Path) -> None:
+    assert main(["figures", str(tmp_path / "new"), "--runs", str(place / "run-0")]) == 0
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"training.csv", "training.svg", "training.png"}
+
+
 def test_the_training_table_is_the_metrics(place: Path) -> None:
     rows = training_table([place / "run-0"], rows_per_run=4)
     records = [json.loads(line) for line in (place / "run-0" / "metrics.jsonl").read_text().splitlines()]
