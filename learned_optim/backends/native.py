@@ -48,7 +48,7 @@ class _Rule(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in _WHOLE_NUMBERS),
         *((name, ctypes.c_float) for name in ("fast_decay", "slow_decay", "second_moment_decay", "step_size", "log_gain")),
-        *((name, ctypes.c_float) for name in ("anneal_power", "anneal_steps", "anneal_start")),
+        *((name, ctypes.c_float) for name in ("anneal_power", "anneal_steps", "anneal_start", "min_scale", "max_scale")),
         *((name, ctypes.c_float) for name in ("input_scale", "output_scale", "preprocess_p", "threshold")),
         ("time_scales", ctypes.c_float * 16),
     )
@@ -64,7 +64,7 @@ class _Columns(ctypes.Structure):
         *((name, pointer) for name in ("cell_scales", "steps", "scales", "param_types", "grad_types", "memory_types")),
         ("moment_types", pointer * 3),
         *((name, ctypes.c_float) for name in ("lr", "shrink")),
-        *((name, ctypes.c_int32) for name in ("maximize", "count_step")),
+        *((name, ctypes.c_int32) for name in ("maximize", "count_step", "measure")),
     )
 
 
@@ -162,11 +162,12 @@ def describe(rule: UpdateRule) -> list[float]:
         decays = [config.fast_decay, config.slow_decay, config.second_moment_decay]
         times = list(config.time_scales)
         bounds = [config.step_size, config.log_gain, config.anneal_power, config.anneal_steps, config.anneal_start]
+        bounds += [config.min_scale, config.max_scale]
         return [1.0, *sizes, 0.0, float(len(times)), *decays, *bounds, 0.0, 0.0, 0.0, 0.0, *times]
     assert isinstance(config, PaperRuleConfig)
     p = config.preprocess_p
     scales = [config.input_scale, config.output_scale, p, math.exp(-p)]
-    return [0.0, *sizes, float(config.inputs == "log_and_sign"), 0.0, *[0.0] * 8, *scales]
+    return [0.0, *sizes, float(config.inputs == "log_and_sign"), 0.0, *[0.0] * 10, *scales]
 
 
 def pack(rule: UpdateRule) -> Tensor:
@@ -241,7 +242,7 @@ class Table:
     def __init__(
         self, params: Sequence[Tensor], memory: Sequence[Tensor], steps: Sequence[Tensor], scales: Sequence[Tensor]
     ) -> None:
-        count = len(params)
+        count, self.scaled = len(params), bool(scales)
         self.tensors = [*params, *memory, *steps, *scales]
         self.addresses = array("Q", map(Tensor.data_ptr, self.tensors))
         self.sizes = array("q", map(Tensor.numel, params))
@@ -282,7 +283,7 @@ class Table:
         addresses = array("Q", map(Tensor.data_ptr, grads))
         types = array("B", [VALUE_TYPES[grad.dtype] for grad in grads])
         self.columns.grads, self.columns.grad_types = addresses.buffer_info()[0], types.buffer_info()[0]
-        self.call(rule, weights, lr, weight_decay, maximize, count_step=False)
+        self.call(rule, weights, lr, weight_decay, maximize, anew=False)
 
     def call(
         self,
@@ -292,12 +293,13 @@ class Table:
         weight_decay: float,
         maximize: bool,
         *,
-        count_step: bool,
+        anew: bool,
     ) -> None:
-        """Call the kernel; ``columns`` already points to the gradients. Counts the step first if ``count_step``."""
+        """Call the kernel; ``columns`` points to the gradients. ``anew``: count the step and measure scales first."""
         lr = float(lr)
         self.columns.lr, self.columns.shrink = lr, 1.0 - lr * 1e-3 * weight_decay
-        self.columns.maximize, self.columns.count_step = maximize, count_step
+        self.columns.maximize, self.columns.count_step = maximize, anew
+        self.columns.measure = anew and self.scaled
         columns = ctypes.byref(self.columns)
         call("learned_optim_step", ctypes.byref(rule), weights.data_ptr(), columns, torch.get_num_threads())
 

@@ -14,10 +14,9 @@ pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 ARGUMENTS = {
     "learned_optim_lstm_sequence": [integer, long, *[integer] * 3, *[pointer] * 8, integer],
     "learned_optim_step": [pointer, pointer, pointer, integer],
-    "learned_optim_mean_squares": [long, *[pointer] * 4, integer],
     "learned_optim_holds": [pointer, pointer, long, pointer],
-    "learned_optim_in_place": [pointer, long, pointer, pointer],
-    "learned_optim_locate": [pointer, long, *[pointer] * 4],
+    "learned_optim_find": [*[pointer] * 4, integer],
+    "learned_optim_touch": [pointer, pointer],
     "learned_optim_limit_isa": [integer],
     "learned_optim_isa": [],
     "learned_optim_evaluate": [integer, long, pointer, pointer],

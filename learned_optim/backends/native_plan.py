@@ -12,42 +12,105 @@ import ctypes
 import functools
 from array import array
 from collections.abc import Sequence
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from learned_optim.backends.chunks import StepItem
 from learned_optim.backends.native import PLAIN_TENSORS, VALUE_TYPES, Table, describe, packed, struct, supports, takes
-from learned_optim.backends.native_library import AVAILABLE, LIBRARY, call, pointer
+from learned_optim.backends.native_library import AVAILABLE, LIBRARY, pointer
 from learned_optim.rules import UpdateRule
 from learned_optim.rules.storage import names
 
-_FUNCTIONS = ("get_layout", "get_device_type", "get_dtype", "get_numel", "is_contiguous", "get_data_ptr")
+_PLAIN = ("get_layout", "get_device_type", "get_dtype", "get_numel", "is_contiguous", "get_data_ptr")
+_MANGLED = (
+    "_ZNK3c1010TensorImpl4gradEv",
+    "_ZN2at25compositeimplicitautograd6is_negERKNS_6TensorE",
+    "_ZN2at25compositeimplicitautograd12is_inferenceERKNS_6TensorE",
+    "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE",
+)
+_PYTHON = ("PyDict_Next", "PyList_GetItem")
+_TENSOR_BYTES = 192
+"""How far to look into a tensor of torch; its size, or less."""
+
 _grad, _handle = attrgetter("grad"), attrgetter("_cdata")
 
 Group = dict[str, Any]
 
 
+class _Words(ctypes.Structure):
+    """``struct words`` of unchanged.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("tensor_of_object", "type_of_object", "object_of_tensor")),
+        ("plain", pointer * 2),
+        ("absent", pointer),
+    )
+
+
+class _Found(ctypes.Structure):
+    """``struct found`` of unchanged.c."""
+
+    _fields_ = (
+        ("params", ctypes.c_int64),
+        *((name, pointer) for name in ("objects", "tensors", "rows", "sizes", "dtypes", "param_addresses")),
+        ("grad_addresses", pointer),
+        ("kept", ctypes.c_int64),
+        *((name, pointer) for name in ("kept_tensors", "kept_addresses", "kept_storages")),
+    )
+
+
 class _Look:
-    """The functions of ``unchanged.c``, which hold the interpreter's lock, and those of torch and Python that they call."""
+    """The functions of ``unchanged.c``, which hold the interpreter's lock, and what they must know of torch and Python.
+
+    Raises:
+        AttributeError: If this torch or Python does not have it.
+    """
 
     def __init__(self) -> None:
         torch_functions = ctypes.CDLL(torch._C.__file__)
-        functions = [getattr(torch_functions, f"aoti_torch_{name}") for name in _FUNCTIONS]
-        functions.append(ctypes.pythonapi.PyDict_Next)
+        functions = [getattr(torch_functions, f"aoti_torch_{name}") for name in _PLAIN]
+        functions += [getattr(torch_functions, name) for name in _MANGLED]
+        functions += [getattr(ctypes.pythonapi, name) for name in _PYTHON]
         self._functions = (pointer * len(functions))(*(ctypes.cast(function, pointer) for function in functions))
         self._library = ctypes.PyDLL(LIBRARY._name)  # type: ignore[union-attr]
         self.dtypes = {
             dtype: getattr(torch_functions, f"aoti_torch_dtype_{str(dtype).removeprefix('torch.')}")()
             for dtype in VALUE_TYPES
         }
+        sample = torch.empty(0, device="cpu")
+        grad_of = ctypes.CFUNCTYPE(pointer, pointer)((_MANGLED[0], torch_functions))
+        absent = pointer.from_address(grad_of(sample._cdata))
+        in_object = _words_at(id(sample), torch._C.TensorBase.__basicsize__)
+        in_tensor = [word & ~7 for word in _words_at(sample._cdata, _TENSOR_BYTES)]  # The lowest bits may be flags.
+        wanted = ((sample._cdata, in_object), (id(Tensor), in_object), (id(sample), in_tensor))
+        if any(words.count(word) != 1 for word, words in wanted):
+            raise AttributeError("tensors and their objects do not point to one another where they are known to")
+        places = (words.index(word) for word, words in wanted)
+        self._words = _Words(*places, (pointer * 2)(*map(id, PLAIN_TENSORS)), absent)
 
-    def __call__(self, function: str, *arguments: array[int] | int) -> bool:
-        places = (x.buffer_info()[0] if isinstance(x, array) else x for x in arguments)
-        return bool(getattr(self._library, function)(self._functions, *map(pointer, places)))
+    def holds(self, state: dict[Tensor, Any], objects: array[int]) -> bool:
+        """Return whether a dict of dicts holds these objects, in this order."""
+        return bool(self._library.learned_optim_holds(self._functions, pointer(id(state)), *_sized(objects)))
+
+    def find(self, found: _Found, params: list[Tensor]) -> bool:
+        """Return whether all is where it was found, and write where parameters and gradients lie."""
+        words, where, threads = ctypes.byref(self._words), ctypes.byref(found), torch.get_num_threads()
+        return bool(self._library.learned_optim_find(self._functions, words, where, pointer(id(params)), threads))
+
+    def touch(self, found: _Found) -> None:
+        """Tell autograd that the parameters that were found are about to be written."""
+        self._library.learned_optim_touch(self._functions, ctypes.byref(found))
+
+
+def _words_at(address: int, size: int) -> list[int]:
+    return list((ctypes.c_size_t * (size // ctypes.sizeof(ctypes.c_size_t))).from_address(address))
+
+
+def _sized(values: array[int]) -> tuple[ctypes.c_int64, ctypes.c_void_p]:
+    return ctypes.c_int64(len(values)), pointer(values.buffer_info()[0])
 
 
 @functools.cache
@@ -88,7 +151,7 @@ class Plan:
         """
         return (
             len(groups) == len(self._groups)
-            and self._look("learned_optim_holds", id(state), len(self._ids), self._ids)
+            and self._look.holds(state, self._ids)
             and all(planned.renew(group, rule) for planned, group, rule in zip(self._groups, groups, rules, strict=True))
         )
 
@@ -104,47 +167,49 @@ class Plan:
 
 class _PlannedGroup:
     def __init__(self, look: _Look, group: Group, rule: UpdateRule, state: dict[Tensor, Any]) -> None:
-        params = list(_with_gradient(group["params"])[0])
+        everyone, (params, _) = list(group["params"]), _with_gradient(group["params"])
         states, count = [state[param] for param in params], len(params)
         memory = [state[name] for name in (names(rule, states[0]) if states else ()) for state in states]
         steps = [state["step"] for state in states]
-        self._look, self._rule, self._params = look, rule, params
-        self._means = torch.empty(count, dtype=torch.float64, device="cpu")
-        self._scales = torch.empty(count, dtype=torch.float32, device="cpu")
-        self._table = Table(params, memory, steps, self._scales.unbind() if rule.uses_scale else ())
-        self._handles = array("Q", map(_handle, self._table.tensors))
-        self._dtypes = array("i", [look.dtypes[param.dtype] for param in params])
-        self._grad_addresses, self._param_addresses = (array("Q", bytes(8 * count)) for _ in range(2))
-        self._table.columns.grads = self._grad_addresses.buffer_info()[0]
-        self._table.columns.grad_types = self._table.columns.param_types
+        self._look, self._rule, self._everyone, self._count = look, rule, everyone, count
+        scales = torch.empty(count, dtype=torch.float32, device="cpu").unbind() if rule.uses_scale else ()
+        self._table = table = Table(params, memory, steps, scales)
+        row = iter(range(count))
+        kept = [*memory, *steps]
+        self._arrays = (
+            array("Q", map(id, everyone)),
+            array("Q", map(_handle, everyone)),
+            array("q", [-1 if param.grad is None else next(row) for param in everyone]),
+            array("i", [look.dtypes[param.dtype] for param in params]),
+            array("Q", bytes(8 * count)),
+            array("Q", bytes(8 * count)),
+            array("Q", map(_handle, kept)),
+            array("Q", [tensor.untyped_storage()._cdata for tensor in kept]),
+        )
+        objects, tensors, rows, dtypes, table.columns.params, table.columns.grads, kept_tensors, storages = (
+            values.buffer_info()[0] for values in self._arrays
+        )
+        table.columns.grad_types = table.columns.param_types
+        kept_addresses = table.addresses.buffer_info()[0] + 8 * count
+        where = (table.columns.sizes, dtypes, table.columns.params, table.columns.grads)
+        kept_where = (len(kept), kept_tensors, kept_addresses, storages)
+        self._found = _Found(len(everyone), objects, tensors, rows, *where, *kept_where)
 
     def renew(self, group: Group, rule: UpdateRule) -> bool:
-        params, grads = _with_gradient(group["params"])
-        if not (
-            rule is self._rule
-            and len(params) == len(self._params)
-            and all(map(is_, params, self._params))
-            and set(map(type, grads)) <= PLAIN_TENSORS
-            and not any(map(Tensor.is_neg, grads))
-        ):
-            return False
-        look, handles, like = self._look, array("Q", map(_handle, grads)), (self._table.sizes, self._dtypes)
+        params = group["params"]
         return (
-            look("learned_optim_in_place", len(self._handles), self._handles, self._table.addresses)
-            and look("learned_optim_locate", len(params), self._handles, *like, self._param_addresses)
-            and look("learned_optim_locate", len(params), handles, *like, self._grad_addresses)
+            rule is self._rule
+            and type(params) is list
+            and len(params) == len(self._everyone)
+            and self._look.find(self._found, params)
         )
 
     def run(self, lr: Tensor | float, weight_decay: float, maximize: bool) -> None:
-        if not self._params:
+        if not self._count:
             return
-        rule, columns, means = self._rule, self._table.columns, self._means
-        if rule.uses_scale:
-            where = columns.params, columns.param_types, columns.sizes, means.data_ptr()
-            call("learned_optim_mean_squares", len(self._params), *where, torch.get_num_threads())
-            self._scales.copy_(rule.scale_of(means))
-        self._table.call(struct(describe(rule)), packed(rule), lr, weight_decay, maximize, count_step=True)
-        increment_version(self._params)
+        self._look.touch(self._found)
+        rule = self._rule
+        self._table.call(struct(describe(rule)), packed(rule), lr, weight_decay, maximize, anew=True)
 
 
 def make_plan(groups: Sequence[Group], rules: Sequence[UpdateRule], state: dict[Tensor, Any]) -> Plan | None:

@@ -400,6 +400,8 @@ CHANGES = {
     "a new group": lambda params, optimizer: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]}),
     "options": lambda params, optimizer: optimizer.param_groups[0].update(lr=0.1, weight_decay=1.0, maximize=True),
     "a parameter less": lambda params, optimizer: optimizer.param_groups[0]["params"].pop(),
+    "another order": lambda params, optimizer: optimizer.param_groups[0]["params"].reverse(),
+    "swapped": lambda params, optimizer: torch.utils.swap_tensors(params[2], nn.Parameter(params[2].detach() + 1)),
 }
 
 
@@ -451,6 +453,45 @@ def test_a_plan_keeps_no_gradient_and_refuses_sparse_ones() -> None:
     with pytest.raises(RuntimeError, match="sparse"):
         optimizer.step()
     assert_identical(copies(params), before)
+
+
+class Marked(Tensor):
+    """A tensor like any other, but its own class's business."""
+
+
+@needs_plans
+def test_a_plan_refuses_gradients_of_a_subclass_held_or_not() -> None:
+    params = make_params(((5,), (4, 3)))
+    optimizer = stepper("adam-modulation", params)
+    take_steps(optimizer, params, 2)
+    for plain, grad in ((False, torch.ones(4, 3).as_subclass(Marked)), (True, torch.ones(4, 3))):
+        params[1].grad = grad
+        assert optimizer._repeat_step() == plain
+        del grad
+        assert optimizer._repeat_step() == plain
+    params[1].grad = None
+    assert not optimizer._repeat_step()
+
+
+@needs_plans
+def test_threads_that_look_for_tensors_find_what_has_changed() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        params = make_params(((2,),) * 1500)
+        optimizer = stepper("paper-raw", params)
+        take_steps(optimizer, params, 2)
+        for index in (0, 700, 1499):
+            assert optimizer._repeat_step()
+            moved = optimizer.state[params[index]]["cell"]
+            kept, moved.data = moved.detach(), moved.clone()
+            assert not optimizer._repeat_step()
+            moved.data = kept
+            kept_grad, params[index].grad = params[index].grad, None
+            assert not optimizer._repeat_step()
+            params[index].grad = kept_grad
+    finally:
+        torch.set_num_threads(threads)
 
 
 @needs_plans

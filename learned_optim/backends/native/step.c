@@ -21,7 +21,8 @@ enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };
 /* What a rule is, apart from its meta-parameters. Mirrored by native.py. */
 struct rule {
   int32_t family, layers, hidden, log_and_sign, num_times;
-  float fast_decay, slow_decay, second_moment_decay, step_size, log_gain, anneal_power, anneal_steps, anneal_start;
+  float fast_decay, slow_decay, second_moment_decay, step_size, log_gain;
+  float anneal_power, anneal_steps, anneal_start, min_scale, max_scale;
   float input_scale, output_scale, preprocess_p, threshold;
   float time_scales[16];
 };
@@ -33,10 +34,10 @@ struct columns {
   void *const *params, *const *grads, *const *hidden, *const *cell, *const *moments[3];
   uint16_t *const *cell_scales; /* for 8-bit memory */
   float *const *steps; /* one number each: inner steps, this one included unless it is still to be counted */
-  const float *const *scales;
+  float *const *scales; /* one number each: tensor_scale, written if `measure` */
   const uint8_t *param_types, *grad_types, *memory_types, *moment_types[3];
   float lr, shrink;
-  int32_t maximize, count_step;
+  int32_t maximize, count_step, measure;
 };
 
 /* One row of the columns, and what follows from its step. */
@@ -110,6 +111,23 @@ static void prepare_item(struct item *item, const struct rule *rule, const struc
   item->corrections[1] = 1.0f / (1.0f - powf(rule->slow_decay, item->step));
   item->corrections[2] = 1.0f / (1.0f - powf(rule->second_moment_decay, item->step));
 }
+
+/* The rule's scale_of. */
+HELPER float scale_of(const struct rule *rule, double mean_square) {
+  double root = sqrt(mean_square);
+  return (float)(root < rule->min_scale ? rule->min_scale : root > rule->max_scale ? rule->max_scale : root);
+}
+
+/* Whether a tensor is so small that its scale is taken when it is stepped, by one thread, while it is in the caches. */
+HELPER int measured_alone(int64_t size) { return size <= 1024; }
+
+HELPER size_t bytes_of(int type) { return type == FLOAT32 ? 4 : type == INT8 ? 1 : 2; }
+
+#ifdef __GNUC__
+#define FETCH(address) __builtin_prefetch(address, 1)
+#else
+#define FETCH(address) ((void)0)
+#endif
 
 /* Waking a thread must be worth its microseconds. */
 static int useful_threads(int threads, int64_t coordinates) {
@@ -219,39 +237,44 @@ int learned_optim_isa(void) {
 
 /* ---- what native.py calls ------------------------------------------------------------------------------------------------- */
 
-/* One inner step of every item, in place. Returns 0, or 1 when out of memory. */
-int learned_optim_step(const struct rule *rule, const float *weights, const struct columns *columns, int threads) {
-  if (columns->count_step)
-    for (int64_t i = 0; i < columns->count; i++) *columns->steps[i] += 1.0f;
-  return DISPATCH(step_all, rule, weights, columns, threads);
-}
-
-/* Means of the squared entries. Summed in float64 by pieces of fixed size: threads do not change the result. */
-int learned_optim_mean_squares(int64_t count, void *const *values, const uint8_t *types, const int64_t *sizes,
-                               double *means, int threads) {
+/* Scales of all but the small tensors. Squares are summed in float64 by pieces of fixed size: threads do not change the
+ * result. */
+static int measure_scales(const struct rule *rule, const struct columns *columns, int threads) {
   enum { PIECE = 32768 };
+  const int64_t *sizes = columns->sizes;
   int64_t pieces = 0, coordinates = 0;
-  for (int64_t i = 0; i < count; i++) pieces += (sizes[i] + PIECE - 1) / PIECE, coordinates += sizes[i];
-  double *sums = malloc(sizeof(double) * (size_t)(pieces ? pieces : 1));
+  for (int64_t i = 0; i < columns->count; i++)
+    if (!measured_alone(sizes[i])) pieces += (sizes[i] + PIECE - 1) / PIECE, coordinates += sizes[i];
+  if (!pieces) return 0;
+  double *sums = malloc(sizeof(double) * (size_t)pieces);
   if (!sums) return 1;
   threads = useful_threads(threads, coordinates / 16);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static, 1)
   for (int share = 0; share < threads; share++) {
     int64_t first = pieces * share / threads, last = pieces * (share + 1) / threads, piece = 0;
-    for (int64_t i = 0; i < count && piece < last; i++)
-      for (int64_t start = 0; start < sizes[i]; start += PIECE, piece++)
+    for (int64_t i = 0; i < columns->count && piece < last; i++)
+      for (int64_t start = 0; start < sizes[i] && !measured_alone(sizes[i]); start += PIECE, piece++)
         if (piece >= first && piece < last) {
           int64_t size = sizes[i] - start < PIECE ? sizes[i] - start : PIECE;
-          sums[piece] = DISPATCH(sum_of_squares, values[i], types[i], start, size);
+          sums[piece] = DISPATCH(sum_of_squares, columns->params[i], columns->param_types[i], start, size);
         }
   }
-  for (int64_t i = 0, piece = 0; i < count; i++) {
+  for (int64_t i = 0, piece = 0; i < columns->count; i++) {
+    if (measured_alone(sizes[i])) continue;
     double total = 0.0;
     for (int64_t start = 0; start < sizes[i]; start += PIECE) total += sums[piece++];
-    means[i] = sizes[i] ? total / (double)sizes[i] : 0.0;
+    *columns->scales[i] = scale_of(rule, total / (double)sizes[i]);
   }
   free(sums);
   return 0;
+}
+
+/* One inner step of every item, in place. Returns 0, or 1 when out of memory. */
+int learned_optim_step(const struct rule *rule, const float *weights, const struct columns *columns, int threads) {
+  if (columns->measure && measure_scales(rule, columns, threads)) return 1;
+  if (columns->count_step)
+    for (int64_t i = 0; i < columns->count; i++) *columns->steps[i] += 1.0f;
+  return DISPATCH(step_all, rule, weights, columns, threads);
 }
 
 /* For tests: tanh 0, sigmoid 1, exp 2, log 3 of an array. */

@@ -35,6 +35,9 @@
 #define step_all NAME(step_all)
 #define sum_of_squares NAME(sum_of_squares)
 #define evaluate NAME(evaluate)
+#define fetch NAME(fetch)
+#define fetch_item NAME(fetch_item)
+#define share_start NAME(share_start)
 
 /* A block is W vectors of coordinates: enough independent work to hide the latency of every operation, and still within
  * the first-level cache. Four gates times GROUP vectors are summed at once: as many as the registers hold. */
@@ -473,6 +476,33 @@ INLINE void step_block(block_buffers *b, const struct rule *rule, const float *w
   write_values(item->param, item->param_type, start, rows, b->update);
 }
 
+/* Ask for the first block of the next item: processors follow along one tensor, but do not guess where the next one lies. */
+INLINE void fetch(const void *from, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) FETCH((const char *)from + i);
+}
+
+INLINE void fetch_item(const struct rule *rule, const struct columns *columns, int64_t i) {
+  const size_t rows = columns->sizes[i] < BLOCK ? (size_t)columns->sizes[i] : BLOCK, width = rule->layers * rule->hidden;
+  const size_t memory = rows * width * bytes_of(columns->memory_types[i]);
+  fetch(columns->grads[i], rows * bytes_of(columns->grad_types[i]));
+  fetch(columns->params[i], (measured_alone(columns->sizes[i]) ? (size_t)columns->sizes[i] : rows) * bytes_of(columns->param_types[i]));
+  if (rule->family == ADAM_MODULATION)
+    for (int k = 0; k < 3; k++) fetch(columns->moments[k][i], rows * bytes_of(columns->moment_types[k][i]));
+  fetch(columns->hidden[i], memory);
+  fetch(columns->cell[i], memory);
+}
+
+static double sum_of_squares(const void *values, int type, int64_t start, int64_t count) {
+  double sums[BLOCK] = {0}, total = 0.0;
+  float staging[BLOCK] __attribute__((aligned(64)));
+  for (int64_t i = 0; i < count; i += BLOCK) {
+    const float *x = read_values(values, type, start + i, count - i < BLOCK ? (int)(count - i) : BLOCK, staging);
+    for (int j = 0; j < BLOCK; j++) sums[j] += (double)x[j] * (double)x[j];
+  }
+  for (int j = 0; j < BLOCK; j++) total += sums[j];
+  return total;
+}
+
 /* The blocks `first` to `last`, counted over all items in order; 1 when out of memory. */
 static int step_items(const struct rule *rule, const float *weights, const struct columns *columns, int64_t first,
                       int64_t last) {
@@ -485,10 +515,15 @@ static int step_items(const struct rule *rule, const float *weights, const struc
     int64_t size = columns->sizes[i], blocks = (size + BLOCK - 1) / BLOCK;
     if (first < blocks) {
       float step = item.step;
+      if (columns->measure && measured_alone(size)) {
+        double sum = sum_of_squares(columns->params[i], columns->param_types[i], 0, size);
+        *columns->scales[i] = scale_of(rule, sum / (double)size);
+      }
       prepare_item(&item, rule, columns, i);
       if (item.step != step) fold_time(buffers.bias, rule, weights, item.step);
       for (int64_t block = first; block < blocks && block < last; block++) {
         int64_t start = block * BLOCK;
+        if (block + 1 == blocks && i + 1 < columns->count) fetch_item(rule, columns, i + 1);
         step_block(&buffers, rule, weights, &item, start, size - start < BLOCK ? (int)(size - start) : BLOCK);
       }
     }
@@ -498,6 +533,17 @@ static int step_items(const struct rule *rule, const float *weights, const struc
   }
   free(scratch);
   return 0;
+}
+
+/* Where a share begins: at `block`, or before the small item that this would cut, which is measured and stepped by one thread. */
+static int64_t share_start(const struct columns *columns, int64_t block) {
+  int64_t start = 0;
+  for (int64_t i = 0; i < columns->count; i++) {
+    int64_t blocks = (columns->sizes[i] + BLOCK - 1) / BLOCK;
+    if (block < start + blocks) return measured_alone(columns->sizes[i]) ? start : block;
+    start += blocks;
+  }
+  return start;
 }
 
 /* Every block, shared among threads in contiguous runs. Coordinates are independent: the split changes no result. */
@@ -510,20 +556,11 @@ static int step_all(const struct rule *rule, const float *weights, const struct 
   threads = useful_threads(threads, coordinates);
   int failed = 0;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static, 1) reduction(| : failed)
-  for (int share = 0; share < threads; share++)
-    failed |= step_items(rule, weights, columns, blocks * share / threads, blocks * (share + 1) / threads);
-  return failed;
-}
-
-static double sum_of_squares(const void *values, int type, int64_t start, int64_t count) {
-  double sums[BLOCK] = {0}, total = 0.0;
-  float staging[BLOCK] __attribute__((aligned(64)));
-  for (int64_t i = 0; i < count; i += BLOCK) {
-    const float *x = read_values(values, type, start + i, count - i < BLOCK ? (int)(count - i) : BLOCK, staging);
-    for (int j = 0; j < BLOCK; j++) sums[j] += (double)x[j] * (double)x[j];
+  for (int share = 0; share < threads; share++) {
+    int64_t first = share_start(columns, blocks * share / threads);
+    failed |= step_items(rule, weights, columns, first, share_start(columns, blocks * (share + 1) / threads));
   }
-  for (int j = 0; j < BLOCK; j++) total += sums[j];
-  return total;
+  return failed;
 }
 
 /* For tests: one of the functions above over an array. */

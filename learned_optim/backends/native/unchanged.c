@@ -1,13 +1,14 @@
-/* Do all tensors still lie where they lay at the last step?
+/* Do all tensors still lie where they lay at the last step, and where do the new gradients lie?
  *
- * Asking each tensor from Python costs more than a step of a small one. torch's and Python's own stable C functions are
- * handed in by address, so that neither's headers are needed. Call with the interpreter's lock held.
+ * Asking each tensor from Python costs more than a step of a small one. torch's and Python's own functions are handed in by
+ * address, so that neither's headers are needed. Call with the interpreter's lock held; no reference is taken, so that
+ * threads may share the work.
  */
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
-/* torch's functions (aoti_torch_...) return 0 unless they fail; a handle points to a tensor, which is one pointer. */
+/* A handle points to a tensor, which is one pointer. The functions of torch's C interface return 0 unless they fail. */
 struct functions {
   int32_t (*get_layout)(void *const *tensor, int32_t *layout);
   int32_t (*get_device_type)(void *const *tensor, int32_t *type);
@@ -15,7 +16,33 @@ struct functions {
   int32_t (*get_numel)(void *const *tensor, int64_t *numel);
   int32_t (*is_contiguous)(void *const *tensor, bool *contiguous);
   int32_t (*get_data_ptr)(void *const *tensor, void **data);
+  void *const *(*get_grad)(void *tensor);
+  bool (*is_neg)(void *const *tensor);
+  bool (*is_inference)(void *const *tensor);
+  void (*bump_version)(void *const *tensor);
   int (*dict_next)(void *dict, ptrdiff_t *position, void **key, void **value);
+  void *(*list_item)(void *list, ptrdiff_t index);
+};
+
+/* How this torch lays out what none of its functions tell without making an object of Python: which word of a tensor's
+ * object points to the tensor, and which to its type; which word of a tensor points to its object, if it ever had one. */
+struct words {
+  int64_t tensor_of_object, type_of_object, object_of_tensor;
+  void *plain[2]; /* types of plain tensors */
+  void *absent;   /* the tensor that stands for no gradient */
+};
+
+/* What was found at the last step. Mirrored by native_plan.py. */
+struct found {
+  int64_t params;
+  void *const *objects, *const *tensors; /* of every parameter, in Python and in torch */
+  const int64_t *rows;                   /* of every parameter in the table of the kernel, or -1: it has no gradient */
+  const int64_t *sizes;                  /* of every row, of parameter and gradient */
+  const int32_t *dtypes;                 /* likewise */
+  void **param_addresses, **grad_addresses; /* of every row: written */
+  int64_t kept;
+  void *const *kept_tensors, *const *kept_addresses; /* of all memory and step counts */
+  void *const *kept_storages; /* only to fetch them ahead of use */
 };
 
 /* Whether a dict of dicts holds these very objects, in this order. */
@@ -28,27 +55,82 @@ int learned_optim_holds(const struct functions *call, void *outer, int64_t count
   return found == count;
 }
 
-/* Whether the tensors still have these addresses. */
-int learned_optim_in_place(const struct functions *call, int64_t count, void *const *tensors, void *const *addresses) {
-  void *data;
-  for (int64_t i = 0; i < count; i++)
-    if (call->get_data_ptr(tensors + i, &data) || data != addresses[i]) return 0;
-  return 1;
+/* Whether a tensor is plain memory of this size and dtype, and where. */
+static int locate(const struct functions *call, void *const *tensor, int64_t size, int32_t dtype_wanted, void **address) {
+  int32_t layout, device, dtype;
+  int64_t numel;
+  bool contiguous;
+  if (call->get_layout(tensor, &layout) || layout != 0) return 0; /* strided */
+  if (call->get_device_type(tensor, &device) || device != 0) return 0; /* CPU */
+  if (call->get_dtype(tensor, &dtype) || dtype != dtype_wanted) return 0;
+  if (call->get_numel(tensor, &numel) || numel != size) return 0;
+  if (call->is_contiguous(tensor, &contiguous) || !contiguous) return 0;
+  return !call->is_neg(tensor) && !call->is_inference(tensor) && !call->get_data_ptr(tensor, address);
 }
 
-/* Whether the tensors are plain memory of these sizes and dtypes, and where. */
-int learned_optim_locate(const struct functions *call, int64_t count, void *const *tensors, const int64_t *sizes,
-                         const int32_t *dtypes, void **addresses) {
-  for (int64_t i = 0; i < count; i++) {
-    int32_t layout, device, dtype;
-    int64_t numel;
-    bool contiguous;
-    if (call->get_layout(tensors + i, &layout) || layout != 0) return 0; /* strided */
-    if (call->get_device_type(tensors + i, &device) || device != 0) return 0; /* CPU */
-    if (call->get_dtype(tensors + i, &dtype) || dtype != dtypes[i]) return 0;
-    if (call->get_numel(tensors + i, &numel) || numel != sizes[i]) return 0;
-    if (call->is_contiguous(tensors + i, &contiguous) || !contiguous) return 0;
-    if (call->get_data_ptr(tensors + i, addresses + i)) return 0;
+/* Whether a tensor is of no subclass: it never had an object, or one of a plain type. */
+static int is_plain(const struct words *words, void *tensor) {
+  uintptr_t object = ((const uintptr_t *)tensor)[words->object_of_tensor] & ~(uintptr_t)7;
+  void *type = object ? ((void *const *)object)[words->type_of_object] : words->plain[0];
+  return type == words->plain[0] || type == words->plain[1];
+}
+
+/* Thousands of tensors lie in as many pages: waiting for one after the other is most of the time it takes to look at them. */
+#ifdef __GNUC__
+#define FETCH(address) __builtin_prefetch(address)
+#else
+#define FETCH(address) ((void)0)
+#endif
+enum { AHEAD = 8 };
+
+static void fetch(const char *tensor) {
+  for (int line = 0; line < 4; line++) FETCH(tensor + 64 * line);
+}
+
+static int find_param(const struct functions *call, const struct words *words, const struct found *found, void *list,
+                      int64_t i) {
+  void *object = call->list_item(list, i), *const *tensor = found->tensors + i, *const *grad;
+  int64_t row = found->rows[i];
+  if (i + AHEAD < found->params) {
+    FETCH(found->objects[i + AHEAD]);
+    fetch(found->tensors[i + AHEAD]);
   }
-  return 1;
+  if (object != found->objects[i] || ((void *const *)object)[words->tensor_of_object] != *tensor) return 0;
+  grad = call->get_grad(*tensor);
+  if (row < 0 || *grad == words->absent) return row < 0 && *grad == words->absent;
+  return is_plain(words, *grad) &&
+         locate(call, tensor, found->sizes[row], found->dtypes[row], found->param_addresses + row) &&
+         locate(call, grad, found->sizes[row], found->dtypes[row], found->grad_addresses + row);
+}
+
+static int still_there(const struct functions *call, const struct found *found, int64_t i) {
+  void *address;
+  if (i + AHEAD < found->kept) {
+    fetch(found->kept_tensors[i + AHEAD]);
+    FETCH(found->kept_storages[i + AHEAD]);
+  }
+  return !call->get_data_ptr(found->kept_tensors + i, &address) && address == found->kept_addresses[i];
+}
+
+/* Whether a list, of `found->params` entries, holds the same parameters, the same of them have gradients, and everything
+ * is plain memory, the optimizer's where it was. */
+int learned_optim_find(const struct functions *call, const struct words *words, const struct found *found, void *list,
+                       int threads) {
+  int64_t worth = 1 + (found->params * 4 + found->kept) / 2048;
+  int missing = 0;
+  threads = threads < 1 ? 1 : threads < worth ? threads : (int)worth;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static, 1) reduction(| : missing)
+  for (int share = 0; share < threads; share++) {
+    int64_t first = found->params * share / threads, last = found->params * (share + 1) / threads;
+    for (int64_t i = first; i < last && !missing; i++) missing |= !find_param(call, words, found, list, i);
+    first = found->kept * share / threads, last = found->kept * (share + 1) / threads;
+    for (int64_t i = first; i < last && !missing; i++) missing |= !still_there(call, found, i);
+  }
+  return !missing;
+}
+
+/* Tell autograd that the parameters with a gradient are about to be written. */
+void learned_optim_touch(const struct functions *call, const struct found *found) {
+  for (int64_t i = 0; i < found->params; i++)
+    if (found->rows[i] >= 0) call->bump_version(found->tensors + i);
 }
