@@ -30,7 +30,8 @@ from tests.cases import (
 pytestmark = pytest.mark.skipif(not native.available(), reason="the kernels were not built: no C compiler")
 
 SIZES = [("paper", layers, hidden) for layers, hidden in ((1, 1), (2, 3), (3, 9), (2, 20))]
-SIZES += [("adam-modulation", layers, hidden) for layers, hidden in ((1, 1), (1, 8), (2, 5), (3, 13))]
+SIZES += [("adam-modulation", layers, hidden) for layers, hidden in ((1, 1), (2, 5), (3, 13))]
+SIZES += [("adam-modulation", 1, lanes) for lanes in (4, 8, 16)]  # Of one layer whose units fill a vector.
 COUNTS = (1, 3, 31, 32, 33, 203)
 
 

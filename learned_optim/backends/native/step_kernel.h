@@ -30,6 +30,14 @@
 #define run_lstm NAME(run_lstm)
 #define read_out NAME(read_out)
 #define decode_block NAME(decode_block)
+#define squash_cells NAME(squash_cells)
+#define squash_hiddens NAME(squash_hiddens)
+#define in_rows NAME(in_rows)
+#define turn_weights NAME(turn_weights)
+#define read_rows NAME(read_rows)
+#define write_rows NAME(write_rows)
+#define multiply_pair NAME(multiply_pair)
+#define step_rows NAME(step_rows)
 #define step_block NAME(step_block)
 #define step_items NAME(step_items)
 #define step_all NAME(step_all)
@@ -191,14 +199,20 @@ typedef struct {
   vec *gates;                /* of one layer: 4 x H x W */
   vec *scales;               /* of 8-bit cells: L x W */
   float *bias;               /* of layer 0, with the features of time: H x 4 */
+  vec *turned;               /* where memory is taken in rows, weights for that */
   vec grad[W], context[2][W], update[W];
   ivec active[W];
   uvec noise[W];
 } block_buffers;
 
+/* Whether memory is taken as it lies; see step_rows. */
+INLINE int in_rows(const struct rule *rule, int memory_type) {
+  return rule->family == ADAM_MODULATION && rule->layers == 1 && rule->hidden == LANES && memory_type != INT8;
+}
+
 INLINE size_t vectors_needed(const struct rule *rule) {
   return W * (size_t)(encoded_inputs(rule) + (3 * rule->layers + 4) * rule->hidden + rule->layers) +
-         (size_t)rule->hidden * 4 / LANES + 1;
+         (size_t)rule->hidden * 4 / LANES + 1 + (in_rows(rule, FLOAT32) ? 4 * (1 + 4 + LANES) : 0);
 }
 
 INLINE void lay_out_buffers(block_buffers *b, vec *memory, const struct rule *rule) {
@@ -210,6 +224,7 @@ INLINE void lay_out_buffers(block_buffers *b, vec *memory, const struct rule *ru
   b->gates = b->next + width;
   b->scales = b->gates + (size_t)4 * rule->hidden * W;
   b->bias = (float *)(b->scales + (size_t)rule->layers * W);
+  b->turned = (vec *)b->bias + (size_t)rule->hidden * 4 / LANES + 1;
 }
 
 /* ---- memory in fewer bytes: rules/storage.py says what is stored and why ------------------------------------------------- */
@@ -370,6 +385,30 @@ INLINE const float *add_products(vec acc[4][GROUP], const vec *x, int count, con
   return w;
 }
 
+/* From gates, those of the sigmoids as denominators, and cells, `old`, to what the cells would be, `fresh`, and what is `kept`
+ * of them: with a mask, by vector of the block, only where it is set. Short chains of dependent operations in passes of
+ * their own: in one they would be too long for a processor to look past. One division for the cell, one for the hidden
+ * state, over common denominators. */
+INLINE void squash_cells(vec *const gates[4], const float *old, vec *fresh, vec *kept, const ivec *mask, int count) {
+  for (int first = 0; first < count; first += W)
+    UNROLL for (int v = 0; v < W; v++) {
+      const int i = first + v;
+      const vec cell = load_vec(old + i * LANES);
+      vec denominator, candidate = tanh_parts(gates[CANDIDATE][i], &denominator);
+      denominator *= gates[WRITE][i];
+      fresh[i] = (cell * denominator + candidate * gates[FORGET][i]) / (gates[FORGET][i] * denominator);
+      kept[i] = mask ? select_vec(mask[v], fresh[i], cell) : fresh[i];
+    }
+}
+
+/* From cells to hidden states, in place. */
+INLINE void squash_hiddens(vec *const gates[4], vec *next, int count) {
+  for (int i = 0; i < count; i++) {
+    vec denominator, squashed = tanh_parts(next[i], &denominator);
+    next[i] = squashed / (gates[READ][i] * denominator);
+  }
+}
+
 /* Every layer: from inputs, hidden and cell to next (the hidden state as it would be) and cell, held where not active. */
 INLINE void run_lstm(block_buffers *b, const struct rule *rule, const float *weights) {
   const int H = rule->hidden;
@@ -389,21 +428,9 @@ INLINE void run_lstm(block_buffers *b, const struct rule *rule, const float *wei
         UNROLL for (int g = 0; g < 4; g++)
           UNROLL for (int v = 0; v < GROUP; v++) gates[g][unit * W + first + v] = acc[g][v];
       }
-    /* Short chains of dependent operations in passes of their own: in one they would be too long for a processor to look
-     * past. One division for the cell, one for the hidden state, over common denominators. */
     for (int i = 0; i < 3 * H * W; i++) gates[0][i] = 1.0f + exp2_vec(gates[0][i]);
-    for (int unit = 0; unit < H; unit++)
-      UNROLL for (int v = 0; v < W; v++) {
-        const int i = unit * W + v;
-        vec denominator, candidate = tanh_parts(gates[CANDIDATE][i], &denominator);
-        denominator *= gates[WRITE][i];
-        next[i] = (cell[i] * denominator + candidate * gates[FORGET][i]) / (gates[FORGET][i] * denominator);
-        cell[i] = select_vec(b->active[v], next[i], cell[i]);
-      }
-    for (int i = 0; i < H * W; i++) {
-      vec denominator, squashed = tanh_parts(next[i], &denominator);
-      next[i] = squashed / (gates[READ][i] * denominator);
-    }
+    squash_cells(gates, (const float *)cell, next, cell, b->active, H * W);
+    squash_hiddens(gates, next, H * W);
     weights = row;
     below = next;
     below_size = H;
@@ -416,9 +443,8 @@ INLINE vec read_out(const vec *hidden, const float *weights, int H) {
   return sum;
 }
 
-INLINE void decode_block(block_buffers *b, const struct rule *rule, const float *readout) {
-  const int H = rule->hidden;
-  const vec *top = b->next + (size_t)(rule->layers - 1) * H * W;
+/* `top`: [unit][coordinate] */
+INLINE void decode_block(block_buffers *b, const struct rule *rule, const float *readout, const vec *top, int H) {
   if (rule->family == PAPER) {
     for (int v = 0; v < W; v++) b->update[v] = read_out(top + v, readout, H) * b->context[0][v];
     return;
@@ -434,6 +460,83 @@ INLINE void decode_block(block_buffers *b, const struct rule *rule, const float 
   UNROLL for (int v = 0; v < W; v++) magnitude[v] = rule->log_gain * tanh_vec(magnitude[v] / rule->log_gain);
   UNROLL for (int v = 0; v < W; v++) direction[v] = b->context[0][v] + tanh_vec(direction[v]);
   UNROLL for (int v = 0; v < W; v++) b->update[v] = b->context[1][v] * exp_vec(magnitude[v]) * direction[v];
+}
+
+/* ---- an LSTM of one layer whose units fill a vector ------------------------------------------------------------------------
+ *
+ * A coordinate's memory is a vector as it lies, so nothing need be turned but what the readout sees; the same arithmetic with
+ * units instead of coordinates side by side. */
+
+/* Weights [unit][column][gate] to [column][gate][unit]. */
+INLINE void turn_weights(vec *to, const float *weights, int columns) {
+  for (int unit = 0; unit < LANES; unit++)
+    for (int i = 0; i < 4 * columns; i++) ((float *)to)[i * LANES + unit] = weights[unit * 4 * columns + i];
+}
+
+/* `rows` rows of LANES numbers as floats: in place where they are floats and fill the block, else in `staging`. */
+INLINE const float *read_rows(vec *staging, const void *memory, int type, int64_t start, int rows) {
+  const float *floats = (const float *)memory + start * LANES;
+  const uint16_t *halves = (const uint16_t *)memory + start * LANES;
+  if (type == FLOAT32 && rows == BLOCK) return floats;
+  for (int r = 0; r < BLOCK; r++) staging[r] = splat(0.0f);
+  if (type == FLOAT32)
+    for (int r = 0; r < rows; r++) staging[r] = load_vec(floats + r * LANES);
+  else
+    for (int r = 0; r < rows; r++) staging[r] = widen(halves + r * LANES);
+  return (const float *)staging;
+}
+
+/* Of all rows, or of those that are active. */
+INLINE void write_rows(void *memory, int type, int64_t start, int rows, const ivec *active, const vec *from) {
+  float *floats = (float *)memory + start * LANES;
+  uint16_t *halves = (uint16_t *)memory + start * LANES;
+  if (active) {
+    for (int r = 0; r < rows; r++) {
+      if (!((const int32_t *)active)[r]) continue;
+      if (type == FLOAT32)
+        store_vec(floats + r * LANES, from[r]);
+      else
+        narrow(halves + r * LANES, from[r]);
+    }
+  } else if (type == FLOAT32) {
+    for (int r = 0; r < rows; r++) store_vec(floats + r * LANES, from[r]);
+  } else {
+    for (int r = 0; r < rows; r++) narrow(halves + r * LANES, from[r]);
+  }
+}
+
+/* Gates of two coordinates, as many sums as hide the latency of a multiply-add; those of the sigmoids as denominators: their
+ * exponentials run beside the products of the next two. */
+#define PAIR 2
+INLINE void multiply_pair(const vec *w, const float *inputs, const float *hidden, vec *const gates[4], int at) {
+  vec acc[4][PAIR];
+  UNROLL for (int g = 0; g < 4; g++, w++)
+    UNROLL for (int j = 0; j < PAIR; j++) acc[g][j] = *w;
+  UNROLL for (int k = 0; k < 4; k++)
+    UNROLL for (int g = 0; g < 4; g++, w++)
+      UNROLL for (int j = 0; j < PAIR; j++) acc[g][j] += *w * splat(inputs[k * BLOCK + j]);
+  UNROLL for (int k = 0; k < LANES; k++)
+    UNROLL for (int g = 0; g < 4; g++, w++)
+      UNROLL for (int j = 0; j < PAIR; j++) acc[g][j] += *w * splat(hidden[j * LANES + k]);
+  UNROLL for (int g = 0; g < 4; g++)
+    UNROLL for (int j = 0; j < PAIR; j++) gates[g][at + j] = g < CANDIDATE ? 1.0f + exp2_vec(acc[g][j]) : acc[g][j];
+}
+
+/* From inputs, and memory where it lies, to the update and new memory. */
+INLINE void step_rows(block_buffers *b, const struct rule *rule, const float *weights, const struct item *item,
+                      int64_t start, int rows, int all_active) {
+  const int type = item->memory_type;
+  const float *hidden = read_rows(b->hidden, item->hidden, type, start, rows), *inputs = (const float *)b->inputs;
+  const float *cell = read_rows(b->cell, item->cell, type, start, rows);
+  vec *const gates[4] = {b->gates, b->gates + BLOCK, b->gates + 2 * BLOCK, b->gates + 3 * BLOCK};
+  for (int r = 0; r < BLOCK; r += PAIR) multiply_pair(b->turned, inputs + r, hidden + r * LANES, gates, r);
+  const ivec *mask = all_active ? NULL : b->active;
+  squash_cells(gates, cell, b->next, b->cell, NULL, BLOCK);
+  squash_hiddens(gates, b->next, BLOCK);
+  write_rows(item->cell, type, start, rows, mask, b->cell);
+  write_rows(item->hidden, type, start, rows, mask, b->next);
+  read_memory(b->gates, b->next, FLOAT32, 0, BLOCK, LANES);
+  decode_block(b, rule, readout_weights(rule, weights), b->gates, LANES);
 }
 
 INLINE void step_block(block_buffers *b, const struct rule *rule, const float *weights, const struct item *item,
@@ -456,11 +559,14 @@ INLINE void step_block(block_buffers *b, const struct rule *rule, const float *w
   for (int v = 1; v < W; v++) any |= b->active[v], all &= b->active[v];
 
   /* A block at rest (an embedding's rows that no batch has touched) costs no LSTM and no memory traffic. */
-  if (any_lane(any)) {
+  if (any_lane(any) && in_rows(rule, item->memory_type)) {
+    step_rows(b, rule, weights, item, start, rows, all_lanes(all));
+  } else if (any_lane(any)) {
     read_hiddens(b, rule, item, start, rows);
     if (rule->family != PAPER) read_cells(b, rule, item, start, rows);
     run_lstm(b, rule, weights);
-    decode_block(b, rule, readout_weights(rule, weights));
+    decode_block(b, rule, readout_weights(rule, weights), b->next + (size_t)(rule->layers - 1) * rule->hidden * W,
+                 rule->hidden);
     if (!all_lanes(all))
       for (int i = 0; i < width; i++)
         for (int v = 0; v < W; v++)
@@ -485,7 +591,8 @@ INLINE void fetch_item(const struct rule *rule, const struct columns *columns, i
   const size_t rows = columns->sizes[i] < BLOCK ? (size_t)columns->sizes[i] : BLOCK, width = rule->layers * rule->hidden;
   const size_t memory = rows * width * bytes_of(columns->memory_types[i]);
   fetch(columns->grads[i], rows * bytes_of(columns->grad_types[i]));
-  fetch(columns->params[i], (measured_alone(columns->sizes[i]) ? (size_t)columns->sizes[i] : rows) * bytes_of(columns->param_types[i]));
+  fetch(columns->params[i], (measured_alone(columns->sizes[i]) ? (size_t)columns->sizes[i] : rows) *
+                                bytes_of(columns->param_types[i]));
   if (rule->family == ADAM_MODULATION)
     for (int k = 0; k < 3; k++) fetch(columns->moments[k][i], rows * bytes_of(columns->moment_types[k][i]));
   fetch(columns->hidden[i], memory);
@@ -510,6 +617,7 @@ static int step_items(const struct rule *rule, const float *weights, const struc
   if (posix_memalign(&scratch, 64, vectors_needed(rule) * sizeof(vec))) return 1;
   block_buffers buffers;
   lay_out_buffers(&buffers, scratch, rule);
+  if (in_rows(rule, FLOAT32)) turn_weights(buffers.turned + 4, weights + 4 * LANES * (1 + rule->num_times), 4 + LANES);
   struct item item = {.step = -1.0f};
   for (int64_t i = 0; first < last; i++) {
     int64_t size = columns->sizes[i], blocks = (size + BLOCK - 1) / BLOCK;
@@ -520,7 +628,10 @@ static int step_items(const struct rule *rule, const float *weights, const struc
         *columns->scales[i] = scale_of(rule, sum / (double)size);
       }
       prepare_item(&item, rule, columns, i);
-      if (item.step != step) fold_time(buffers.bias, rule, weights, item.step);
+      if (item.step != step) {
+        fold_time(buffers.bias, rule, weights, item.step);
+        if (in_rows(rule, FLOAT32)) turn_weights(buffers.turned, buffers.bias, 1);
+      }
       for (int64_t block = first; block < blocks && block < last; block++) {
         int64_t start = block * BLOCK;
         if (block + 1 == blocks && i + 1 < columns->count) fetch_item(rule, columns, i + 1);
@@ -535,7 +646,7 @@ static int step_items(const struct rule *rule, const float *weights, const struc
   return 0;
 }
 
-/* Where a share begins: at `block`, or before the small item that this would cut, which is measured and stepped by one thread. */
+/* Where a share begins: at `block`, or before the small item that this would cut, which one thread measures and steps. */
 static int64_t share_start(const struct columns *columns, int64_t block) {
   int64_t start = 0;
   for (int64_t i = 0; i < columns->count; i++) {
@@ -581,6 +692,7 @@ static void evaluate(int function, int64_t count, const float *x, float *y) {
 #undef BLOCK
 #undef W
 #undef GROUP
+#undef PAIR
 #undef TILE
 #undef SHUFFLE_PARTS
 #undef JOIN_ROWS

@@ -15,6 +15,10 @@
 #define ivec NAME(ivec)
 #define uvec NAME(uvec)
 #define loose_vec NAME(loose_vec)
+#define hvec NAME(hvec)
+#define loose_hvec NAME(loose_hvec)
+#define widen NAME(widen)
+#define narrow NAME(narrow)
 #define tile NAME(tile)
 #define loose_floats NAME(loose_floats)
 #define loose_halves NAME(loose_halves)
@@ -46,9 +50,23 @@ typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 typedef float loose_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
+typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
+typedef uint16_t loose_hvec __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
 INLINE vec splat(float x) { return x - (vec){0}; }
 INLINE vec load_vec(const float *from) { return *(const loose_vec *)from; }
 INLINE void store_vec(float *to, vec x) { *(loose_vec *)to = x; }
+
+/* From bfloat16, and to it: rounded to nearest, ties to even. */
+INLINE vec widen(const uint16_t *from) {
+  return (vec)(__builtin_convertvector(*(const loose_hvec *)from, uvec) << 16);
+}
+
+INLINE void narrow(uint16_t *to, vec x) {
+  uvec bits = (uvec)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  uvec is_nan = (uvec)((bits & 0x7fffffff) > 0x7f800000);
+  *(loose_hvec *)to = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), hvec);
+}
 
 /* Where the mask is -1 the first, where it is 0 the second. */
 INLINE vec select_vec(ivec mask, vec a, vec b) {
