@@ -3,8 +3,9 @@
     python -m examples.neural_art --content photo.jpg --style painting.jpg --network squeezenet.safetensors --out art.png
 
 Needs `pip install learned-optim[art]` and a network: SqueezeNet v1.0 as safetensors, or any other with a `--description`
-in TOML (meta_train/tasks/features.py says what it holds). All start from the same noise and take the same number of steps on
-one loss; Adam runs at every rate of a small grid and its best is shown; a step of L-BFGS evaluates the loss several times.
+in TOML (meta_train/tasks/features.py says what it holds). Without a photo it paints a texture in the painting's style. All
+start from the same noise and take the same number of steps on one loss; Adam runs at every rate of a small grid and its best
+is shown; a step of L-BFGS evaluates the loss several times.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def paint(
 def main() -> None:
     """Paint, print the losses, write the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--content", type=Path, required=True, help="photo")
+    parser.add_argument("--content", type=Path, help="photo; default: none, a texture")
     parser.add_argument("--style", type=Path, required=True, help="painting")
     parser.add_argument("--network", type=Path, required=True, help="weights of the network, safetensors")
     parser.add_argument("--description", type=Path, help="what the network does, TOML; default: SqueezeNet v1.0")
@@ -63,8 +64,10 @@ def main() -> None:
 
     network = read_network(options.description) if options.description else SQUEEZENET
     extract = feature_extractor(network, options.network)
-    content, style = (read_picture(path, options.size).unsqueeze(0) for path in (options.content, options.style))
-    loss = NeuralArt(network=network).loss(extract, content, style)
+    style = read_picture(options.style, options.size).unsqueeze(0)
+    content = read_picture(options.content, options.size).unsqueeze(0) if options.content else None
+    problem = NeuralArt(network=network) if options.content else NeuralArt(network=network, content_weight=0.0)
+    loss = problem.loss(extract, style if content is None else content, style)
     noise = start(1, options.size, options.size, torch.Generator().manual_seed(0))
 
     task = (noise, loss, options.steps)
@@ -72,12 +75,14 @@ def main() -> None:
     by_adam = [(f"Adam({lr:g})", *paint(f"Adam({lr:g})", lambda p, lr=lr: Adam(p, lr=lr), *task)) for lr in ADAM_RATES]
     best, adam, adam_losses = min(by_adam, key=lambda one: one[2][-1])
     lbfgs, lbfgs_losses = paint("L-BFGS", LBFGS_STEPS[0].make, *task)
-    print(f"content and style, then after {options.steps} steps:")
+    print(f"after {options.steps} steps:")
     for name, values in (("LearnedOptimizer", losses), (best, adam_losses), ("L-BFGS", lbfgs_losses)):
         print(f"{name:<18} loss {values[0]:.2f} at the start, {values[-1]:.2f} at the end")
-    row = torch.cat([content[0], style[0], learned, adam, lbfgs], 2)
+    given = {"style": style[0]} if content is None else {"content": content[0], "style": style[0]}
+    shown = given | {"LearnedOptimizer": learned, "Adam": adam, "L-BFGS": lbfgs}
+    row = torch.cat(list(shown.values()), 2)
     Image.fromarray((row.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()).save(options.out)
-    print(f"wrote {options.out.name}: content, style, LearnedOptimizer, Adam, L-BFGS")
+    print(f"wrote {options.out.name}: {', '.join(shown)}")
 
 
 if __name__ == "__main__":

@@ -156,12 +156,15 @@ MNIST = [
 """The sweep for small dense nets on MNIST, in half-decades."""
 
 PICTURES = [
-    *settings("SGD", rates(1e-3, 0.1)),
-    *settings("NAG", rates(1e-2, 0.1), (0.8, 0.9, 0.95, 0.98, 0.99)),
+    *settings("SGD", rates(1e-2, 0.1)),
+    *settings("NAG", (*rates(1e-2, 0.1), 0.0562), (0.9, 0.95, 0.98, 0.99)),
     *settings("RMSprop", rates(1e-3, 3.16e-2)),
-    *settings("Adam", rates(1e-2, 0.316)),
+    *settings("Adam", rates(3.16e-2, 0.316)),
 ]
-"""The sweep for neural art, in half-decades, at every resolution: the gradient of a pixel does not depend on it."""
+"""The sweep for neural art, in half-decades, finer for NAG below the rate at which it diverges.
+
+At every resolution, as the gradient of a pixel does not depend on it.
+"""
 
 LBFGS_STEPS = [Setting("L-BFGS", 1.0)]
 """One iteration with a strong Wolfe line search a step, for losses without noise; a step evaluates them several times."""

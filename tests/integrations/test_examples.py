@@ -96,3 +96,19 @@ def test_the_painter_paints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         centre = photo.crop((2, 0, 22, 20)).resize((16, 16), Image.Resampling.LANCZOS)
         shown = written.crop((0, 0, 16, 16))
         assert max(abs(a - b) for a, b in zip(shown.tobytes(), centre.tobytes(), strict=True)) <= 3
+
+
+def test_without_a_photo_the_painter_paints_a_texture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    style_only, starts = something_to_paint(tmp_path)[2:], []
+    for options in (style_only, ["--content", style_only[1], *style_only]):
+        monkeypatch.setattr(sys, "argv", ["neural_art", *options])
+        runpy.run_module("examples.neural_art", run_name="__main__")
+        output = capsys.readouterr().out
+        assert_it_learned("neural_art", output)
+        starts.append(float(re.findall(r"loss ([\d.]+) at the start", output)[0]))
+        with Image.open(tmp_path / "out.png") as written:
+            assert written.size == ((3 + len(starts)) * 16, 16)
+    assert starts[0] < starts[1], "no content weighs in"
