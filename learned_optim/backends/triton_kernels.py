@@ -31,8 +31,12 @@ MOMENTS = tl.constexpr(4)
 LR = tl.constexpr(0)
 KEEP = tl.constexpr(1)
 AMPLITUDE = tl.constexpr(2)
-CORRECTIONS = tl.constexpr(3)
-TIME = tl.constexpr(6)
+STEP = tl.constexpr(3)
+CORRECTIONS = tl.constexpr(4)
+
+# Of 8-bit memory and of stochastic rounding, as rules/storage.py has them.
+LARGEST = tl.constexpr(127.0)
+GOLDEN = tl.constexpr(0x9E3779B9)
 
 
 @triton.jit
@@ -210,6 +214,80 @@ def _encode_adam(grad, finite, moments, values, RULE: tl.constexpr):
     return inputs, active, (fast, slow, mean)
 
 
+# ---- memory in fewer bytes: rules/storage.py says what is stored and why --------------------------------------------------
+
+
+@triton.jit
+def _noise(grad, step):
+    """Return the 32 random bits of each coordinate, from its gradient as the caller has it, and the step."""
+    x = grad.to(tl.uint32, bitcast=True) ^ (step.to(tl.int32).to(tl.uint32) * GOLDEN)
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _draw(bits, unit):
+    """Return the 16 random bits that a unit draws."""
+    return (bits + unit.to(tl.uint32) * GOLDEN) >> 16
+
+
+@triton.jit
+def _round_to_bfloat16(x, draw):
+    return ((x.to(tl.uint32, bitcast=True) + draw) & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scale_above(peak):
+    """Return the least bfloat16 that is no less than a hundred-and-twenty-seventh of the largest cell."""
+    return (((peak / LARGEST).to(tl.uint32, bitcast=True) + 0xFFFF) & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _to_eight_bits(cell, scale, draw):
+    """Return cells as multiples of a scale, rounded stochastically."""
+    rounded = tl.floor(cell / tl.where(scale > 0, scale, 1.0) + draw.to(tl.float32) * (1.0 / 65536.0))
+    return tl.minimum(tl.maximum(rounded, -LARGEST), LARGEST)
+
+
+@triton.jit
+def _to_nearest(hidden):
+    """Return hidden states in multiples of 1/127: adding 1.5 * 2**23 rounds to an integer."""
+    return hidden * LARGEST + 12582912.0 - 12582912.0
+
+
+@triton.jit
+def _quantized_unrolled(hidden, cell, bits, L: tl.constexpr, H: tl.constexpr):
+    """Return columns of hidden states and cells as integers, and each layer's scale."""
+    hiddens, cells, scales = (), (), ()
+    for layer in tl.static_range(L):
+        peak = tl.abs(cell[layer * H])
+        for u in tl.static_range(1, H):
+            peak = tl.maximum(peak, tl.abs(cell[layer * H + u]))
+        scale = _scale_above(peak)
+        scales = scales + (scale,)
+        for u in tl.static_range(H):
+            hiddens = hiddens + (_to_nearest(hidden[layer * H + u]),)
+            cells = cells + (_to_eight_bits(cell[layer * H + u], scale, _draw(bits, tl.full((), layer * H + u, tl.int32))),)
+    return hiddens, cells, scales
+
+
+@triton.jit
+def _quantized_tiled(hidden, cell, bits, L: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr):
+    """Return tiles of hidden states and cells as integers, and each layer's scale; units beyond H are zero."""
+    hiddens, cells, scales = (), (), ()
+    for layer in tl.static_range(L):
+        scale = _scale_above(tl.max(tl.abs(cell[layer]), 1))
+        scales = scales + (scale,)
+        hiddens = hiddens + (_to_nearest(hidden[layer]),)
+        draw = _draw(bits[:, None], (layer * H + tl.arange(0, PADDED))[None, :])
+        cells = cells + (_to_eight_bits(cell[layer], scale[:, None], draw),)
+    return hiddens, cells, scales
+
+
+# ---- the kernel -----------------------------------------------------------------------------------------------------
+
+
 @triton.jit
 def _places(rows, inside, FIRST: tl.constexpr, USED: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr):
     """Return offsets and mask of USED columns from FIRST of a memory ``(N, WIDTH)``, as a tile ``(BLOCK, PADDED)``."""
@@ -275,7 +353,7 @@ def step_kernel(
         PARAM_TYPE: Of the parameters.
         GRAD_TYPE: Of the gradients.
         MEMORY_TYPE: Of hidden and cell.
-        MOMENT_TYPE: Of the moments.
+        MOMENT_TYPE: Of the moments, all but the mean square, which is float32.
         ALIGNED: Whether each coordinate's memory starts on a 16-byte boundary.
         MAXIMIZE: Ascend.
         TILED: Which form of the LSTM.
@@ -287,6 +365,8 @@ def step_kernel(
     """
     WIDTH: tl.constexpr = L * H
     USED: tl.constexpr = H if TILED else WIDTH
+    EIGHT_BIT: tl.constexpr = tl.int8 == MEMORY_TYPE
+    ROUNDED: tl.constexpr = RULE.adam and tl.bfloat16 == MOMENT_TYPE
     program = tl.program_id(0)
     tensor = tl.load(tensor_of + program)
     start = tl.load(chunk_of + program).to(tl.int64) * CHUNK
@@ -298,11 +378,17 @@ def step_kernel(
     lr = tl.load(values + LR * tensors + tensor)
     keep = tl.load(values + KEEP * tensors + tensor)
     amplitude = tl.load(values + AMPLITUDE * tensors + tensor)
+    step = tl.load(values + STEP * tensors + tensor)
+    if EIGHT_BIT:
+        SCALES: tl.constexpr = 7 if RULE.adam else 4
+        scales = _pointer(addresses, tensors, tensor, start * L, SCALES, tl.bfloat16)
     moments = ()
     corrections = ()
     if RULE.adam:
         for i in tl.static_range(3):
-            moments = moments + (_pointer(addresses, tensors, tensor, start, MOMENTS + i, MOMENT_TYPE),)
+            moments = moments + (
+                _pointer(addresses, tensors, tensor, start, MOMENTS + i, MOMENT_TYPE if i < 2 else tl.float32),
+            )
         VALUES: tl.constexpr = 3 + RULE.time_scales
         for i in tl.static_range(VALUES):
             corrections = corrections + (tl.load(values + (CORRECTIONS + i) * tensors + tensor),)
@@ -327,14 +413,29 @@ def step_kernel(
                 old_hidden = _columns(old_hidden[0], PADDED, LOG_PADDED, BLOCK)
                 old_cell = _columns(old_cell[0], PADDED, LOG_PADDED, BLOCK)
 
+            if EIGHT_BIT:
+                scale = ()
+                for layer in tl.static_range(L):
+                    scale = scale + (tl.load(scales + rows * L + layer, mask=inside, other=0.0).to(tl.float32),)
+                hidden, cell = (), ()
+                for i in tl.static_range(L if TILED else WIDTH):
+                    hidden = hidden + (old_hidden[i] * (1.0 / LARGEST),)
+                    cell = cell + (old_cell[i] * (scale[i][:, None] if TILED else scale[i // H]),)
+                old_hidden, old_cell = hidden, cell
+            if EIGHT_BIT or ROUNDED:
+                bits = _noise(grad, step)
             if MAXIMIZE:
                 grad = -grad
             if RULE.adam:
                 finite = grad * grad < float("inf")
                 grad = tl.where(finite, grad, 0.0)
                 inputs, active, new_moments = _encode_adam(grad, finite, old_moments, corrections, RULE)
-                for i in tl.static_range(3):
-                    tl.store(moments[i] + rows, new_moments[i].to(MOMENT_TYPE), mask=inside & finite)
+                for i in tl.static_range(2):
+                    moment = new_moments[i]
+                    if ROUNDED:
+                        moment = _round_to_bfloat16(moment, _draw(bits, tl.full((), WIDTH + i, tl.int32)))
+                    tl.store(moments[i] + rows, moment.to(MOMENT_TYPE), mask=inside & finite)
+                tl.store(moments[2] + rows, new_moments[2], mask=inside & finite)
             else:
                 finite = tl.abs(grad) < float("inf")
                 if TILED:
@@ -363,12 +464,20 @@ def step_kernel(
                     direction = tl.sum(below * tl.load(at + columns)[None, :], 1) + tl.load(at + PADDED)
             else:
                 READOUT: tl.constexpr = 4 * H * (F + H + 1) + (L - 1) * 4 * H * (2 * H + 1)
-                below, hidden, cell = _lstm_unrolled(inputs, old_hidden, old_cell, WEIGHTS, F, H, L)
+                below, new_hidden, new_cell = _lstm_unrolled(inputs, old_hidden, old_cell, WEIGHTS, F, H, L)
                 output = _read_out(below, WEIGHTS, H, READOUT)
                 if RULE.adam:
                     direction = _read_out(below, WEIGHTS, H, READOUT + H + 1)
-                new_hidden = (_tile(hidden, WIDTH, PADDED, LOG_PADDED, BLOCK),)
-                new_cell = (_tile(cell, WIDTH, PADDED, LOG_PADDED, BLOCK),)
+            if EIGHT_BIT:
+                if TILED:
+                    new_hidden, new_cell, scale = _quantized_tiled(new_hidden, new_cell, bits, L, H, PADDED)
+                else:
+                    new_hidden, new_cell, scale = _quantized_unrolled(new_hidden, new_cell, bits, L, H)
+                for layer in tl.static_range(L):
+                    tl.store(scales + rows * L + layer, scale[layer].to(tl.bfloat16), mask=inside & active)
+            if not TILED:
+                new_hidden = (_tile(new_hidden, WIDTH, PADDED, LOG_PADDED, BLOCK),)
+                new_cell = (_tile(new_cell, WIDTH, PADDED, LOG_PADDED, BLOCK),)
 
             for tile in tl.static_range(L if TILED else 1):
                 where, mask = _places(rows, inside, tile * H, USED, PADDED, WIDTH)

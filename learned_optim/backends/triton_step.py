@@ -23,6 +23,7 @@ from torch.autograd.graph import increment_version
 from learned_optim.backends import chunks
 from learned_optim.backends.chunks import StepItem
 from learned_optim.rules import AdamModulationConfig, AdamModulationRule, PaperRule, PaperRuleConfig, UpdateRule
+from learned_optim.rules.storage import CELL_SCALE, names
 
 UNROLLED_WEIGHTS = 1500
 """Up to this many weights the LSTM is unrolled, beyond it is tiled: each is an instruction, and 2,000 fill a cache."""
@@ -121,20 +122,24 @@ def apply_step(
         if types is None:
             chunks.apply_step(rule, group, lr=lr, weight_decay=weight_decay, maximize=maximize)
         else:
-            program.run(types, group, _values(rule, group, lr, weight_decay), maximize)
+            kept = names(rule, group[0].memory)
+            program.run(types, kept, group, _values(rule, group, lr, weight_decay), maximize)
 
 
 def _types(rule: UpdateRule, item: StepItem) -> tuple[torch.dtype, ...] | None:
     """Return the element types of parameter, gradient, LSTM memory and moments; None where the kernel has none for them."""
     memory, device = item.memory, rule.readout.weight.device
-    if set(memory) != {"hidden", "cell", *rule.moment_names}:
+    if set(memory) != set(names(rule, memory)):
         return None
     hidden, cell, moments = memory["hidden"], memory["cell"], [memory[name] for name in rule.moment_names]
     types = (item.param.dtype, item.grad.dtype, hidden.dtype, moments[0].dtype if moments else torch.float32)
     fits = (
-        all(dtype in FLOATS for dtype in types)
+        all(dtype in FLOATS for dtype in (types[0], types[1], types[3]))
+        and hidden.dtype in FLOATS | {torch.int8}
         and cell.dtype == hidden.dtype
-        and all(moment.dtype == types[3] for moment in moments)
+        and all(moment.dtype == types[3] for moment in moments[:2])
+        and all(moment.dtype == torch.float32 for moment in moments[2:])
+        and (CELL_SCALE not in memory or memory[CELL_SCALE].dtype == torch.bfloat16)
         and all(tensor.is_contiguous() and tensor.device == device for tensor in memory.values())
         and item.param.device == item.grad.device == device
         and type(item.param) in PLAIN_TENSORS
@@ -150,19 +155,19 @@ def _values(rule: UpdateRule, items: Sequence[StepItem], lr: Tensor | float, wei
     def spread(value: Tensor | float) -> Tensor:
         return value.expand(count) if isinstance(value, Tensor) else torch.full((count,), value, device=device)
 
+    steps = torch.stack([item.step for item in items]).to(device, non_blocking=True)
     rows = [spread(lr), spread(1 - lr * 1e-3 * weight_decay)]
     if isinstance(rule, AdamModulationRule):
         config = rule.config
-        steps = torch.stack([item.step for item in items]).to(device, non_blocking=True)
         scales = torch.stack([item.scale for item in items if item.scale is not None])
-        rows.append(-config.step_size * scales * rule.anneal(steps))
+        rows += [-config.step_size * scales * rule.anneal(steps), steps]
         # As the reference does it, operation by operation: 1 - 0.999 in float32 leaves few digits to disagree about.
         decays = (config.fast_decay, config.slow_decay, config.second_moment_decay)
         rows += [1 / (1 - decay**steps) for decay in decays]
         rows += [torch.tanh(steps / tau - 1) for tau in config.time_scales]
     else:
         assert isinstance(rule, PaperRule)
-        rows.append(spread(rule.config.output_scale))
+        rows += [spread(rule.config.output_scale), steps]
     return torch.stack(rows)
 
 
@@ -191,15 +196,21 @@ class Program:
         width = config.hidden_size if form.tiled else rule.memory_width
         self.rule_sizes = (rule.lstm.input_size, config.hidden_size, config.num_layers)
         self.memory_width = rule.memory_width
-        self.moment_names = rule.moment_names
         self.padded = max(16 if form.tiled else 1, 1 << (width - 1).bit_length())
         self.form = form
         self.constants = _constants(rule)
         self.weights = pack_tiled(rule, self.padded) if form.tiled else tuple(pack_unrolled(rule).tolist())
         self.tables: OrderedDict[Any, _Table] = OrderedDict()
 
-    def run(self, types: tuple[torch.dtype, ...], items: Sequence[StepItem], values: Tensor, maximize: bool) -> None:
-        """Launch the kernel for tensors of the same element types."""
+    def run(
+        self,
+        types: tuple[torch.dtype, ...],
+        kept: Sequence[str],
+        items: Sequence[StepItem],
+        values: Tensor,
+        maximize: bool,
+    ) -> None:
+        """Launch the kernel for tensors of the same element types, whose memory consists of what is ``kept``."""
         import triton.language as tl
 
         from learned_optim.backends.triton_kernels import step_kernel
@@ -207,7 +218,7 @@ class Program:
         # The kernel reads and writes flat tensors; a copy stands in for one that is not.
         params = [item.param.resolve_neg().contiguous() for item in items]
         grads = [item.grad.resolve_neg().contiguous() for item in items]
-        table = self._table(params, items)
+        table = self._table(params, [item.memory[name] for name in kept for item in items])
         table.point_to(grads)
         with torch.cuda.device_of(values):
             step_kernel[len(table.tensor_of),](
@@ -240,10 +251,8 @@ class Program:
             if flat is not item.param:
                 item.param.copy_(flat)
 
-    def _table(self, params: Sequence[Tensor], items: Sequence[StepItem]) -> _Table:
+    def _table(self, params: Sequence[Tensor], memory: Sequence[Tensor]) -> _Table:
         """Return the table of these tensors, made again only when one has moved."""
-        names = ("hidden", "cell", *self.moment_names)
-        memory = [item.memory[name] for name in names for item in items]
         key = (tuple(map(Tensor.numel, params)), tuple(map(Tensor.data_ptr, [*params, *memory])))
         if key not in self.tables:
             if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
@@ -263,7 +272,7 @@ class _Table:
 
     Args:
         sizes: Coordinates of each tensor.
-        addresses: Of every parameter, then of every ``hidden``, ``cell`` and moment.
+        addresses: Of every parameter, then of every ``hidden``, ``cell``, moment and perhaps ``cell_scale``.
         chunk: Coordinates a program.
         device: Where to put it.
     """

@@ -19,6 +19,7 @@ from tests.cases import (
     RULE_CASES,
     SHAPES,
     assert_identical,
+    assert_stored_alike,
     copies,
     make_params,
     memories,
@@ -152,18 +153,6 @@ def test_low_precision_is_rounded_as_the_reference_rounds(
             values.uniform_(0, 1)
     unit = max(torch.finfo(dtype).eps, torch.finfo(memory_dtype).eps)
     compare(rule, items, 1, rtol=max(unit, 1e-5), atol=1e-5)
-
-
-def assert_stored_alike(got: Tensor, want: Tensor) -> None:
-    """Equal but for numbers that lay on a threshold, which may fall on its other side: few, and by one unit."""
-    if got.dtype == torch.float32:
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    elif got.dtype == torch.int8:
-        assert (got.int() - want.int()).abs().max() <= 1
-    else:
-        torch.testing.assert_close(got, want, rtol=2**-7, atol=0)
-    if got.dtype != torch.float32:
-        assert (got != want).double().mean() <= 0.005
 
 
 @pytest.mark.usefixtures("no_reference", "instruction_set")

@@ -1,5 +1,6 @@
 """The Triton kernel against the reference: on a GPU, or in Triton's interpreter in a process of its own."""
 
+import copy
 import dataclasses
 import os
 import subprocess
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from learned_optim import LearnedOptimizer, UpdateRule, build_rule
 from learned_optim.backends import choose_backend, triton_step
 from learned_optim.weights import resolve_weights
-from tests.cases import copies, small_rule
+from tests.cases import assert_identical, assert_stored_alike, copies, small_rule
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -125,6 +126,57 @@ def test_low_precision_differs_in_last_bits(
     torch.testing.assert_close(got[0], want[0], rtol=bits * tolerance, atol=1e-4)
     torch.testing.assert_close(got[1], want[1], rtol=memory_tolerance, atol=bits * memory_tolerance)
     assert got[1][0]["hidden"].dtype == getattr(torch, state_dtype)
+
+
+def assert_rounded_as_by_the_reference(rule: UpdateRule, form: triton_step.Form, **options: Any) -> None:
+    """Take each step twice, from the same memory."""
+    torch.manual_seed(4)
+    params = [torch.randn(size, device=DEVICE).requires_grad_() for size in (150, 7)]
+    optimizer = LearnedOptimizer(params, weights=rule, backend="triton", **options)
+    (weights,) = optimizer._weights.values()
+    ready = weights.rule_on(params[0].device, torch.float32)
+    triton_step._programs[ready] = triton_step.Program(ready, form)
+    for step in range(5):
+        for param in params:
+            param.grad = torch.randn_like(param) * 10.0 ** (step % 4 - 2) * (torch.rand_like(param) > 0.2)
+        params[0].grad[:2] = torch.tensor([float("nan"), float("inf")])  # type: ignore[index]
+        if step < 4:
+            params[0].grad[100:] = 0  # type: ignore[index]
+        others, other = copy.deepcopy((params, optimizer))
+        other.backend = "reference"
+        before = copy.deepcopy([optimizer.state[param] for param in params])
+        optimizer.step()
+        other.step()
+        torch.testing.assert_close(copies(params), copies(others), rtol=1e-5, atol=2e-6)
+        for param, twin, old in zip(params, others, before, strict=True):
+            for name, values in optimizer.state[param].items():
+                assert_stored_alike(values, other.state[twin][name])
+                if old and name != "step":
+                    held = ~param.grad.isfinite()  # type: ignore[union-attr]
+                    assert_identical(values[held], old[name][held])
+    assert any(values.dtype in (torch.int8, torch.bfloat16) for values in optimizer.state[params[0]].values())
+
+
+@needs_kernel
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", RULES)
+def test_eight_bit_memory_is_rounded_as_the_reference_rounds(name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = make_rule(name)
+    taken, run = [], triton_step.Program.run
+
+    def spy(self: triton_step.Program, types: tuple[torch.dtype, ...], *rest: Any) -> None:
+        taken.append(types)
+        run(self, types, *rest)
+
+    monkeypatch.setattr(triton_step.Program, "run", spy)
+    assert_rounded_as_by_the_reference(rule, FORMS[form], state_dtype=torch.int8)
+    assert {types[2] for types in taken} == {torch.int8}
+
+
+@needs_kernel
+def test_narrow_moments_beside_wide_memory_and_ascent() -> None:
+    rule = make_rule("2x3-time")
+    assert_rounded_as_by_the_reference(rule, UNROLLED, moment_dtype=torch.bfloat16, maximize=True)
 
 
 @needs_kernel
