@@ -156,10 +156,10 @@ MNIST = [
 """The sweep for small dense nets on MNIST, in half-decades."""
 
 PICTURES = [
-    *settings("SGD", rates(1e-2, 0.1)),
-    *settings("NAG", (*rates(1e-2, 0.1), 0.0562), (0.9, 0.95, 0.98, 0.99)),
+    *settings("SGD", rates(3.16e-3, 0.1)),
+    *settings("NAG", (*rates(3.16e-3, 0.1), 0.0178, 0.0562), (0.9, 0.95, 0.98, 0.99)),
     *settings("RMSprop", rates(1e-3, 3.16e-2)),
-    *settings("Adam", rates(3.16e-2, 0.316)),
+    *settings("Adam", rates(1e-2, 0.316)),
 ]
 """The sweep for neural art, in half-decades, finer for NAG below the rate at which it diverges.
 
