@@ -87,10 +87,9 @@ reproduce-neural-art: .venv/ready ## the same for pictures; DATA=DIR holds neura
 	$(BIN)/python -m meta_train publish $(ART)-0 --name neural-art --to $(RUNS)
 	$(BIN)/python -m meta_train publish $(ART)-1 --name neural-art-1 --to $(RUNS)
 	$(BIN)/python -m meta_train publish $(ART)-2 --name neural-art-2 --to $(RUNS)
-	$(BIN)/python -m meta_train evaluate $(RUNS)/neural-art.safetensors $(RUNS)/neural-art-1.safetensors \
-	  $(RUNS)/neural-art-2.safetensors default --task neural-art --data $(DATA) --out $(RUNS)/results-art
-	for part in style double; do \
-	  $(BIN)/python -m meta_train evaluate $(RUNS)/neural-art.safetensors default --task neural-art-$$part --data $(DATA) \
+	for part in "" style double; do \
+	  $(BIN)/python -m meta_train evaluate $(RUNS)/neural-art.safetensors $(RUNS)/neural-art-1.safetensors \
+	    $(RUNS)/neural-art-2.safetensors default --task neural-art$${part:+-$$part} --data $(DATA) \
 	    --out $(RUNS)/results-art/$$part || exit 1; \
 	done
 	$(BIN)/python -m meta_train figures $(RUNS)/results-art --runs $(ART)-0 $(ART)-1 $(ART)-2

@@ -2,7 +2,7 @@
 
     python -m benchmarks.exploration [--steps 300] [--seeds 0] [VARIATION ...]
 
-Each run is the first stage of the recipe, cut short, and is judged on the synthetic kinds that the mixture does not hold, so
+Each run is the first phase of the recipe, cut short, and is judged on the synthetic kinds that the mixture does not hold, so
 nothing here spends the data that judge the published weights. Rules are judged as they were meta-trained, without the
 recipe's ``[use]``. A finished run is a file in ``runs/exploration`` and is not made again; the tables are made of all.
 """
@@ -11,9 +11,9 @@ import argparse
 import json
 import math
 import re
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from statistics import geometric_mean, stdev
 from typing import Any
 
 import msgspec
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def vary(changes: Mapping[str, Any], steps: int, seed: int) -> Recipe:
-    """Return the first stage of the default recipe with changes, so many outer steps of it, and no validation on the way."""
+    """Return the first phase of the default recipe with changes, so many outer steps of it, and no validation on the way."""
     recipe = msgspec.to_builtins(read_recipe(WEIGHTS_DIR / "default.toml"))
     once = {"every": steps, "optimizees": 1, "horizon": 1}
     for name, change in {**changes, "validation": once}.items():
@@ -142,7 +142,7 @@ def variations(runs: list[dict[str, Any]]) -> Rows:
         row: dict[str, Any] = {"variation": name, "n": len(seeds), "outer_steps": runs[0]["steps"]}
         for h in HORIZONS:
             row[f"ratio_{h}"] = f"{geometric_mean(means[h]):.3f}"
-            row[f"spread_{h}"] = f"{statistics.stdev(map(math.log, means[h])):.3f}" if len(seeds) > 1 else ""
+            row[f"spread_{h}"] = f"{stdev(map(math.log, means[h])):.3f}" if len(seeds) > 1 else ""
         table.append({**row, "worst_500": f"{by_kind[worst]:.2f}", "worst_kind": worst, "commit": runs[-1]["commit"]})
     return sorted(table, key=lambda row: row["ratio_500"])
 
@@ -154,11 +154,6 @@ def kinds(runs: list[dict[str, Any]]) -> Rows:
         for (name, seed), of_kind in ratios(runs).items()
         for (kind, horizon), ratio in of_kind.items()
     ]
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """Return the geometric mean."""
-    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 if __name__ == "__main__":

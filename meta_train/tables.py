@@ -5,6 +5,7 @@ A table stands between ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->``.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -96,8 +97,6 @@ def neural_art(results: Path = RESULTS / "neural-art") -> str:
     lines = [*comparison(rows), "", heads, "|---" * 6 + "|"]
     for folder, label in ART.items():
         place = results / folder
-        if not (place / "summary.csv").exists():
-            continue
         curve = {(r["optimizer"], r["inner_step"]): float(r["mean"]) for r in read_rows(place / "curves.csv")}
         lbfgs = " | ".join(f"{curve['L-BFGS', step]:.3g}" for step in ("128", "64"))
         lines.append(f"{_against_best(place, label, ours)} {lbfgs} |")
@@ -159,11 +158,6 @@ def suite(results: Path = RESULTS / "judge") -> str:
     return "\n".join([*lines, "", note])
 
 
-def long_runs(results: Path = RESULTS / "judge-long") -> str:
-    """Return the judgement to 20,000 steps as Markdown: :func:`suite` on the tasks that are followed so far."""
-    return suite(results)
-
-
 def stress(results: Path = RESULTS / "stress") -> str:
     """Return what became of the default rule under stress as Markdown.
 
@@ -206,7 +200,7 @@ TABLES = {
     "mnist": mnist,
     "neural-art": neural_art,
     "judge": suite,
-    "judge-long": long_runs,
+    "judge-long": functools.partial(suite, RESULTS / "judge-long"),
     "stress": stress,
     "demo": demo,
 }
