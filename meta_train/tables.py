@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from meta_train.evaluate import read_rows
@@ -195,7 +196,7 @@ def demo(results: Path = RESULTS / "demo") -> str:
     return f"```text\n{text}\n```\n\n![Training loss of the demo](docs/results/demo/demo.png)"
 
 
-TABLES = {
+TABLES: dict[str, Callable[[], str]] = {
     "quadratic": quadratic,
     "mnist": mnist,
     "neural-art": neural_art,
