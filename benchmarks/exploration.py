@@ -10,6 +10,7 @@ recipe's ``[use]``. A finished run is a file in ``runs/exploration`` and is not 
 import argparse
 import json
 import math
+import random
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,7 +26,8 @@ from meta_train.evaluate import Rows, write_rows
 from meta_train.judging.held_out_kinds import HELD_OUT_KINDS
 from meta_train.judging.suite import smoothed_final
 from meta_train.judging.task import train_case
-from meta_train.outer_loop import MetaTraining
+from meta_train.meta_gradient import roll_out, start_episode
+from meta_train.outer_loop import MetaTraining, derive_seed, meta_loss
 from meta_train.publish import WEIGHTS_DIR
 from meta_train.recipe import Recipe, read_recipe
 from meta_train.run_dir import environment, write_atomically
@@ -35,6 +37,13 @@ RUNS = Path("runs/exploration")
 TABLES = Path(__file__).parents[1] / "docs" / "results" / "exploration"
 HORIZONS = (200, 500)
 BASE = "as in the recipe"
+EVOLUTION = "then evolution strategies"
+TWICE = "twice the outer steps"
+GENERATIONS = 20
+PAIRS = 4
+NOISE = 0.01
+WHOLE = (100, 400)
+"""Inner steps of the whole episodes that evolution strategies look at, shortest and longest."""
 
 VARIATIONS: dict[str, dict[str, Any]] = {
     BASE: {},
@@ -58,10 +67,16 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "outer rate 8e-3": {"outer": {"lr": 8e-3}},
     "averaging 0.98": {"outer": {"averaging": 0.98}},
     "every coordinate": {"outer": {"coordinates": 0}},
+    "weight decay 0.1": {"outer": {"weight_decay": 0.1}},
+    EVOLUTION: {},
+    TWICE: {},
     "reparametrised 10 x": {"task": {"reparametrise": 10.0}},
     **{f"without {kind}": {"task": {"kinds": [other for other in KINDS if other != kind]}} for kind in KINDS},
 }
-"""What each variation changes in the recipe. The last ones leave one kind of problem out of the mixture."""
+"""What each variation changes in the recipe. The last ones leave one kind of problem out of the mixture.
+
+Evolution strategies go on from the base for about as long as it took, and are to be compared with twice the outer steps.
+"""
 
 
 def main() -> None:
@@ -79,7 +94,9 @@ def main() -> None:
         for seed in options.seeds:
             file = RUNS / f"{re.sub('[^a-z0-9.]+', '-', name.lower())}-{seed}-{options.steps}.json"
             if not file.exists():
-                rule = meta_train(vary(VARIATIONS[name], options.steps, seed), f"{name}, seed {seed}")
+                steps = options.steps * (2 if name == TWICE else 1)
+                run = meta_train(vary(VARIATIONS[name], steps, seed), f"{name}, seed {seed}")
+                rule = evolve(run) if name == EVOLUTION else Weights(run.average)
                 losses = {task: values for task, values in tqdm(judge(rule), name, len(HELD_OUT_KINDS))}
                 about = {"variation": name, "seed": seed, "steps": options.steps, "commit": environment()["commit"]}
                 write_atomically(file, json.dumps({**about, "losses": losses}).encode())
@@ -103,12 +120,43 @@ def vary(changes: Mapping[str, Any], steps: int, seed: int) -> Recipe:
     return msgspec.convert({**recipe, "stages": [], "use": {}, "seed": seed}, Recipe)
 
 
-def meta_train(recipe: Recipe, name: str) -> Weights:
-    """Return the weights at the end of a run."""
+def meta_train(recipe: Recipe, name: str) -> MetaTraining:
+    """Return a finished run."""
     run = MetaTraining(recipe)
     for _ in tqdm(run, name, recipe.steps):
         pass
-    return Weights(run.average)
+    return run
+
+
+def evolve(run: MetaTraining) -> Weights:
+    """Return the weights of a run after antithetic evolution strategies on whole episodes.
+
+    Both of a pair start from the same problem and see the same minibatches, so that only the rules differ:
+    the estimate is the mean of ``(L(phi + s e) - L(phi - s e)) e / 2 s``, ``e`` Gaussian.
+    """
+    rule, seed = run.average, run.recipe.seed
+    flat = torch.nn.utils.parameters_to_vector(rule.parameters()).detach()
+    outer_optimizer = torch.optim.Adam([flat], lr=1e-3)
+    noise = torch.Generator().manual_seed(derive_seed(seed, "evolution"))
+
+    def whole_episode(meta_parameters: torch.Tensor, episode: int) -> float:
+        torch.nn.utils.vector_to_parameters(meta_parameters, rule.parameters())
+        horizon = round(math.exp(random.Random(episode).uniform(*map(math.log, WHOLE))))
+        optimizee = run.task.sample(episode)
+        carry = start_episode(rule, optimizee)
+        record, _ = roll_out(rule, optimizee, carry, horizon, torch.zeros(0, dtype=torch.long))
+        return meta_loss(run.recipe.outer, record.losses, carry.initial_loss)
+
+    for generation in tqdm(range(GENERATIONS), f"{EVOLUTION}, seed {seed}"):
+        flat.grad = torch.zeros_like(flat)
+        for pair in range(PAIRS):
+            episode = derive_seed(seed, "whole episodes", generation * PAIRS + pair)
+            direction = torch.randn(flat.shape, generator=noise)
+            difference = whole_episode(flat + NOISE * direction, episode) - whole_episode(flat - NOISE * direction, episode)
+            flat.grad += difference / (2 * NOISE * PAIRS) * direction
+        outer_optimizer.step()
+    torch.nn.utils.vector_to_parameters(flat, rule.parameters())
+    return Weights(rule)
 
 
 def judge(weights: Weights) -> Iterator[tuple[str, dict[int, float]]]:

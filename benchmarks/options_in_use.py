@@ -28,7 +28,8 @@ from meta_train.judging.task import train_case
 from meta_train.run_dir import environment
 
 TABLE = Path(__file__).parent / "options_in_use.csv"
-HORIZONS = (200, 500, 1000, 2000, 3500, 5000)
+HORIZONS = (200, 500, 1000, 2000, 3500, 5000, 10_000, 20_000)
+KINDS = HELD_OUT_KINDS + LONG_KINDS
 SOLVED = 0.01
 """Losses below this count as this: what is solved should not decide."""
 
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("variations", nargs="*", type=json.loads, help="options as JSON")
     parser.add_argument("--horizon", type=int, default=5000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[7])
+    parser.add_argument("--only", nargs="+", choices=[task.name for task in KINDS], help="kinds; default: all")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     weights = resolve_weights("default")
@@ -72,7 +74,7 @@ def main() -> None:
     horizons = [end for end in HORIZONS if end <= asked.horizon]
     commit, processor = (environment()[key] for key in ("commit", "processor"))
     for name, variant in variations:
-        for task in tqdm(HELD_OUT_KINDS + LONG_KINDS, desc=name, unit="kind"):
+        for task in tqdm([task for task in KINDS if not asked.only or task.name in asked.only], desc=name, unit="kind"):
             for seed in asked.seeds:
                 if (name, task.name, seed, horizons[-1]) in finished:
                     continue

@@ -76,8 +76,9 @@ class MetaTraining:
             self.rule = recipe.build_rule()
         for layer in range(self.rule.lstm.num_layers):
             getattr(self.rule.lstm, f"bias_ih_l{layer}").data.view(4, -1)[1] += recipe.outer.forget_bias
+        self.rule.readout.weight.data *= recipe.outer.readout
         self.average: UpdateRule = copy.deepcopy(self.rule)
-        self.outer_optimizer = torch.optim.Adam(self.rule.parameters(), lr=recipe.outer.lr)
+        self.outer_optimizer = torch.optim.AdamW(self.rule.parameters(), weight_decay=recipe.outer.weight_decay)
         self.step = 0
         self.episodes_started = 0
         self.episodes: list[Episode | None] = [None] * recipe.outer.episodes
@@ -105,7 +106,7 @@ class MetaTraining:
     def _start_stage(self) -> None:
         for rule in (self.rule, self.average):
             rule.load_state_dict(self.best.state_dict())
-        self.outer_optimizer = torch.optim.Adam(self.rule.parameters())
+        self.outer_optimizer = torch.optim.AdamW(self.rule.parameters(), weight_decay=self.recipe.outer.weight_decay)
         self.episodes = [None] * len(self.episodes)
 
     def _outer_step(self) -> OuterStep:

@@ -38,7 +38,7 @@ class OuterLoop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Args:
         steps: Outer steps; each takes one truncation of every concurrent episode.
-        lr: Rate of the outer optimizer (Adam) at the start.
+        lr: Rate of the outer optimizer (AdamW) at the start.
         final_lr: Share of ``lr`` left at the end of a cosine decay.
         clip: Largest norm of the meta-gradient.
         episodes: Concurrent episodes.
@@ -48,9 +48,11 @@ class OuterLoop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         discount: Factor per inner step in the meta-gradient; 1 is exact.
         loss_floor: Losses below this share of the initial loss weigh no more than it (log and relative objectives).
         averaging: Decay of the running average of the meta-parameters that is validated and published; 0 is none.
+        weight_decay: Of the meta-parameters, decoupled, per outer step and unit of ``lr``.
         second_derivatives: Keep them, at many times the cost.
         forget_bias: Added at the start to what opens the forget gates, so that an untrained LSTM already remembers: with 3
             a memory lives for about 20 inner steps, with 0 for two.
+        readout: Factor of the readout's weights at the start. Random updates of full size teach some seeds to make none.
     """
 
     steps: Count
@@ -63,8 +65,10 @@ class OuterLoop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     discount: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     loss_floor: float = 0.0
     averaging: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     second_derivatives: bool = False
     forget_bias: float = 0.0
+    readout: Positive = 1.0
 
 
 class Validation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -181,3 +181,22 @@ def test_the_rate_decays_from_all_to_the_final_share() -> None:
     assert cosine(0.0, 0.02) == 1.0
     assert cosine(1.0, 0.02) == pytest.approx(0.02)
     assert cosine(0.5, 0.0) == pytest.approx(0.5)
+
+
+def test_how_the_rule_starts_is_the_recipe_s_choice() -> None:
+    plain = MetaTraining(parse_recipe(TINY)).rule
+    small = MetaTraining(parse_recipe(TINY.replace("[outer]", "[outer]\nreadout = 0.25\nforget_bias = 2.0"))).rule
+    assert torch.equal(small.readout.weight, plain.readout.weight * 0.25)
+    gates = small.lstm.bias_ih_l0.view(4, -1) - plain.lstm.bias_ih_l0.view(4, -1)
+    torch.testing.assert_close(gates[1], torch.full_like(gates[1], 2.0))
+    assert not gates[[0, 2, 3]].any()
+
+
+def test_weight_decay_of_the_meta_parameters_is_decoupled() -> None:
+    plain, decaying = (
+        MetaTraining(parse_recipe(TINY.replace("[outer]", f"[outer]\nweight_decay = {decay}"))) for decay in (0.0, 0.5)
+    )
+    start = plain.rule.readout.weight.detach().clone()
+    lr = next(iter(plain)).lr
+    next(iter(decaying))
+    torch.testing.assert_close(plain.rule.readout.weight - decaying.rule.readout.weight, lr * 0.5 * start)
