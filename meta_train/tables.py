@@ -8,8 +8,10 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from statistics import geometric_mean
 
 from meta_train.evaluate import read_rows
 from meta_train.evidence import RESULTS, comparison, where
@@ -183,6 +185,76 @@ def stress(results: Path = RESULTS / "stress") -> str:
     return "\n".join([*lines, "", note])
 
 
+def step_sizes(results: Path = RESULTS / "lr") -> str:
+    """Return what other values of ``lr`` do to the default rule as Markdown.
+
+    Args:
+        results: Directory written by ``python -m meta_train evaluate default --suite judge --lr ...``.
+
+    Returns:
+        A row for each value, how near 1 is to the best of each task, and a line of where they come from.
+    """
+    opponent = "Adam, tuned"
+    rows = [row for row in read_rows(results / "summary.csv") if row["against"] == opponent]
+    horizons = sorted({int(row["horizon"]) for row in rows})
+    cells: dict[float, dict[int, str]] = defaultdict(dict)
+    for row in rows:
+        worst = f"worst {float(row['worst']):.2f}, {row['worst_task']}"
+        cells[_lr_of(row["rule"])][int(row["horizon"])] = f"**{float(row['ratio']):.2f} x**, {worst}"
+    heads = " | ".join(f"{horizon:,} steps" for horizon in horizons)
+    lines = [f"| `lr` | {heads} |", "|---" * (len(horizons) + 1) + "|"]
+    lines += [f"| {lr:g} | {' | '.join(cells[lr].get(horizon, '') for horizon in horizons)} |" for lr in sorted(cells)]
+    losses: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
+    for row in read_rows(results / "ratios.csv"):
+        if row["against"] == opponent:
+            losses[row["task"], row["horizon"]][_lr_of(row["rule"])] = float(row["ratio"])
+    excess = [of_lr[1.0] / min(of_lr.values()) for of_lr in losses.values()]
+    near = sum(value <= 1.05 for value in excess)
+    about = json.loads((results / "environment.json").read_text())
+    note = (
+        f"Final training loss against {opponent}, geometric mean over tasks, and the worst task. With `lr` 1 the loss is within "
+        f"5 % of that with the best `lr` of the sweep in {near} of {len(excess)} cases (a case is a task and a horizon), "
+        f"{100 * (geometric_mean(excess) - 1):.1f} % above it in the geometric mean and {100 * (max(excess) - 1):.0f} % at most. "
+        f"{where(about)}. Command: `{about['command']}`."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _lr_of(rule: str) -> float:
+    """Return the factor that the name of a contestant ends with; without one it is 1."""
+    return float(rule.partition("lr=")[2] or 1)
+
+
+def exploration(results: Path = RESULTS / "exploration") -> str:
+    """Return what each choice of the default recipe is worth as Markdown.
+
+    Args:
+        results: Directory written by ``python -m benchmarks.exploration``.
+
+    Returns:
+        A row for each variation, best first, then one for each kind of problem left out.
+    """
+    rows = read_rows(results / "variations.csv")
+    lines = ["| variation | n | 200 steps | 500 steps | worst kind of model at 500 |", "|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: row["variation"].startswith("without ")):
+        means = (row["ratio_200"] + _spread(row["spread_200"]), row["ratio_500"] + _spread(row["spread_500"]))
+        worst = f"{row['worst_500']}, {row['worst_kind']}"
+        lines.append(f"| {row['variation']} | {row['n']} | {' | '.join(means)} | {worst} |")
+    steps, commits = rows[0]["outer_steps"], ", ".join(sorted({row["commit"] for row in rows}))
+    note = (
+        f"First phase of the recipe cut to {steps} outer steps, changed in one choice, then judged as meta-trained (without "
+        "`[use]`) on the eleven held-out kinds: final loss relative to the unchanged recipe, geometric mean over kinds and n "
+        "meta-training seeds, ± the standard deviation of its logarithm between seeds. Differences smaller than a few times "
+        f"the spread of the unchanged recipe say nothing. Commit {commits}. Every kind is in "
+        f"[kinds.csv](docs/results/{results.name}/kinds.csv). Command: `python -m benchmarks.exploration --steps {steps}`."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _spread(value: str) -> str:
+    return f" ± {value}" if value else ""
+
+
 def demo(results: Path = RESULTS / "demo") -> str:
     """Return what the demo prints, as a block.
 
@@ -203,11 +275,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "judge": suite,
     "judge-long": functools.partial(suite, RESULTS / "judge-long"),
     "stress": stress,
+    "lr": step_sizes,
+    "exploration": exploration,
     "demo": demo,
 }
 
 
-PAGES = {ROOT / "README.md": "docs/", ROOT / "docs" / "results.md": ""}
+PAGES = {ROOT / "README.md": "docs/", ROOT / "docs" / "results.md": "", ROOT / "docs" / "judging.md": ""}
 """Documents with tables, and the way from each to docs/."""
 
 
