@@ -212,9 +212,10 @@ def step_sizes(results: Path = RESULTS / "lr") -> str:
     near = sum(value <= 1.05 for value in excess)
     about = json.loads((results / "environment.json").read_text())
     note = (
-        f"Final training loss against {opponent}, geometric mean over tasks, and the worst task. With `lr` 1 the loss is within "
-        f"5 % of that with the best `lr` of the sweep in {near} of {len(excess)} cases (a case is a task and a horizon), "
-        f"{100 * (geometric_mean(excess) - 1):.1f} % above it in the geometric mean and {100 * (max(excess) - 1):.0f} % at most. "
+        f"Final training loss against {opponent}, geometric mean over tasks, and the worst task. With `lr` 1 the loss is "
+        f"within 5 % of that with the best `lr` of the sweep in {near} of {len(excess)} cases (a task and a horizon each), "
+        f"{100 * (geometric_mean(excess) - 1):.1f} % above it in the geometric mean and {100 * (max(excess) - 1):.0f} % at "
+        "most. "
         f"{where(about)}. Command: `{about['command']}`."
     )
     return "\n".join([*lines, "", note])
@@ -243,9 +244,9 @@ def exploration(results: Path = RESULTS / "exploration") -> str:
     steps, commits = rows[0]["outer_steps"], ", ".join(sorted({row["commit"] for row in rows}))
     note = (
         f"First phase of the recipe cut to {steps} outer steps, changed in one choice, then judged as meta-trained (without "
-        "`[use]`) on the eleven held-out kinds: final loss relative to the unchanged recipe, geometric mean over kinds and n "
-        "meta-training seeds, ± the standard deviation of its logarithm between seeds. Differences smaller than a few times "
-        f"the spread of the unchanged recipe say nothing. Commit {commits}. Every kind is in "
+        "`[use]`) on the eleven held-out kinds: final loss relative to the unchanged recipe, geometric mean over kinds and "
+        "n meta-training seeds, ± the standard deviation of its logarithm between seeds. Differences smaller than a few "
+        f"times the spread of the unchanged recipe say nothing. Commit {commits}. Every kind is in "
         f"[kinds.csv](docs/results/{results.name}/kinds.csv). Command: `python -m benchmarks.exploration --steps {steps}`."
     )
     return "\n".join([*lines, "", note])
