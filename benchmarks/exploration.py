@@ -26,7 +26,7 @@ from meta_train.evaluate import Rows, write_rows
 from meta_train.judging.held_out_kinds import HELD_OUT_KINDS
 from meta_train.judging.suite import smoothed_final
 from meta_train.judging.task import train_case
-from meta_train.meta_gradient import roll_out, start_episode
+from meta_train.meta_gradient import no_coordinate, roll_out, start_episode
 from meta_train.outer_loop import MetaTraining, derive_seed, meta_loss
 from meta_train.publish import WEIGHTS_DIR
 from meta_train.recipe import Recipe, read_recipe
@@ -67,6 +67,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "outer rate 8e-3": {"outer": {"lr": 8e-3}},
     "averaging 0.98": {"outer": {"averaging": 0.98}},
     "every coordinate": {"outer": {"coordinates": 0}},
+    "coordinates by tensor": {"outer": {"sampling": "tensors"}},
     "weight decay 0.1": {"outer": {"weight_decay": 0.1}},
     EVOLUTION: {},
     TWICE: {},
@@ -144,7 +145,7 @@ def evolve(run: MetaTraining) -> Weights:
         horizon = round(math.exp(random.Random(episode).uniform(*map(math.log, WHOLE))))
         optimizee = run.task.sample(episode)
         carry = start_episode(rule, optimizee)
-        record, _ = roll_out(rule, optimizee, carry, horizon, torch.zeros(0, dtype=torch.long))
+        record, _ = roll_out(rule, optimizee, carry, horizon, no_coordinate())
         return meta_loss(run.recipe.outer, record.losses, carry.initial_loss)
 
     for generation in tqdm(range(GENERATIONS), f"{EVOLUTION}, seed {seed}"):

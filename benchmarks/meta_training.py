@@ -21,10 +21,10 @@ from learned_optim import build_rule
 from learned_optim.rules.lstm import Carry
 from meta_train import meta_gradient
 from meta_train.inner_steps import PlainSteps
-from meta_train.meta_gradient import backpropagate, roll_out, start_episode, unroll
+from meta_train.meta_gradient import backpropagate, roll_out, sample_coordinates, start_episode, unroll
 from meta_train.publish import WEIGHTS_DIR
 from meta_train.recipe import read_recipe
-from meta_train.tasks import Quadratic
+from meta_train.tasks import Quadratic, seeded
 
 TRUNCATION = 20
 PROBLEMS = 12
@@ -64,7 +64,7 @@ def ways_on_quadratics() -> dict[str, Callable[[], object]]:
         (total / TRUNCATION).backward()
 
     def one_pass(coordinates: int) -> None:
-        chosen = torch.randperm(carry.params.numel())[:coordinates] if coordinates else None
+        chosen = sample_coordinates(optimizee, coordinates, seeded(0)) if coordinates else None
         record, _ = roll_out(rule, optimizee, carry, TRUNCATION, chosen)
         backpropagate(rule, record, weights)
 
@@ -101,7 +101,7 @@ def ways_on_the_mixture() -> dict[str, Callable[[], object]]:
 
     def outer_step() -> None:
         for optimizee, carry in zip(optimizees, carries, strict=True):
-            chosen = torch.randperm(carry.params.numel())[: recipe.outer.coordinates]
+            chosen = sample_coordinates(optimizee, recipe.outer.coordinates, seeded(0))
             record, _ = roll_out(rule, optimizee, carry, length, chosen)
             backpropagate(rule, record, torch.ones_like(record.losses))
 

@@ -7,7 +7,8 @@ The paper drops second derivatives: gradients enter the rule as constants. With 
 
 So :func:`roll_out` takes K inner steps without any graph and records what the rule saw and the gradients that the inner loop
 computes anyway; :func:`backpropagate` forms G by a reverse cumulative sum and runs the recorded inputs through the LSTM as
-one sequence. This is exact, and because coordinates are independent it may be done for a random part of them, unbiased.
+one sequence. This is exact, and because coordinates are independent it may be done for a random part of them, unbiased
+(:func:`sample_coordinates`).
 :func:`unroll` is the plain way, step by step through autograd: the reference in tests, and the only way to keep second
 derivatives.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,7 +64,7 @@ class RollOut:
         active: ``(K, M)``.
         start: Hidden and cell before the first step, each ``(M, L * H)``.
         problem: ``(M,)``, the problem each coordinate belongs to.
-        fraction: ``M / (P * D)``.
+        share: How likely each coordinate was to be among the M, ``(M,)``.
     """
 
     losses: Tensor
@@ -72,7 +74,7 @@ class RollOut:
     active: Tensor
     start: tuple[Tensor, Tensor]
     problem: Tensor
-    fraction: float
+    share: Tensor
 
 
 def start_episode(rule: UpdateRule, optimizee: Optimizee, params: Tensor | None = None) -> Carry:
@@ -109,9 +111,61 @@ def loss_and_grad(optimizee: Optimizee, params: Tensor) -> tuple[Tensor, Tensor]
     return losses.detach(), grad
 
 
+class Sample(NamedTuple):
+    """Some of the ``P * D`` coordinates of an episode.
+
+    Args:
+        chosen: ``(M,)``, indices into all of them, problem by problem.
+        share: ``(M,)``, how likely each was to be chosen.
+    """
+
+    chosen: Tensor
+    share: Tensor
+
+
+def every_coordinate(carry: Carry) -> Sample:
+    """Return all coordinates of an episode."""
+    total = carry.params.numel()
+    return Sample(torch.arange(total, device=carry.params.device), torch.ones(total, device=carry.params.device))
+
+
+def no_coordinate() -> Sample:
+    """Return none: for who wants to see the losses of a roll-out alone."""
+    return Sample(torch.zeros(0, dtype=torch.long), torch.zeros(0))
+
+
+def sample_coordinates(optimizee: Optimizee, wanted: int, generator: torch.Generator, *, by_tensor: bool = False) -> Sample:
+    """Draw coordinates to backpropagate through, without replacement.
+
+    Args:
+        optimizee: Says which coordinates share a tensor.
+        wanted: How many, M.
+        generator: Draws them.
+        by_tensor: As many of each tensor, as far as it has them, instead of any alike: the few weights of a last layer may
+            decide as much as the many of a first.
+
+    Returns:
+        The coordinates; all of them where there are no more than wanted.
+    """
+    member = optimizee.tensor_index.repeat(optimizee.num_problems)
+    total = member.numel()
+    if wanted >= total:
+        return Sample(torch.arange(total), torch.ones(total))
+    order = torch.randperm(total, generator=generator)
+    if not by_tensor:
+        return Sample(order[:wanted], torch.full((wanted,), wanted / total))
+    sizes = member.bincount()
+    quota, left = torch.zeros_like(sizes), wanted
+    for done, tensor in enumerate(sizes.argsort(stable=True)):
+        quota[tensor] = sizes[tensor].clamp(max=left // (len(sizes) - done))
+        left -= int(quota[tensor])
+    index = torch.cat([order[member[order] == tensor][: quota[tensor]] for tensor in range(len(sizes))])
+    return Sample(index, (quota / sizes)[member[index]])
+
+
 @torch.no_grad()
 def roll_out(
-    rule: UpdateRule, optimizee: Optimizee, carry: Carry, truncation: int, coordinates: Tensor | None = None
+    rule: UpdateRule, optimizee: Optimizee, carry: Carry, truncation: int, coordinates: Sample | None = None
 ) -> tuple[RollOut, Carry]:
     """Take K inner steps without a graph.
 
@@ -120,14 +174,14 @@ def roll_out(
         optimizee: Its minibatches advance.
         carry: Where to start.
         truncation: Inner steps, K.
-        coordinates: Indices ``(M,)`` into the ``P * D`` coordinates to record; None records all.
+        coordinates: Of the ``P * D`` coordinates, those to record; None records all.
 
     Returns:
         The record and the carry after the last step.
     """
     inner, grad, loss = inner_steps(rule, optimizee, carry.params, carry.memory), carry.grad, carry.loss
-    problems, size = carry.params.shape
-    chosen = torch.arange(problems * size, device=grad.device) if coordinates is None else coordinates
+    size = carry.params.shape[1]
+    chosen, share = every_coordinate(carry) if coordinates is None else coordinates
     problem, tensor = chosen // size, optimizee.tensor_index[chosen % size]
     losses, grads, memories, scales_seen = [], [grad.flatten()[chosen]], [], []
     for step in range(carry.step + 1, carry.step + truncation + 1):
@@ -152,7 +206,7 @@ def roll_out(
         active=seen.active.unflatten(0, (truncation, chosen.numel())),
         start=(carry.memory["hidden"][chosen], carry.memory["cell"][chosen]),
         problem=problem,
-        fraction=chosen.numel() / carry.params.numel(),
+        share=share.to(grad),
     )
     return record, Carry(inner.params, inner.memory, carry.step + truncation, loss, grad, carry.initial_loss)
 
@@ -167,7 +221,7 @@ def backpropagate(rule: UpdateRule, record: RollOut, weights: Tensor, discount: 
         discount: Factor per step between an update and the gradients it is held responsible for; 1 is exact.
     """
     weighted = record.grads * weights[:, record.problem]
-    future = _suffix_sum(weighted, discount) / record.fraction
+    future = _suffix_sum(weighted, discount) / record.share
     if native_supports(rule.lstm):
         hiddens = native_sequence(rule.lstm, record.inputs, record.start, record.active)
         (future * rule.decode(hiddens, record.contexts)).sum().backward()

@@ -15,9 +15,19 @@ import torch
 from torch import Tensor
 
 from learned_optim.rules import UpdateRule
-from meta_train.meta_gradient import Carry, Objective, backpropagate, roll_out, start_episode, unroll
+from meta_train.meta_gradient import (
+    Carry,
+    Objective,
+    Sample,
+    backpropagate,
+    no_coordinate,
+    roll_out,
+    sample_coordinates,
+    start_episode,
+    unroll,
+)
 from meta_train.recipe import InnerLoop, OuterLoop, Recipe
-from meta_train.tasks import Optimizee, Task, with_data
+from meta_train.tasks import Optimizee, Task, seeded, with_data
 
 
 @dataclass(frozen=True)
@@ -161,12 +171,12 @@ class MetaTraining:
         optimizee = self.task.sample(seed)
         return Episode(seed, horizon, optimizee, start_episode(self.rule, optimizee))
 
-    def _coordinates(self, episode: Episode) -> Tensor | None:
-        total, wanted = episode.carry.params.numel(), self.recipe.outer.coordinates
-        if not 0 < wanted < total:
+    def _coordinates(self, episode: Episode) -> Sample | None:
+        outer = self.recipe.outer
+        if outer.coordinates == 0:
             return None
-        generator = torch.Generator().manual_seed(derive_seed(episode.seed, "coordinates", episode.carry.step))
-        return torch.randperm(total, generator=generator)[:wanted]
+        generator = seeded(derive_seed(episode.seed, "coordinates", episode.carry.step))
+        return sample_coordinates(episode.optimizee, outer.coordinates, generator, by_tensor=outer.sampling == "tensors")
 
     def _validate(self, *, last: bool) -> float | None:
         if self.step % self.recipe.validation.every and not last:
@@ -243,7 +253,7 @@ def validate(rule: UpdateRule, task: Task, recipe: Recipe) -> float:
     for index in range(recipe.validation.optimizees):
         optimizee = task.sample(derive_seed(0, "validation", index))
         carry = start_episode(rule, optimizee)
-        record, _ = roll_out(rule, optimizee, carry, horizon, torch.zeros(0, dtype=torch.long))
+        record, _ = roll_out(rule, optimizee, carry, horizon, no_coordinate())
         losses = record.losses
         if recipe.outer.objective != "mean":
             early, late = (losses[int(0.9 * end) : end] for end in (max(horizon // 5, 1), horizon))

@@ -45,6 +45,8 @@ class OuterLoop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         objective: Weights of the losses: ``"mean"`` of the losses, or ``"log"`` of each, or ``"relative"`` to their mean
             over the truncation.
         coordinates: Coordinates of each episode to backpropagate through; 0 for all.
+        sampling: Which those are: any alike (``"uniform"``), or as many of each tensor, as far as it has them
+            (``"tensors"``).
         discount: Factor per inner step in the meta-gradient; 1 is exact.
         loss_floor: Losses below this share of the initial loss weigh no more than it (log and relative objectives).
         averaging: Decay of the running average of the meta-parameters that is validated and published; 0 is none.
@@ -61,7 +63,8 @@ class OuterLoop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clip: Positive = 1.0
     episodes: Count = 1
     objective: Literal["mean", "log", "relative"] = "mean"
-    coordinates: int = 0
+    coordinates: Annotated[int, msgspec.Meta(ge=0)] = 0
+    sampling: Literal["uniform", "tensors"] = "uniform"
     discount: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     loss_floor: float = 0.0
     averaging: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0

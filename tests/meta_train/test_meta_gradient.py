@@ -8,7 +8,7 @@ from learned_optim import LearnedOptimizer, UpdateRule
 from learned_optim.backends import native as native_backend
 from meta_train import meta_gradient
 from meta_train.inner_steps import CompiledSteps, PlainSteps, tensor_scales
-from meta_train.meta_gradient import Carry, backpropagate, roll_out, start_episode, unroll
+from meta_train.meta_gradient import Carry, Sample, backpropagate, roll_out, sample_coordinates, start_episode, unroll
 from meta_train.tasks import Optimizee, Quadratic, Quartic, module_optimizee, seeded
 from tests.cases import RULE_CASES, small_rule
 
@@ -77,7 +77,7 @@ def test_one_pass_equals_the_unroll(
 @pytest.mark.parametrize("case", RULE_CASES)
 def test_a_random_part_of_the_coordinates_is_unbiased(case: str) -> None:
     rule, total = small_rule(case), []
-    parts = torch.randperm(24, generator=seeded(0)).split(6)
+    parts = [Sample(index, torch.full((6,), 6 / 24)) for index in torch.randperm(24, generator=seeded(0)).split(6)]
     for part in (None, *parts):
         optimizee = OPTIMIZEES["quadratic"](3)
         record, _ = roll_out(rule, optimizee, start_episode(rule, optimizee), 8, part)
@@ -86,6 +86,24 @@ def test_a_random_part_of_the_coordinates_is_unbiased(case: str) -> None:
         total.append(gradients(rule))
     mean = [torch.stack(pieces).mean(0) for pieces in zip(*total[1:], strict=True)]
     assert relative_error(mean, total[0]) < 1e-5
+
+
+@pytest.mark.parametrize("by_tensor", [False, True])
+def test_what_is_chosen_stands_for_all_coordinates(by_tensor: bool) -> None:
+    sizes = (50, 3, 200, 1)
+    params = {f"tensor{number}": torch.zeros(2, size) for number, size in enumerate(sizes)}
+    optimizee = Optimizee(params, lambda params: params["tensor0"].sum(1), seeded(0))
+    member = optimizee.tensor_index.repeat(2)
+    index, share = sample_coordinates(optimizee, 80, seeded(1), by_tensor=by_tensor)
+    assert len(index) == len(share) == len(index.unique()) == 80
+    assert float((1 / share).sum()) == pytest.approx(2 * sum(sizes))
+    if by_tensor:
+        assert member[index].bincount().tolist() == [36, 6, 36, 2]
+        for tensor, size in enumerate(sizes):
+            assert float((1 / share[member[index] == tensor]).sum()) == pytest.approx(2 * size)
+    everything = sample_coordinates(optimizee, 10_000, seeded(1), by_tensor=by_tensor)
+    assert everything.chosen.tolist() == list(range(2 * sum(sizes)))
+    assert everything.share.eq(1).all()
 
 
 def test_discount_is_the_geometric_suffix_sum() -> None:
