@@ -154,7 +154,7 @@ class MetaTraining:
         if outer.second_derivatives:
             losses, episode.carry = unroll(self.rule, episode.optimizee, carry, length, objective, second_derivatives=True)
         else:
-            chosen = self._coordinates(episode)
+            chosen = self._coordinates(episode, outer)
             record, episode.carry = roll_out(self.rule, episode.optimizee, carry, length, chosen)
             losses = record.losses
             if losses.isfinite().all():
@@ -171,8 +171,7 @@ class MetaTraining:
         optimizee = self.task.sample(seed)
         return Episode(seed, horizon, optimizee, start_episode(self.rule, optimizee))
 
-    def _coordinates(self, episode: Episode) -> Sample | None:
-        outer = self.recipe.outer
+    def _coordinates(self, episode: Episode, outer: OuterLoop) -> Sample | None:
         if outer.coordinates == 0:
             return None
         generator = seeded(derive_seed(episode.seed, "coordinates", episode.carry.step))

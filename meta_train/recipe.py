@@ -101,6 +101,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         lr: As in :class:`OuterLoop`.
         truncation: As in :class:`InnerLoop`.
         clip: As in :class:`OuterLoop`.
+        sampling: As in :class:`OuterLoop`.
         second_derivatives: As in :class:`OuterLoop`.
     """
 
@@ -108,6 +109,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lr: Positive
     truncation: Count | None = None
     clip: Positive | None = None
+    sampling: Literal["uniform", "tensors"] | None = None
     second_derivatives: bool | None = None
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from meta_train.meta_gradient import backpropagate, roll_out, start_episode
+from meta_train import outer_loop
+from meta_train.meta_gradient import Sample, backpropagate, roll_out, sample_coordinates, start_episode
 from meta_train.outer_loop import OBJECTIVES, MetaTraining, cosine, meta_loss, validate
 from meta_train.recipe import OuterLoop, parse_recipe
 from meta_train.tasks import Optimizee, Quadratic, seeded
@@ -190,6 +191,20 @@ def test_how_the_rule_starts_is_the_recipe_s_choice() -> None:
     gates = small.lstm.bias_ih_l0.view(4, -1) - plain.lstm.bias_ih_l0.view(4, -1)
     torch.testing.assert_close(gates[1], torch.full_like(gates[1], 2.0))
     assert not gates[[0, 2, 3]].any()
+
+
+def test_a_stage_may_draw_coordinates_in_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = []
+
+    def recorded(*args: object, by_tensor: bool) -> Sample:
+        draws.append(by_tensor)
+        return sample_coordinates(*args, by_tensor=by_tensor)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(outer_loop, "sample_coordinates", recorded)
+    stage = STAGE.replace("truncation = 8", 'sampling = "uniform"')
+    run = MetaTraining(parse_recipe(TINY.replace("[outer]", '[outer]\nsampling = "tensors"') + stage))
+    assert len(list(run)) == 12 + 6
+    assert draws == [True] * 2 * 12 + [False] * 2 * 6
 
 
 def test_weight_decay_of_the_meta_parameters_is_decoupled() -> None:
