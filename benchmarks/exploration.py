@@ -63,6 +63,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "truncation 128, 2 episodes": {"inner": {"truncation": 128}, "outer": {"episodes": 2}},
     "discount 0.97": {"outer": {"discount": 0.97}},
     "horizons to 1,000": {"inner": {"horizon": [100, 1000]}},
+    "horizons to 400, then to 4,000": {"inner": {"horizon": [100, 400]}, "then": {"horizon": [100, 4000], "lr": 4e-3}},
     "outer rate 2e-3": {"outer": {"lr": 2e-3}},
     "outer rate 8e-3": {"outer": {"lr": 8e-3}},
     "averaging 0.98": {"outer": {"averaging": 0.98}},
@@ -74,7 +75,8 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "reparametrised 10 x": {"task": {"reparametrise": 10.0}},
     **{f"without {kind}": {"task": {"kinds": [other for other in KINDS if other != kind]}} for kind in KINDS},
 }
-"""What each variation changes in the recipe. The last ones leave one kind of problem out of the mixture.
+"""What each variation changes in the recipe. The last ones leave one kind of problem out of the mixture. With
+``then`` the second half of the outer steps is a stage of its own.
 
 Evolution strategies go on from the base for about as long as it took, and are to be compared with twice the outer steps.
 """
@@ -115,10 +117,13 @@ def vary(changes: Mapping[str, Any], steps: int, seed: int) -> Recipe:
     """Return the first phase of the default recipe with changes, so many outer steps of it, and no validation on the way."""
     recipe = msgspec.to_builtins(read_recipe(WEIGHTS_DIR / "default.toml"))
     once = {"every": steps, "optimizees": 1, "horizon": 1}
-    for name, change in {**changes, "validation": once}.items():
+    changes = {**changes, "validation": once}
+    then = changes.pop("then", None)
+    for name, change in changes.items():
         recipe[name] = {**recipe[name], **change}
-    recipe["outer"]["steps"] = steps
-    return msgspec.convert({**recipe, "stages": [], "use": {}, "seed": seed}, Recipe)
+    recipe["outer"]["steps"] = steps // 2 if then else steps
+    stages = [{**then, "steps": steps - steps // 2}] if then else []
+    return msgspec.convert({**recipe, "stages": stages, "use": {}, "seed": seed}, Recipe)
 
 
 def meta_train(recipe: Recipe, name: str) -> MetaTraining:

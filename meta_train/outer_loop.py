@@ -148,7 +148,7 @@ class MetaTraining:
 
     def _truncation(self, slot: int, inner: InnerLoop, outer: OuterLoop, objective: Objective) -> float:
         """Advance one episode by a truncation, adding its meta-gradient; return its meta-loss."""
-        episode = self.episodes[slot] or self._start()
+        episode = self.episodes[slot] or self._start(inner)
         carry = episode.carry
         length = min(inner.truncation, episode.horizon - carry.step)
         if outer.second_derivatives:
@@ -163,10 +163,10 @@ class MetaTraining:
         self.episodes[slot] = None if finished else episode
         return meta_loss(outer, losses, carry.initial_loss)
 
-    def _start(self) -> Episode:
+    def _start(self, inner: InnerLoop) -> Episode:
         seed = derive_seed(self.recipe.seed, "train", self.episodes_started)
         self.episodes_started += 1
-        shortest, longest = self.recipe.inner.horizon
+        shortest, longest = inner.horizon
         horizon = round(math.exp(random.Random(seed).uniform(math.log(shortest), math.log(longest))))
         optimizee = self.task.sample(seed)
         return Episode(seed, horizon, optimizee, start_episode(self.rule, optimizee))

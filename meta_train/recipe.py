@@ -99,6 +99,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Args:
         steps: Outer steps.
         lr: As in :class:`OuterLoop`.
+        horizon: As in :class:`InnerLoop`.
         truncation: As in :class:`InnerLoop`.
         clip: As in :class:`OuterLoop`.
         sampling: As in :class:`OuterLoop`.
@@ -107,6 +108,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     steps: Count
     lr: Positive
+    horizon: tuple[Count, Count] | None = None
     truncation: Count | None = None
     clip: Positive | None = None
     sampling: Literal["uniform", "tensors"] | None = None
@@ -147,7 +149,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for stage in self.stages:
             inner, outer = phases[-1]
             named = {name: value for name, value in msgspec.structs.asdict(stage).items() if value is not None}
-            inner = msgspec.structs.replace(inner, truncation=named.pop("truncation", inner.truncation))
+            of_inner = {name: named.pop(name) for name in ("horizon", "truncation") if name in named}
+            inner = msgspec.structs.replace(inner, **of_inner)
             phases.append((inner, msgspec.structs.replace(outer, **named)))
         return tuple(phases)
 
@@ -195,8 +198,9 @@ def parse_recipe(text: str) -> Recipe:
     trained, used = (recipe.build_rule(in_use=in_use).state_dict() for in_use in (False, True))
     if {name: value.shape for name, value in trained.items()} != {name: value.shape for name, value in used.items()}:
         raise ValueError(f"[use] must not change the shape of the meta-parameters, got {recipe.use}")
-    if recipe.inner.horizon[0] > recipe.inner.horizon[1]:
-        raise ValueError(f"inner.horizon must be [shortest, longest], got {list(recipe.inner.horizon)}")
+    for shortest, longest in (inner.horizon for inner, _ in recipe.phases):
+        if shortest > longest:
+            raise ValueError(f"a horizon must be [shortest, longest], got {[shortest, longest]}")
     return recipe
 
 

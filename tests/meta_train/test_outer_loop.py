@@ -207,6 +207,15 @@ def test_a_stage_may_draw_coordinates_in_another_way(monkeypatch: pytest.MonkeyP
     assert draws == [True] * 2 * 12 + [False] * 2 * 6
 
 
+def test_a_stage_may_run_longer_episodes() -> None:
+    run = MetaTraining(parse_recipe(TINY + STAGE.replace("truncation = 8", "horizon = [20, 20]")))
+    for record in run:
+        horizons = [episode.horizon for episode in run.episodes if episode is not None]
+        if horizons:
+            assert set(horizons) == {20} if record.step > 12 else max(horizons) <= 12
+    assert horizons, "at the end of this run episodes are under way"
+
+
 def test_weight_decay_of_the_meta_parameters_is_decoupled() -> None:
     plain, decaying = (
         MetaTraining(parse_recipe(TINY.replace("[outer]", f"[outer]\nweight_decay = {decay}"))) for decay in (0.0, 0.5)

@@ -49,6 +49,7 @@ def test_every_committed_recipe_parses(path: Path) -> None:
         ('family = "paper"', "", "names no family"),
         ("hidden_size = 3", "hidden = 3", "has no option hidden"),
         ("horizon = [6, 12]", "horizon = [12, 6]", "shortest, longest"),
+        ("horizon = 8", "horizon = 8\n[[stages]]\nsteps = 1\nlr = 0.1\nhorizon = [9, 3]", "shortest, longest"),
         ("[outer]", "[outer", "not valid TOML"),
     ],
 )
