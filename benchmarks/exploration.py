@@ -193,11 +193,12 @@ def variations(runs: list[dict[str, Any]]) -> Rows:
         means = {h: [geometric_mean([x for (_, end), x in one.items() if end == h]) for one in seeds] for h in HORIZONS}
         by_kind = {kind: geometric_mean([one[kind, h] for one in seeds]) for kind, h in seeds[0] if h == HORIZONS[-1]}
         worst = max(by_kind, key=by_kind.__getitem__)
+        commits = {run["commit"] for run in runs if run["variation"] == name}
         row: dict[str, Any] = {"variation": name, "n": len(seeds), "outer_steps": runs[0]["steps"]}
         for h in HORIZONS:
             row[f"ratio_{h}"] = f"{geometric_mean(means[h]):.3f}"
             row[f"spread_{h}"] = f"{stdev(map(math.log, means[h])):.3f}" if len(seeds) > 1 else ""
-        table.append({**row, "worst_500": f"{by_kind[worst]:.2f}", "worst_kind": worst, "commit": runs[-1]["commit"]})
+        table.append({**row, "worst_500": f"{by_kind[worst]:.2f}", "worst_kind": worst, "commit": " ".join(sorted(commits))})
     return sorted(table, key=lambda row: row["ratio_500"])
 
 

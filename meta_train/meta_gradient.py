@@ -146,6 +146,9 @@ def sample_coordinates(optimizee: Optimizee, wanted: int, generator: torch.Gener
 
     Returns:
         The coordinates; all of them where there are no more than wanted.
+
+    Raises:
+        ValueError: If some tensor would be left out, which would bias the meta-gradient.
     """
     member = optimizee.tensor_index.repeat(optimizee.num_problems)
     total = member.numel()
@@ -155,6 +158,10 @@ def sample_coordinates(optimizee: Optimizee, wanted: int, generator: torch.Gener
     if not by_tensor:
         return Sample(order[:wanted], torch.full((wanted,), wanted / total))
     sizes = member.bincount()
+    if wanted < len(sizes):
+        raise ValueError(
+            f"{wanted} coordinates cannot hold one of each of {len(sizes)} tensors; ask for more, or uniform ones"
+        )
     quota, left = torch.zeros_like(sizes), wanted
     for done, tensor in enumerate(sizes.argsort(stable=True)):
         quota[tensor] = sizes[tensor].clamp(max=left // (len(sizes) - done))

@@ -247,13 +247,13 @@ def exploration(results: Path = RESULTS / "exploration") -> str:
         if (row["variation"], row["seed"]) == ("as in the recipe", "0"):
             unchanged[row["horizon"]].append(float(row["ratio"]))
     first = " and ".join(f"{geometric_mean(ratios):.3f}" for ratios in unchanged.values())
-    steps, commits = rows[0]["outer_steps"], ", ".join(sorted({row["commit"] for row in rows}))
+    steps, commits = rows[0]["outer_steps"], ", ".join(sorted({one for row in rows for one in row["commit"].split()}))
     note = (
         f"First phase of the recipe cut to {steps} outer steps, changed in one choice, then judged as meta-trained (without "
         "`[use]`) on the eleven held-out kinds: final loss relative to the unchanged recipe, geometric mean over kinds and "
         "n meta-training seeds, ± the standard deviation of its logarithm between seeds. Where n is 1 the seed is 0, with "
         f"which the unchanged recipe alone has {first}. Differences smaller than twice its spread say nothing. "
-        f"Commit {commits}. Every kind is in "
+        f"Commits {commits}. Every kind is in "
         f"[kinds.csv](docs/results/{results.name}/kinds.csv). Command: `python -m benchmarks.exploration --steps {steps}`."
     )
     return "\n".join([*lines, "", note])

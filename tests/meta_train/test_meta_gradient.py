@@ -101,6 +101,8 @@ def test_what_is_chosen_stands_for_all_coordinates(by_tensor: bool) -> None:
         assert member[index].bincount().tolist() == [36, 6, 36, 2]
         for tensor, size in enumerate(sizes):
             assert float((1 / share[member[index] == tensor]).sum()) == pytest.approx(2 * size)
+        with pytest.raises(ValueError, match="3 coordinates cannot hold one of each of 4 tensors"):
+            sample_coordinates(optimizee, 3, seeded(1), by_tensor=True)
     everything = sample_coordinates(optimizee, 10_000, seeded(1), by_tensor=by_tensor)
     assert everything.chosen.tolist() == list(range(2 * sum(sizes)))
     assert everything.share.eq(1).all()
