@@ -12,16 +12,20 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import geometric_mean, stdev
 from typing import Any
+from unittest import mock
 
 import msgspec
 import torch
 from tqdm import tqdm
 
-from learned_optim import LearnedOptimizer, Weights
+from benchmarks.parameter_value import ValueOptimizer, ValueRule, ValueSteps, build_value_rule
+from learned_optim import LearnedOptimizer
+from learned_optim.rules import UpdateRule
 from meta_train.evaluate import Rows, write_rows
 from meta_train.judging.held_out_kinds import HELD_OUT_KINDS
 from meta_train.judging.suite import smoothed_final
@@ -31,6 +35,7 @@ from meta_train.outer_loop import MetaTraining, derive_seed, meta_loss
 from meta_train.publish import WEIGHTS_DIR
 from meta_train.recipe import Recipe, read_recipe
 from meta_train.run_dir import environment, write_atomically
+from meta_train.tasks.data import digit_stream
 from meta_train.tasks.mixture import KINDS
 
 RUNS = Path("runs/exploration")
@@ -44,6 +49,18 @@ PAIRS = 4
 NOISE = 0.01
 WHOLE = (100, 400)
 """Inner steps of the whole episodes that evolution strategies look at, shortest and longest."""
+
+AS_IT_WAS = {"task": {"problems": 4}, "outer": {"lr": 4e-3, "coordinates": 1024}}
+"""The recipe that the table began with; two of its rows became what the recipe is now."""
+
+REPLACED: dict[str, dict[str, Any]] = {
+    "one batch size": {"tasks.mixture._batch_size": lambda rng, high=256: round(math.sqrt(8 * high))},
+    "one width and depth": {"tasks.mixture._hidden": lambda rng: [20, 20]},
+    "initial weights as they come": {"tasks.mixture._gain": lambda rng: 1.0},
+    "no label noise": {"tasks.mixture.digit_stream": lambda *args, **how: digit_stream(*args, **how | {"label_noise": 0.0})},
+    "the parameter's value": {"recipe.build_rule": build_value_rule, "meta_gradient.inner_steps": ValueSteps},
+}
+"""What of ``meta_train`` is another thing: a draw of the mixture, or what the rule reads."""
 
 VARIATIONS: dict[str, dict[str, Any]] = {
     BASE: {},
@@ -66,6 +83,8 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "horizons to 400, then to 4,000": {"inner": {"horizon": [100, 400]}, "then": {"horizon": [100, 4000], "lr": 4e-3}},
     "outer rate 2e-3": {"outer": {"lr": 2e-3}},
     "outer rate 8e-3": {"outer": {"lr": 8e-3}},
+    "8 problems, 2,048 coordinates": {"task": {"problems": 8}, "outer": {"coordinates": 2048}},
+    "both": {"task": {"problems": 8}, "outer": {"lr": 8e-3, "coordinates": 2048}},
     "averaging 0.98": {"outer": {"averaging": 0.98}},
     "every coordinate": {"outer": {"coordinates": 0}},
     "coordinates by tensor": {"outer": {"sampling": "tensors"}},
@@ -74,9 +93,10 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     TWICE: {},
     "reparametrised 10 x": {"task": {"reparametrise": 10.0}},
     **{f"without {kind}": {"task": {"kinds": [other for other in KINDS if other != kind]}} for kind in KINDS},
+    **{name: {} for name in REPLACED},
 }
-"""What each variation changes in the recipe. The last ones leave one kind of problem out of the mixture. With
-``then`` the second half of the outer steps is a stage of its own.
+"""What each variation changes in the recipe. The last ones leave one kind of problem out of the mixture, or change what no
+recipe can. With ``then`` the second half of the outer steps is a stage of its own.
 
 Evolution strategies go on from the base for about as long as it took, and are to be compared with twice the outer steps.
 """
@@ -98,8 +118,11 @@ def main() -> None:
             file = RUNS / f"{re.sub('[^a-z0-9.]+', '-', name.lower())}-{seed}-{options.steps}.json"
             if not file.exists():
                 steps = options.steps * (2 if name == TWICE else 1)
-                run = meta_train(vary(VARIATIONS[name], steps, seed), f"{name}, seed {seed}")
-                rule = evolve(run) if name == EVOLUTION else Weights(run.average)
+                with ExitStack() as replaced:
+                    for what, by in REPLACED.get(name, {}).items():
+                        replaced.enter_context(mock.patch(f"meta_train.{what}", by))
+                    run = meta_train(vary(VARIATIONS[name], steps, seed), f"{name}, seed {seed}")
+                rule = evolve(run) if name == EVOLUTION else run.average
                 losses = {task: values for task, values in tqdm(judge(rule), name, len(HELD_OUT_KINDS))}
                 about = {"variation": name, "seed": seed, "steps": options.steps, "commit": environment()["commit"]}
                 write_atomically(file, json.dumps({**about, "losses": losses}).encode())
@@ -114,12 +137,12 @@ def main() -> None:
 
 
 def vary(changes: Mapping[str, Any], steps: int, seed: int) -> Recipe:
-    """Return the first phase of the default recipe with changes, so many outer steps of it, and no validation on the way."""
+    """Return the first phase of the recipe with changes, so many outer steps of it, and no validation on the way."""
     recipe = msgspec.to_builtins(read_recipe(WEIGHTS_DIR / "default.toml"))
     once = {"every": steps, "optimizees": 1, "horizon": 1}
     changes = {**changes, "validation": once}
     then = changes.pop("then", None)
-    for name, change in changes.items():
+    for name, change in (*AS_IT_WAS.items(), *changes.items()):
         recipe[name] = {**recipe[name], **change}
     recipe["outer"]["steps"] = steps // 2 if then else steps
     stages = [{**then, "steps": steps - steps // 2}] if then else []
@@ -134,7 +157,7 @@ def meta_train(recipe: Recipe, name: str) -> MetaTraining:
     return run
 
 
-def evolve(run: MetaTraining) -> Weights:
+def evolve(run: MetaTraining) -> UpdateRule:
     """Return the weights of a run after antithetic evolution strategies on whole episodes.
 
     Both of a pair start from the same problem and see the same minibatches, so that only the rules differ:
@@ -162,13 +185,17 @@ def evolve(run: MetaTraining) -> Weights:
             flat.grad += difference / (2 * NOISE * PAIRS) * direction
         outer_optimizer.step()
     torch.nn.utils.vector_to_parameters(flat, rule.parameters())
-    return Weights(rule)
+    return rule
 
 
-def judge(weights: Weights) -> Iterator[tuple[str, dict[int, float]]]:
+def judge(rule: UpdateRule) -> Iterator[tuple[str, dict[int, float]]]:
     """Yield the smoothed final loss at each horizon on each held-out kind, one seed."""
+
+    def make(params: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
+        return ValueOptimizer(params, rule) if isinstance(rule, ValueRule) else LearnedOptimizer(params, weights=rule)
+
     for task in HELD_OUT_KINDS:
-        losses = train_case(task, lambda params: LearnedOptimizer(params, weights=weights), HORIZONS[-1], 0).losses
+        losses = train_case(task, make, HORIZONS[-1], 0).losses
         yield task.name, {horizon: float(smoothed_final(losses, horizon)) for horizon in HORIZONS}
 
 

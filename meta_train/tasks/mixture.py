@@ -39,10 +39,12 @@ def _batch_size(rng: random.Random, high: int = 256) -> int:
     return round(_log_uniform(rng, 8, high))
 
 
-def _dense(
-    rng: random.Random, problems: int, inputs: int, outputs: int, width: int = 48, depth: int = 3
-) -> Callable[[], nn.Module]:
-    hidden = [round(_log_uniform(rng, 8, width))] * rng.randint(1, depth)
+def _hidden(rng: random.Random) -> list[int]:
+    return [round(_log_uniform(rng, 8, 48))] * rng.randint(1, 3)
+
+
+def _dense(rng: random.Random, problems: int, inputs: int, outputs: int) -> Callable[[], nn.Module]:
+    hidden = _hidden(rng)
     activation = rng.choice(list(ACTIVATIONS))
     norm = rng.choice(("none", "none", "none", "layer", "batch"))
     residual = rng.random() < 0.2
