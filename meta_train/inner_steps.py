@@ -46,7 +46,9 @@ def tensor_scales(rule: UpdateRule, optimizee: Optimizee, params: Tensor) -> Ten
     """Return the rule's ``tensor_scale`` of each tensor of each problem, ``(P, tensors)``, or None where it takes none."""
     if not rule.uses_scale:
         return None
-    return rule.scale_of(params.detach().square() @ optimizee.tensor_means.to(params))
+    bounds = [rule.scale_bounds(value[0].numel()) for value in optimizee.params.values()]
+    floors, ceilings = params.new_tensor(bounds).unbind(1)
+    return (params.detach().square() @ optimizee.tensor_means.to(params)).sqrt().clamp(floors, ceilings)
 
 
 class PlainSteps:

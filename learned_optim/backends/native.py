@@ -48,7 +48,11 @@ class _Rule(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in _WHOLE_NUMBERS),
         *((name, ctypes.c_float) for name in ("fast_decay", "slow_decay", "second_moment_decay", "step_size", "log_gain")),
-        *((name, ctypes.c_float) for name in ("anneal_power", "anneal_steps", "anneal_start", "min_scale", "max_scale")),
+        *(
+            (name, ctypes.c_float)
+            for name in ("anneal_power", "anneal_steps", "anneal_start", "min_scale", "small_min_scale")
+        ),
+        ("max_scale", ctypes.c_float),
         *((name, ctypes.c_float) for name in ("input_scale", "output_scale", "preprocess_p", "threshold")),
         ("time_scales", ctypes.c_float * 16),
     )
@@ -162,12 +166,12 @@ def describe(rule: UpdateRule) -> list[float]:
         decays = [config.fast_decay, config.slow_decay, config.second_moment_decay]
         times = list(config.time_scales)
         bounds = [config.step_size, config.log_gain, config.anneal_power, config.anneal_steps, config.anneal_start]
-        bounds += [config.min_scale, config.max_scale]
+        bounds += [config.min_scale, config.small_min_scale, config.max_scale]
         return [1.0, *sizes, 0.0, float(len(times)), *decays, *bounds, 0.0, 0.0, 0.0, 0.0, *times]
     assert isinstance(config, PaperRuleConfig)
     p = config.preprocess_p
     scales = [config.input_scale, config.output_scale, p, math.exp(-p)]
-    return [0.0, *sizes, float(config.inputs == "log_and_sign"), 0.0, *[0.0] * 10, *scales]
+    return [0.0, *sizes, float(config.inputs == "log_and_sign"), 0.0, *[0.0] * 11, *scales]
 
 
 def pack(rule: UpdateRule) -> Tensor:

@@ -27,6 +27,8 @@ class AdamModulationConfig(RuleConfig):
         time_scales: Inner steps; each gives an input ``tanh(t / scale - 1)``. Empty: the rule sees no time.
         step_size: Size of a nominal step relative to the root mean square of the tensor.
         min_scale: Floor of that root mean square, for tensors that start at zero.
+        small_min_scale: A higher floor for tensors with few entries, N: ``0.5 / sqrt(N)``, no more than this. A vector that
+            starts at zero then moves about as far as the weights of a square layer of its length. 0: none.
         max_scale: Its ceiling.
         anneal_power: The nominal step shrinks as ``(1 + t / anneal_steps) ** -anneal_power``, t the inner steps since
             ``anneal_start``; 0: never.
@@ -43,6 +45,7 @@ class AdamModulationConfig(RuleConfig):
     time_scales: tuple[float, ...] = ()
     step_size: float = 3e-3
     min_scale: float = 1e-2
+    small_min_scale: float = 0.0
     max_scale: float = 1.0
     anneal_power: float = 0.0
     anneal_steps: float = 100.0
@@ -53,8 +56,8 @@ class AdamModulationConfig(RuleConfig):
         """Refuse values with no meaning.
 
         Raises:
-            ValueError: If a decay lies outside [0, 1), or a scale, step size or gain is not positive, or ``anneal_power``
-                or ``anneal_start`` is negative.
+            ValueError: If a decay lies outside [0, 1), or a scale, step size or gain is not positive, or
+                ``small_min_scale``, ``anneal_power`` or ``anneal_start`` is negative.
         """
         super().__post_init__()
         object.__setattr__(self, "time_scales", tuple(float(scale) for scale in self.time_scales))
@@ -64,7 +67,7 @@ class AdamModulationConfig(RuleConfig):
         for name in ("step_size", "min_scale", "max_scale", "anneal_steps", "log_gain"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("anneal_power", "anneal_start"):
+        for name in ("small_min_scale", "anneal_power", "anneal_start"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if any(not scale > 0 for scale in self.time_scales):
@@ -104,9 +107,11 @@ class AdamModulationRule(UpdateRule):
         nn.init.zeros_(self.readout.weight)
         nn.init.zeros_(self.readout.bias)
 
-    def scale_of(self, mean_square: Tensor) -> Tensor:
-        """Return the clamped root mean square."""
-        return mean_square.sqrt().clamp(self.config.min_scale, self.config.max_scale)
+    def scale_bounds(self, numel: int) -> tuple[float, float]:
+        """Return the bounds of a tensor's root mean square."""
+        config = self.config
+        floor = max(config.min_scale, min(config.small_min_scale, 0.5 / numel**0.5))
+        return min(floor, config.max_scale), config.max_scale
 
     def anneal(self, step: Tensor) -> Tensor:
         """Return the share of the nominal step size that is left.

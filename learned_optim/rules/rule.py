@@ -5,6 +5,7 @@ last and replays the middle for a whole truncation; the fast backends fuse all t
 knows nothing of optimizers, files or tasks.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -137,7 +138,8 @@ class UpdateRule(nn.Module, ABC):
             norm = torch.linalg.vector_norm(torch.stack(norms))
         else:
             norm = torch.linalg.vector_norm(param, dim=dims, dtype=torch.float64) if dims else param.abs().double()
-        return self.scale_of(norm.square() / max(param.shape[batch_dims:].numel(), 1)).to(self.readout.weight.dtype)
+        numel = max(param.shape[batch_dims:].numel(), 1)
+        return (norm / numel**0.5).clamp(*self.scale_bounds(numel)).to(self.readout.weight.dtype)
 
     def tensor_scales(self, params: Sequence[Tensor]) -> list[Tensor | None]:
         """Return :meth:`tensor_scale` of many tensors; on a GPU in a few launches, however many tensors there are.
@@ -153,18 +155,21 @@ class UpdateRule(nn.Module, ABC):
             return [self.tensor_scale(param) for param in params]
         norms = torch._foreach_norm([param.detach() for param in params], 2, dtype=torch.float64)
         torch._foreach_div_(norms, [param.numel() ** 0.5 for param in params])
-        return list(self.scale_of(torch.stack(norms).square()).to(self.readout.weight.dtype).unbind())
+        floors, ceilings = zip(*(self.scale_bounds(param.numel()) for param in params), strict=True)
+        torch._foreach_clamp_min_(norms, floors)
+        torch._foreach_clamp_max_(norms, ceilings)
+        return list(torch.stack(norms).to(self.readout.weight.dtype).unbind())
 
-    def scale_of(self, mean_square: Tensor) -> Tensor:
-        """Return the scale of tensors from the mean of their squared entries.
+    def scale_bounds(self, numel: int) -> tuple[float, float]:
+        """Return the floor and the ceiling of :meth:`tensor_scale`, which is a root mean square.
 
         Args:
-            mean_square: Any shape.
+            numel: Entries of the whole tensor.
 
         Returns:
-            A tensor of the same shape.
+            Both.
         """
-        return mean_square.sqrt()
+        return 0.0, math.inf
 
     @abstractmethod
     def encode(self, grad: Tensor, memory: Memory, step: Tensor, scale: Tensor | None) -> Encoded:

@@ -372,6 +372,18 @@ def test_planned_steps_equal_steps_that_are_not(case: str, options: dict[str, An
     assert_identical([m["step"] for m in results[0][1]], [m["step"] for m in results[1][1]])
 
 
+@needs_plans
+def test_a_plan_measures_tensors_within_the_bounds_of_the_rule() -> None:
+    results = []
+    for backend in ("native", "reference"):
+        params = [nn.Parameter(start * torch.ones(size)) for size in (1, 50, 1000, 1500) for start in (0.0, 0.1, 3.0)]
+        optimizer = stepper("adam-modulation-time", params, backend=backend)
+        take_steps(optimizer, params, 3)
+        assert (optimizer._plan is not None) == (backend == "native")
+        results.append(copies(params))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
+
+
 CHANGES = {
     "replaced data": lambda params, optimizer: setattr(params[2], "data", params[2].detach().clone()),
     "another dtype": lambda params, optimizer: setattr(params[2], "data", params[2].detach().to(torch.bfloat16)),

@@ -276,14 +276,24 @@ def test_adam_modulation_is_bounded_whatever_the_lstm_says(case: str) -> None:
     assert updates.abs().max() > bound / 50  # The test reached the neighbourhood of the bound.
 
 
-@pytest.mark.parametrize("case", ADAM_CASES)
 @pytest.mark.parametrize(("value", "expected"), [(0.0, 1e-2), (0.2, 0.2), (-0.2, 0.2), (50.0, 1.0)])
-def test_the_tensor_scale_is_a_clamped_root_mean_square(case: str, value: float, expected: float) -> None:
-    rule = small_rule(case)
+def test_the_tensor_scale_is_a_clamped_root_mean_square(value: float, expected: float) -> None:
+    rule = small_rule("adam-modulation")
     for shape in ((), (1,), (3, 4)):
         scale = rule.tensor_scale(torch.full(shape, value))
         assert scale.shape == ()
         assert scale.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("numel", "floor"), [(1, 0.3), (4, 0.25), (100, 0.05), (2500, 0.01), (10_000, 0.01)])
+def test_the_scale_of_a_small_tensor_has_a_higher_floor(numel: int, floor: float) -> None:
+    rule = build_rule("adam-modulation", min_scale=0.01, small_min_scale=0.3)
+    for start in (torch.zeros(numel), torch.zeros(1, numel, 1)):
+        assert rule.tensor_scale(start).item() == pytest.approx(floor)
+        assert rule.tensor_scale(start + 0.35).item() == pytest.approx(0.35)
+    assert build_rule("adam-modulation", min_scale=0.01).tensor_scale(torch.zeros(numel)).item() == pytest.approx(0.01)
+    capped = build_rule("adam-modulation", min_scale=0.01, small_min_scale=0.3, max_scale=0.2)
+    assert capped.tensor_scale(torch.zeros(1)).item() == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("case", ADAM_CASES)
@@ -322,6 +332,7 @@ def test_paper_rules_take_no_tensor_scale(case: str) -> None:
         ("adam-modulation", {"max_scale": math.nan}, "max_scale must be positive"),
         ("adam-modulation", {"log_gain": -3.0}, "log_gain must be positive"),
         ("adam-modulation", {"anneal_power": -0.5}, "anneal_power must not be negative, got -0.5"),
+        ("adam-modulation", {"small_min_scale": -0.1}, "small_min_scale must not be negative, got -0.1"),
         ("adam-modulation", {"anneal_start": -1.0}, "anneal_start must not be negative, got -1"),
         ("adam-modulation", {"anneal_steps": 0.0}, "anneal_steps must be positive"),
         ("adam-modulation", {"time_scales": (10.0, 0.0)}, "time_scales must be positive"),

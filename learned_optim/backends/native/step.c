@@ -22,7 +22,7 @@ enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };
 struct rule {
   int32_t family, layers, hidden, log_and_sign, num_times;
   float fast_decay, slow_decay, second_moment_decay, step_size, log_gain;
-  float anneal_power, anneal_steps, anneal_start, min_scale, max_scale;
+  float anneal_power, anneal_steps, anneal_start, min_scale, small_min_scale, max_scale;
   float input_scale, output_scale, preprocess_p, threshold;
   float time_scales[16];
 };
@@ -113,9 +113,12 @@ static void prepare_item(struct item *item, const struct rule *rule, const struc
 }
 
 /* The rule's scale_of. */
-HELPER float scale_of(const struct rule *rule, double mean_square) {
-  double root = sqrt(mean_square);
-  return (float)(root < rule->min_scale ? rule->min_scale : root > rule->max_scale ? rule->max_scale : root);
+HELPER float scale_of(const struct rule *rule, double mean_square, int64_t size) {
+  double root = sqrt(mean_square), small = 0.5 / sqrt((double)size);
+  if (small > rule->small_min_scale) small = rule->small_min_scale;
+  double floor = small < rule->min_scale ? rule->min_scale : small;
+  root = root < floor ? floor : root;
+  return (float)(root > rule->max_scale ? rule->max_scale : root);
 }
 
 /* Whether a tensor is so small that its scale is taken when it is stepped, by one thread, while it is in the caches. */
@@ -263,7 +266,7 @@ static int measure_scales(const struct rule *rule, const struct columns *columns
     if (measured_alone(sizes[i])) continue;
     double total = 0.0;
     for (int64_t start = 0; start < sizes[i]; start += PIECE) total += sums[piece++];
-    *columns->scales[i] = scale_of(rule, total / (double)sizes[i]);
+    *columns->scales[i] = scale_of(rule, total / (double)sizes[i], sizes[i]);
   }
   free(sums);
   return 0;

@@ -625,7 +625,7 @@ static int step_items(const struct rule *rule, const float *weights, const struc
       float step = item.step;
       if (columns->measure && measured_alone(size)) {
         double sum = sum_of_squares(columns->params[i], columns->param_types[i], 0, size);
-        *columns->scales[i] = scale_of(rule, sum / (double)size);
+        *columns->scales[i] = scale_of(rule, sum / (double)size, size);
       }
       prepare_item(&item, rule, columns, i);
       if (item.step != step) {
