@@ -27,8 +27,8 @@ class AdamModulationConfig(RuleConfig):
         time_scales: Inner steps; each gives an input ``tanh(t / scale - 1)``. Empty: the rule sees no time.
         step_size: Size of a nominal step relative to the root mean square of the tensor.
         min_scale: Floor of that root mean square, for tensors that start at zero.
-        small_min_scale: A higher floor for tensors with few entries, N: ``0.5 / sqrt(N)``, no more than this. A vector that
-            starts at zero then moves about as far as the weights of a square layer of its length. 0: none.
+        small_min_scale: A higher floor for tensors with fewer entries, N: ``0.5 * N ** -0.25``, about what torch starts a
+            square matrix of as many with, but no more than this. 0: none.
         max_scale: Its ceiling.
         anneal_power: The nominal step shrinks as ``(1 + t / anneal_steps) ** -anneal_power``, t the inner steps since
             ``anneal_start``; 0: never.
@@ -110,7 +110,7 @@ class AdamModulationRule(UpdateRule):
     def scale_bounds(self, numel: int) -> tuple[float, float]:
         """Return the bounds of a tensor's root mean square."""
         config = self.config
-        floor = max(config.min_scale, min(config.small_min_scale, 0.5 / numel**0.5))
+        floor = max(config.min_scale, min(config.small_min_scale, 0.5 * numel**-0.25))
         return min(floor, config.max_scale), config.max_scale
 
     def anneal(self, step: Tensor) -> Tensor:

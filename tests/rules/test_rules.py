@@ -1,6 +1,7 @@
 """The three stages of every rule family, against independent formulas."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -285,15 +286,27 @@ def test_the_tensor_scale_is_a_clamped_root_mean_square(value: float, expected: 
         assert scale.item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("numel", "floor"), [(1, 0.3), (4, 0.25), (100, 0.05), (2500, 0.01), (10_000, 0.01)])
+@pytest.mark.parametrize(("numel", "floor"), [(1, 0.3), (16, 0.25), (10_000, 0.05), (160_000, 0.025), (810_000, 0.02)])
 def test_the_scale_of_a_small_tensor_has_a_higher_floor(numel: int, floor: float) -> None:
-    rule = build_rule("adam-modulation", min_scale=0.01, small_min_scale=0.3)
+    rule = build_rule("adam-modulation", min_scale=0.02, small_min_scale=0.3)
     for start in (torch.zeros(numel), torch.zeros(1, numel, 1)):
         assert rule.tensor_scale(start).item() == pytest.approx(floor)
         assert rule.tensor_scale(start + 0.35).item() == pytest.approx(0.35)
-    assert build_rule("adam-modulation", min_scale=0.01).tensor_scale(torch.zeros(numel)).item() == pytest.approx(0.01)
-    capped = build_rule("adam-modulation", min_scale=0.01, small_min_scale=0.3, max_scale=0.2)
+    assert build_rule("adam-modulation", min_scale=0.02).tensor_scale(torch.zeros(numel)).item() == pytest.approx(0.02)
+    capped = build_rule("adam-modulation", min_scale=0.02, small_min_scale=0.3, max_scale=0.2)
     assert capped.tensor_scale(torch.zeros(1)).item() == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("shapes", [((), (3,), (100, 30)), ((2, 2),)])
+def test_the_scales_of_many_tensors_at_once_are_those_of_each(
+    shapes: tuple[tuple[int, ...], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = build_rule("adam-modulation", min_scale=0.1, small_min_scale=0.3, max_scale=0.5)
+    params = [start * torch.ones(shape) for shape in shapes for start in (0.0, 0.4, 2.0)]
+    expected = [rule.tensor_scale(param) for param in params]
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: True))
+    with mock.patch.object(rule, "tensor_scale", side_effect=AssertionError("one by one")):
+        torch.testing.assert_close(rule.tensor_scales(params), expected)
 
 
 @pytest.mark.parametrize("case", ADAM_CASES)

@@ -114,7 +114,7 @@ static void prepare_item(struct item *item, const struct rule *rule, const struc
 
 /* The rule's scale_of. */
 HELPER float scale_of(const struct rule *rule, double mean_square, int64_t size) {
-  double root = sqrt(mean_square), small = 0.5 / sqrt((double)size);
+  double root = sqrt(mean_square), small = 0.5 / sqrt(sqrt((double)size));
   if (small > rule->small_min_scale) small = rule->small_min_scale;
   double floor = small < rule->min_scale ? rule->min_scale : small;
   root = root < floor ? floor : root;
