@@ -42,13 +42,20 @@ def inner_steps(rule: UpdateRule, optimizee: Optimizee, params: Tensor, memory: 
     return (CompiledSteps if native.supports(rule) else PlainSteps)(rule, optimizee, params, memory)
 
 
-def tensor_scales(rule: UpdateRule, optimizee: Optimizee, params: Tensor) -> Tensor | None:
-    """Return the rule's ``tensor_scale`` of each tensor of each problem, ``(P, tensors)``, or None where it takes none."""
+def scale_bounds(rule: UpdateRule, optimizee: Optimizee) -> tuple[Tensor, Tensor] | None:
+    """Return the rule's bounds of each tensor of a problem, two of ``(tensors,)``, or None where it takes no scale."""
     if not rule.uses_scale:
         return None
     bounds = [rule.scale_bounds(value[0].numel()) for value in optimizee.params.values()]
-    floors, ceilings = params.new_tensor(bounds).unbind(1)
-    return (params.detach().square() @ optimizee.tensor_means.to(params)).sqrt().clamp(floors, ceilings)
+    floors, ceilings = rule.readout.weight.new_tensor(bounds).unbind(1)
+    return floors, ceilings
+
+
+def tensor_scales(bounds: tuple[Tensor, Tensor] | None, optimizee: Optimizee, params: Tensor) -> Tensor | None:
+    """Return the rule's ``tensor_scale`` of each tensor of each problem, ``(P, tensors)``, within :func:`scale_bounds`."""
+    if bounds is None:
+        return None
+    return (params.detach().square() @ optimizee.tensor_means.to(params)).sqrt().clamp(*bounds)
 
 
 class PlainSteps:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from learned_optim.backends.native_lstm import native_sequence, native_supports
 from learned_optim.rules import Memory, UpdateRule
-from meta_train.inner_steps import inner_steps, tensor_scales
+from meta_train.inner_steps import inner_steps, scale_bounds, tensor_scales
 from meta_train.tasks.task import Optimizee
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -190,10 +190,11 @@ def roll_out(
     size = carry.params.shape[1]
     chosen, share = every_coordinate(carry) if coordinates is None else coordinates
     problem, tensor = chosen // size, optimizee.tensor_index[chosen % size]
+    bounds = scale_bounds(rule, optimizee)
     losses, grads, memories, scales_seen = [], [grad.flatten()[chosen]], [], []
     for step in range(carry.step + 1, carry.step + truncation + 1):
         memories.append({name: values[chosen] for name, values in inner.memory.items()})
-        scales = tensor_scales(rule, optimizee, inner.params)
+        scales = tensor_scales(bounds, optimizee, inner.params)
         if scales is not None:
             scales_seen.append(scales[problem, tensor])
         inner.take(grad, step, scales)
@@ -292,9 +293,9 @@ def unroll(
         Losses ``(K, P)`` and the carry after the last step.
     """
     params, memory = carry.params.detach(), carry.memory
-    grad, losses = carry.grad, []
+    grad, losses, bounds = carry.grad, [], scale_bounds(rule, optimizee)
     for step in range(carry.step + 1, carry.step + truncation + 1):
-        scales = tensor_scales(rule, optimizee, params)
+        scales = tensor_scales(bounds, optimizee, params)
         scale = None if scales is None else scales[:, optimizee.tensor_index].flatten()
         update, memory, _ = rule(grad.flatten(), memory, params.new_tensor(float(step)), scale)
         params = params + update.view_as(params)

@@ -403,6 +403,15 @@ MUTANTS = (
     ),
     _one(
         "numerics",
+        "every tensor has the floor of a small one",
+        ADAM,
+        "min(config.small_min_scale, 0.5 * numel**-0.25)",
+        "config.small_min_scale",
+        RULES,
+        "higher_floor",
+    ),
+    _one(
+        "numerics",
         "bias correction is dropped",
         ADAM,
         'moments["exp_avg"] / (1 - config.fast_decay**step) * inverse_root',

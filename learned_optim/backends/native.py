@@ -48,11 +48,8 @@ class _Rule(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in _WHOLE_NUMBERS),
         *((name, ctypes.c_float) for name in ("fast_decay", "slow_decay", "second_moment_decay", "step_size", "log_gain")),
-        *(
-            (name, ctypes.c_float)
-            for name in ("anneal_power", "anneal_steps", "anneal_start", "min_scale", "small_min_scale")
-        ),
-        ("max_scale", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("anneal_power", "anneal_steps", "anneal_start")),
+        *((name, ctypes.c_float) for name in ("min_scale", "small_min_scale", "max_scale")),
         *((name, ctypes.c_float) for name in ("input_scale", "output_scale", "preprocess_p", "threshold")),
         ("time_scales", ctypes.c_float * 16),
     )

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from learned_optim import LearnedOptimizer, UpdateRule
 from learned_optim.backends import native as native_backend
 from meta_train import meta_gradient
-from meta_train.inner_steps import CompiledSteps, PlainSteps, tensor_scales
+from meta_train.inner_steps import CompiledSteps, PlainSteps, scale_bounds, tensor_scales
 from meta_train.meta_gradient import Carry, Sample, backpropagate, roll_out, sample_coordinates, start_episode, unroll
 from meta_train.tasks import Optimizee, Quadratic, Quartic, module_optimizee, seeded
 from tests.cases import RULE_CASES, small_rule
@@ -166,7 +166,7 @@ def test_compiled_inner_steps_are_the_plain_ones(case: str) -> None:
     for step in range(1, 31):
         grad = torch.randn_like(start.params) * (torch.rand_like(start.params) > 0.1)
         for way in ways:
-            way.take(grad, step, tensor_scales(rule, optimizee, way.params))
+            way.take(grad, step, tensor_scales(scale_bounds(rule, optimizee), optimizee, way.params))
     torch.testing.assert_close(ways[1].params, ways[0].params, rtol=1e-5, atol=1e-6)
     for name, values in ways[0].memory.items():
         torch.testing.assert_close(ways[1].memory[name], values, rtol=1e-4, atol=1e-5)

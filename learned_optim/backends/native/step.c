@@ -112,7 +112,7 @@ static void prepare_item(struct item *item, const struct rule *rule, const struc
   item->corrections[2] = 1.0f / (1.0f - powf(rule->second_moment_decay, item->step));
 }
 
-/* The rule's scale_of. */
+/* The rule's tensor_scale, from the mean of the squares. */
 HELPER float scale_of(const struct rule *rule, double mean_square, int64_t size) {
   double root = sqrt(mean_square), small = 0.5 / sqrt(sqrt((double)size));
   if (small > rule->small_min_scale) small = rule->small_min_scale;
