@@ -50,9 +50,6 @@ NOISE = 0.01
 WHOLE = (100, 400)
 """Inner steps of the whole episodes that evolution strategies look at, shortest and longest."""
 
-AS_IT_WAS = {"task": {"problems": 4}, "outer": {"lr": 4e-3, "coordinates": 1024}}
-"""The recipe that the table began with; two of its rows became what the recipe is now."""
-
 REPLACED: dict[str, dict[str, Any]] = {
     "one batch size": {"tasks.mixture._batch_size": lambda rng, high=256: round(math.sqrt(8 * high))},
     "one width and depth": {"tasks.mixture._hidden": lambda rng: [20, 20]},
@@ -60,7 +57,7 @@ REPLACED: dict[str, dict[str, Any]] = {
     "no label noise": {"tasks.mixture.digit_stream": lambda *args, **how: digit_stream(*args, **how | {"label_noise": 0.0})},
     "the parameter's value": {"recipe.build_rule": build_value_rule, "meta_gradient.inner_steps": ValueSteps},
 }
-"""What of ``meta_train`` is another thing: a draw of the mixture, or what the rule reads."""
+"""What of ``meta_train`` a variation replaces: a draw of the mixture, or the rule and its inner steps."""
 
 VARIATIONS: dict[str, dict[str, Any]] = {
     BASE: {},
@@ -84,7 +81,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "outer rate 2e-3": {"outer": {"lr": 2e-3}},
     "outer rate 8e-3": {"outer": {"lr": 8e-3}},
     "8 problems, 2,048 coordinates": {"task": {"problems": 8}, "outer": {"coordinates": 2048}},
-    "both": {"task": {"problems": 8}, "outer": {"lr": 8e-3, "coordinates": 2048}},
+    "8 problems, 2,048 coordinates, outer rate 8e-3": {"task": {"problems": 8}, "outer": {"lr": 8e-3, "coordinates": 2048}},
     "averaging 0.98": {"outer": {"averaging": 0.98}},
     "every coordinate": {"outer": {"coordinates": 0}},
     "coordinates by tensor": {"outer": {"sampling": "tensors"}},
@@ -137,12 +134,12 @@ def main() -> None:
 
 
 def vary(changes: Mapping[str, Any], steps: int, seed: int) -> Recipe:
-    """Return the first phase of the recipe with changes, so many outer steps of it, and no validation on the way."""
+    """Return the first phase of the default recipe with changes, so many outer steps of it, and no validation on the way."""
     recipe = msgspec.to_builtins(read_recipe(WEIGHTS_DIR / "default.toml"))
     once = {"every": steps, "optimizees": 1, "horizon": 1}
     changes = {**changes, "validation": once}
     then = changes.pop("then", None)
-    for name, change in (*AS_IT_WAS.items(), *changes.items()):
+    for name, change in changes.items():
         recipe[name] = {**recipe[name], **change}
     recipe["outer"]["steps"] = steps // 2 if then else steps
     stages = [{**then, "steps": steps - steps // 2}] if then else []

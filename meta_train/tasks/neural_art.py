@@ -5,11 +5,10 @@ The data are a folder ``neural_art`` with ``photos/*.jpg`` and ``styles/NAME.jpg
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor
 from meta_train.tasks.features import SQUEEZENET, Features, Network, feature_extractor
 from meta_train.tasks.task import LossFunction, Optimizee, Params, Task, seeded
 
-Positive = Annotated[float, msgspec.Meta(gt=0)]
 Split = Literal["train", "validation", "tuning", "test"]
 SPLITS: dict[int, Split] = {0: "test", 1: "tuning", 2: "validation"}
 """Of every ten photos, in the order of their names, one goes to each of these; the others to ``"train"``."""
@@ -44,8 +42,6 @@ class NeuralArt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fie
         content_weight: Weight of the content.
         style_weight: Weight of the style.
         smooth: Weight of the total variation.
-        stiffness: Smallest and largest factor on the loss of a content, drawn log-uniformly for each. A rule on raw
-            gradients that has seen one factor alone knows one step size, and another painting may need smaller steps.
         network: Where features come from.
         network_file: Its weights, in the folder of the data.
 
@@ -61,18 +57,8 @@ class NeuralArt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fie
     content_weight: float = 30.0
     style_weight: float = 1000.0
     smooth: float = 300.0
-    stiffness: tuple[Positive, Positive] = (1.0, 1.0)
     network: Network = SQUEEZENET
     network_file: str = "squeezenet_v1.0_imagenet.safetensors"
-
-    def __post_init__(self) -> None:
-        """Refuse an empty range.
-
-        Raises:
-            ValueError: If the smallest stiffness is above the largest.
-        """
-        if self.stiffness[0] > self.stiffness[1]:
-            raise ValueError(f"stiffness must be [smallest, largest], got {list(self.stiffness)}")
 
     def sample(self, seed: int) -> Optimizee:
         """Refuse: pictures are needed first.
@@ -199,9 +185,6 @@ class _Studio:
                 for _ in range(task.problems)
             ]
         )
-        low, high = map(math.log, task.stiffness)
-        stiffness = torch.tensor([math.exp(rng.uniform(low, high)) for _ in range(task.problems)])
-        losses = task.loss(self.extract, contents, self.style)
         generator = seeded(seed)
         noise = start(task.problems, task.size, task.size, generator)
-        return Optimizee({"picture": noise}, lambda params: stiffness * losses(params), generator)
+        return Optimizee({"picture": noise}, task.loss(self.extract, contents, self.style), generator)
