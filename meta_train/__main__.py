@@ -64,7 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(verb=_train)
 
     judge = verbs.add_parser("evaluate", help="compare weights with tuned baselines on fresh optimizees")
-    judge.add_argument("weights", nargs="+", help="bundled names, files or Hub ids; the first is the one drawn")
+    judge.add_argument(
+        "weights",
+        nargs="+",
+        help="bundled names, files or Hub ids, parts of a model joined by +; the first is the one drawn",
+    )
     judge.add_argument("--out", type=Path, required=True, help="directory for the tables")
     what = judge.add_mutually_exclusive_group()
     what.add_argument("--task", choices=evaluate.ARENAS, default="quadratic", help="default: %(default)s")
@@ -144,13 +148,27 @@ def _with_seed(text: str, seed: int) -> str:
     return (head if count else f"seed = {seed}\n{head}") + rest
 
 
-def _labelled(names: Sequence[str]) -> list[Weights]:
-    """Load weights under short names, without the path of a file."""
-    labels = [Path(name).stem if name.endswith(".safetensors") else name for name in names]
+def _labelled(names: Sequence[str]) -> list[evaluate.Learned]:
+    """Load weights under short names; those of a model's parts come joined by ``+``."""
+    loaded = [_contestant([name] if Path(name).exists() else name.split("+")) for name in names]
+    labels = [one.name for one in loaded]
     if len(set(labels)) < len(labels):
         raise ValueError(f"weights need different names to share a table, got {', '.join(labels)}; publish them first")
-    loaded = [resolve_weights(name) for name in names]
-    return [Weights(one.rule, label, one.recipe, one.metadata) for one, label in zip(loaded, labels, strict=True)]
+    return loaded
+
+
+def _contestant(names: Sequence[str]) -> evaluate.Learned:
+    loaded = [
+        Weights(one.rule, Path(name).stem if name.endswith(".safetensors") else name, one.recipe, one.metadata)
+        for name, one in zip(names, map(resolve_weights, names), strict=True)
+    ]
+    if len(loaded) == 1:
+        return loaded[0]
+    if whole := [one.name for one in loaded if "part" not in one.metadata]:
+        raise ValueError(f"{whole[0]} moves a whole model; only weights that were meta-trained as parts of one go together")
+    together = {one.metadata["part"]: one for one in loaded}
+    shared = list(dict.fromkeys(one.name.removesuffix(f"-{part}") for part, one in together.items()))
+    return evaluate.Parted("+".join(shared), together)
 
 
 _WHERE = ("torch", "processor", "commit")
@@ -201,19 +219,23 @@ def _evaluate(options: argparse.Namespace) -> int:
         return _judge_suite(options)
     weights, arena = _labelled(options.weights), evaluate.ARENAS[options.task].on(options.data)
     judgement = evaluate.judge(
-        weights, **vars(arena), progress=lambda settings: tqdm(list(settings), unit="setting", dynamic_ncols=True)
+        weights,
+        arena,
+        cache=options.cache / "arenas",
+        progress=lambda settings: tqdm(list(settings), unit="setting", dynamic_ncols=True),
     )
-    recipe = weights[0].recipe
+    drawn = evaluate.parts(weights[0])[0]
+    names = ["+".join(part.name for part in evaluate.parts(one)) for one in weights]
     about = {
         "task": options.task,
-        "trained_to": parse_recipe(recipe).inner.horizon[1] if recipe else None,
+        "trained_to": parse_recipe(drawn.recipe).inner.horizon[1] if drawn.recipe else None,
         "optimizees": {"tuning": arena.tuning, "evaluation": arena.fresh, "seed": 0},
         "fingerprints": {one.name: one.fingerprint for one in weights},
-        "command": f"python -m meta_train evaluate {' '.join(one.name for one in weights)} --task {options.task}"
+        "command": f"python -m meta_train evaluate {' '.join(names)} --task {options.task}"
         + (" --data DIR" if options.data else ""),
     }
     evaluate.write_judgement(judgement, options.out, about)
-    evaluate.write_rows(options.out / "probe.csv", evaluate.probe(weights[0], scale=0.01))
+    evaluate.write_rows(options.out / "probe.csv", evaluate.probe(drawn, scale=0.01))
     for row in judgement.summary:
         ratio = f"{row['ratio_to_best_baseline']:.3f} x best baseline" if row["ratio_to_best_baseline"] != "" else ""
         print(
@@ -262,8 +284,8 @@ def _figures(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     (weights,) = _labelled([options.weights])
-    config = weights.rule.config
-    if not isinstance(config, AdamModulationConfig):
+    config = evaluate.parts(weights)[0].rule.config
+    if not isinstance(weights, Weights) or not isinstance(config, AdamModulationConfig):
         raise ValueError(f"{weights.name}: only a rule that modulates an Adam step can be compared with one")
     rows = responses(weights, config.step_size)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -320,9 +342,11 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _publish(options: argparse.Namespace) -> int:
-    path = publish(options.run, options.name, *([options.to] if options.to else []))
-    print(f"wrote {path.name} and {path.with_suffix('.toml').name} to {path.parent}")
-    return _upload(argparse.Namespace(**{**vars(options), "weights": path})) if options.hub else 0
+    paths = publish(options.run, options.name, *([options.to] if options.to else []))
+    print(f"wrote {', '.join(path.name for path in paths)} and {options.name}.toml to {paths[0].parent}")
+    if options.hub and len(paths) > 1:
+        raise ValueError("the parts of a model go to repositories of their own: use `upload` for each")
+    return _upload(argparse.Namespace(**{**vars(options), "weights": paths[0]})) if options.hub else 0
 
 
 def _upload(options: argparse.Namespace) -> int:

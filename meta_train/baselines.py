@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torch.optim.optimizer import ParamsT
 
-MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
+MakeOptimizer = Callable[[ParamsT], Optimizer]
+"""From parameters, or named parameters, to an optimizer."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Setting:
     lr: float
     momentum: float = 0.0
 
-    def make(self, params: Iterable[Tensor]) -> Optimizer:
+    def make(self, params: ParamsT) -> Optimizer:
         """Build the torch optimizer.
 
         Args:
@@ -49,13 +50,13 @@ class Setting:
         return f"lr={self.lr:g}" + (f" momentum={self.momentum:g}" if self.momentum else "")
 
 
-def _prodigy(params: Iterable[Tensor], lr: float) -> Optimizer:
+def _prodigy(params: ParamsT, lr: float) -> Optimizer:
     from prodigyopt import Prodigy
 
     return Prodigy(params, lr=lr)
 
 
-def _schedule_free(params: Iterable[Tensor], lr: float) -> Optimizer:
+def _schedule_free(params: ParamsT, lr: float) -> Optimizer:
     from schedulefree import AdamWScheduleFree
 
     optimizer = AdamWScheduleFree(params, lr=lr)
@@ -63,7 +64,7 @@ def _schedule_free(params: Iterable[Tensor], lr: float) -> Optimizer:
     return optimizer
 
 
-def _lbfgs(params: Iterable[Tensor], lr: float) -> Optimizer:
+def _lbfgs(params: ParamsT, lr: float) -> Optimizer:
     return LBFGS(params, lr=lr, max_iter=1, max_eval=25, history_size=20, line_search_fn="strong_wolfe")
 
 
@@ -154,6 +155,14 @@ MNIST = [
     *settings("Adam", rates(3.16e-3, 0.316)),
 ]
 """The sweep for small dense nets on MNIST, in half-decades."""
+
+CIFAR = [
+    *settings("SGD", rates(0.0316, 3.16)),
+    *settings("NAG", rates(0.01, 1.0), (0.5, 0.9, 0.95)),
+    *settings("RMSprop", rates(1e-4, 1e-2)),
+    *settings("Adam", rates(1e-3, 0.1)),
+]
+"""The sweep for small convolutional nets on CIFAR-10, in half-decades."""
 
 PICTURES = [
     *settings("SGD", rates(3.16e-3, 0.1)),

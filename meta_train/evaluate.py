@@ -9,6 +9,7 @@ the mean of the last few.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -21,10 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import ParamsT
 
 from learned_optim import LearnedOptimizer
 from learned_optim.weights import Weights
 from meta_train.baselines import (
+    CIFAR,
     CLASSIFICATION,
     FIXED,
     LBFGS_STEPS,
@@ -38,8 +41,9 @@ from meta_train.baselines import (
     best_setting,
 )
 from meta_train.outer_loop import derive_seed
+from meta_train.parts import part_of
 from meta_train.run_dir import environment, write_atomically
-from meta_train.tasks import Mixture, Mnist, NeuralArt, Optimizee, Quadratic, Quartic, Task, with_data
+from meta_train.tasks import Cifar, Mixture, Mnist, NeuralArt, Optimizee, Quadratic, Quartic, Task, with_data
 
 Row = dict[str, str | int | float]
 Rows = list[Row]
@@ -61,8 +65,9 @@ class Arena:
         tuning: Optimizees to tune baselines on.
         fresh: Optimizees to report on.
         last: Losses averaged into the final one; 1 where the loss has no noise.
-        horizons: Inner steps to report at.
+        horizons: Inner steps to report at; curves are drawn of baselines as tuned for the first.
         tuning_task: Where the optimizees to tune on come from; by default the same task.
+        criteria: What to report, of :data:`CRITERIA`.
     """
 
     task: Task
@@ -73,6 +78,7 @@ class Arena:
     last: int = 1
     horizons: Sequence[int] = HORIZONS
     tuning_task: Task | None = None
+    criteria: Sequence[str] = CRITERIA
 
     def on(self, data: Path | None) -> Arena:
         """Return the arena with the real data of a directory, where its tasks need any."""
@@ -92,6 +98,16 @@ def _mnist(*hidden: int, activation: Literal["sigmoid", "relu"] = "sigmoid") -> 
     return Arena(Mnist(hidden, activation, half="second"), MNIST, UNTUNED, tuning=5, last=10)
 
 
+ANIMALS = (2, 3, 4, 5, 7)
+"""Classes of CIFAR-5; those of CIFAR-2 are the first two, the others are what ``cifar-rest`` is meta-trained on."""
+
+
+def _cifar(*labels: int) -> Arena:
+    """Judge on the half of CIFAR-10 that nothing was meta-trained on, some classes of it or all; minutes a run."""
+    task = Cifar("second", labels or tuple(range(10)))
+    return Arena(task, CIFAR, UNTUNED, tuning=3, last=20, horizons=(1000, 100), criteria=("final",))
+
+
 ARENAS = {
     "quadratic": Arena(Quadratic(), QUADRATIC, FIXED),
     "quartic": Arena(Quartic(functions=1), QUARTIC, UNTUNED, tuning=20, fresh=50),
@@ -99,12 +115,16 @@ ARENAS = {
     "mnist": _mnist(20),
     "mnist-relu": _mnist(20, activation="relu"),
     **{f"mnist-{size}x{depth}": _mnist(*[size] * depth) for size in (5, 10, 20, 40, 80) for depth in (1, 2)},
+    "cifar": _cifar(),
+    "cifar-5": _cifar(*ANIMALS),
+    "cifar-2": _cifar(*ANIMALS[:2]),
     "neural-art": _neural_art(),
     "neural-art-style": _neural_art(style="the_scream"),
     "neural-art-double": _neural_art(size=128),
 }
 """Arenas by name: the paper's quadratics, the quartic toy, small dense classifiers of 8x8 digits, MNIST with nets of many
-sizes, and neural art with new contents, with a new style too, and at double resolution."""
+sizes, CIFAR-10 and five and two of its classes, and neural art with new contents, with a new style too, and at double
+resolution."""
 
 
 def run(
@@ -114,7 +134,7 @@ def run(
 
     Args:
         optimizee: Freshly sampled, a single problem (P = 1).
-        make_optimizer: From parameters to optimizer.
+        make_optimizer: From named parameters to optimizer.
         horizon: Inner steps, T.
         schedule: From optimizer and horizon to a schedule of the rate.
 
@@ -127,7 +147,7 @@ def run(
     if optimizee.num_problems != 1:
         raise ValueError(f"evaluate one problem at a time, got {optimizee.num_problems} side by side")
     params = {name: nn.Parameter(value[0].clone()) for name, value in optimizee.params.items()}
-    optimizer = make_optimizer(params.values())
+    optimizer = make_optimizer(params.items())
     scheduler = schedule(optimizer, horizon) if schedule else None
     losses = []
 
@@ -213,49 +233,105 @@ class Judgement:
     fixed: Rows = field(default_factory=list)
 
 
+@dataclass(frozen=True, eq=False)
+class Parted:
+    """Weights that share a model.
+
+    Args:
+        name: In tables.
+        weights: By the beginning of the names of the parameters that they move.
+    """
+
+    name: str
+    weights: Mapping[str, Weights]
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprints of all, joined by ``+``."""
+        return "+".join(weights.fingerprint for weights in self.weights.values())
+
+    def make(self, params: ParamsT) -> Optimizer:
+        """Build the shipped optimizer, with a group for each part.
+
+        Args:
+            params: Named parameters.
+
+        Returns:
+            The optimizer.
+        """
+        groups: list[dict[str, Any]] = [{"params": [], "weights": weights} for weights in self.weights.values()]
+        for name, param in dict(params).items():  # type: ignore[arg-type]
+            groups[part_of(self.weights, name)]["params"].append((name, param))
+        return LearnedOptimizer(groups)
+
+
+Learned = Weights | Parted
+
+
+def parts(learned: Learned) -> tuple[Weights, ...]:
+    """Return the weights of every part of a model."""
+    return tuple(learned.weights.values()) if isinstance(learned, Parted) else (learned,)
+
+
+Contestant = Setting | Learned
+
+
+def _ways(contestant: Contestant) -> tuple[MakeOptimizer, MakeSchedule | None]:
+    if isinstance(contestant, Setting):
+        return contestant.make, contestant.schedule
+    return learned_with(contestant), None
+
+
 class _Runs:
-    """Curves of baselines and rules, each made once for each horizon it needs."""
+    """Curves of baselines and rules, each made once for each horizon it needs; with a directory, once for all."""
 
-    def __init__(
-        self, task: Task, tuning: int, fresh: int, last: int, horizons: Sequence[int], tuning_task: Task | None
-    ) -> None:
-        self.tasks = {"tuning": tuning_task or task, "evaluation": task}
-        self.counts = {"tuning": tuning, "evaluation": fresh}
-        self.last = last
-        self.longest = max(horizons)
-        self.kept: dict[tuple[Setting | Weights, int, str], Tensor] = {}
+    def __init__(self, arena: Arena, cache: Path | None) -> None:
+        self.tasks = {"tuning": arena.tuning_task or arena.task, "evaluation": arena.task}
+        self.counts = {"tuning": arena.tuning, "evaluation": arena.fresh}
+        self.last, self.drawn, self.longest = arena.last, arena.horizons[0], max(arena.horizons)
+        self.cache = cache
+        self.kept: dict[tuple[Contestant, int, str], Tensor] = {}
 
-    def of(self, contestant: Setting | Weights, end: int, purpose: str) -> Tensor:
-        """Return the curves of a contestant; a schedule needs a run for each horizon, all others share the longest."""
-        schedule = contestant.schedule if isinstance(contestant, Setting) else None
-        horizon = end if schedule else self.longest
+    def of(self, contestant: Contestant, end: int, purpose: str) -> Tensor:
+        """Return the curves of a contestant: where no schedule depends on a horizon, longer ones serve shorter ones too."""
+        scheduled = _ways(contestant)[1] is not None
+        shared = purpose == "tuning" or end == self.drawn or (contestant, self.longest, purpose) in self.kept
+        horizon = self.longest if shared and not scheduled else end
         key = (contestant, horizon, purpose)
         if key not in self.kept:
-            make = contestant.make if isinstance(contestant, Setting) else learned_with(contestant)
-            self.kept[key] = curves(self.tasks[purpose], make, horizon, purpose, self.counts[purpose], schedule)
+            losses = [self._curve(contestant, horizon, purpose, index) for index in range(self.counts[purpose])]
+            self.kept[key] = torch.tensor(losses, dtype=torch.float64)
         return self.kept[key]
 
-    def score(self, contestant: Setting | Weights, criterion: str, end: int, purpose: str = "evaluation") -> Tensor:
+    def _curve(self, contestant: Contestant, horizon: int, purpose: str, index: int) -> list[float]:
+        task = self.tasks[purpose]
+        who = f"{contestant.optimizer} {contestant}" if isinstance(contestant, Setting) else contestant.fingerprint
+        digest = hashlib.sha256(repr((task, who, horizon, purpose, index)).encode()).hexdigest()[:16]
+        file = self.cache / f"{digest}.json" if self.cache else None
+        if file and file.exists():
+            return json.loads(file.read_text())
+        make, schedule = _ways(contestant)
+        losses = run(task.sample(derive_seed(0, purpose, index)), make, horizon, schedule)
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps(losses).encode())
+        return losses
+
+    def score(self, contestant: Contestant, criterion: str, end: int, purpose: str = "evaluation") -> Tensor:
         """Return one number for each optimizee."""
         return measure(criterion, self.of(contestant, end, purpose), end, self.last)
 
-    def diverges(self, contestant: Setting | Weights, end: int) -> bool:
+    def diverges(self, contestant: Contestant, end: int) -> bool:
         """Return whether any fresh optimizee ends above where they all start."""
         losses = self.of(contestant, end, "evaluation")
         return bool(losses[:, end].max() > losses[:, 0].max())
 
 
 def judge(
-    learned: Sequence[Weights],
-    task: Task | None = None,
-    sweep: Sequence[Setting] = QUADRATIC,
+    learned: Sequence[Learned],
+    arena: Arena,
     *,
-    untuned: Sequence[Setting] = FIXED,
-    tuning: int = 10,
-    fresh: int = 20,
-    last: int = 1,
-    horizons: Sequence[int] = HORIZONS,
-    tuning_task: Task | None = None,
+    cache: Path | None = None,
     progress: Callable[[Iterable[Setting]], Iterable[Setting]] = iter,
 ) -> Judgement:
     """Compare learned rules with tuned baselines.
@@ -265,44 +341,43 @@ def judge(
 
     Args:
         learned: Rules, of different names; they are not tuned.
-        task: Where optimizees come from; the paper's quadratics by default.
-        sweep: Every setting of every baseline.
-        untuned: Settings that are reported as they are.
-        tuning: Optimizees to tune baselines on.
-        fresh: Optimizees to report on.
-        last: Losses averaged into the final one; 1 where the loss has no noise.
-        horizons: Inner steps to report at.
-        tuning_task: Where the optimizees to tune on come from; by default ``task``.
+        arena: What they are judged on.
+        cache: Directory of finished runs, each a file named by a hash of task, contestant, horizon and optimizee; what it
+            holds is not run again.
         progress: Wraps the settings while tuning, to show how far it is.
 
     Returns:
         The judgement.
     """
-    runs = _Runs(Quadratic() if task is None else task, tuning, fresh, last, horizons, tuning_task)
-    judgement = Judgement()
-    settings = list(dict.fromkeys(sweep))
+    runs, judgement = _Runs(arena, cache), Judgement()
+    settings = list(dict.fromkeys(arena.sweep))
     for setting in progress(settings):
-        scores = {f"{c}_{end}": runs.score(setting, c, end, "tuning").mean() for end in horizons for c in CRITERIA}
-        rounded = {name: _rounded(value) for name, value in scores.items()}
+        scores = {
+            f"{criterion}_{end}": _rounded(runs.score(setting, criterion, end, "tuning").mean())
+            for end in arena.horizons
+            for criterion in arena.criteria
+        }
         hyperparameters: Row = {"lr": setting.lr, "momentum": setting.momentum}
-        judgement.sweep.append({"optimizer": setting.optimizer, **hyperparameters, **rounded, "n": tuning})
-    for end in horizons:
-        for criterion in CRITERIA:
+        judgement.sweep.append({"optimizer": setting.optimizer, **hyperparameters, **scores, "n": arena.tuning})
+    for end in arena.horizons:
+        for criterion in arena.criteria:
             chosen = _tuned(runs, settings, criterion, end)
             judgement.summary.extend(_summary(runs, chosen, learned, criterion, end))
-            if (criterion, end) == ("final", horizons[0]):
-                others = {setting.optimizer: setting for setting in untuned if setting.optimizer not in chosen}
+            if (criterion, end) == ("final", arena.horizons[0]):
+                others = {setting.optimizer: setting for setting in arena.untuned if setting.optimizer not in chosen}
                 judgement.curves.extend(_curves(runs, chosen | others, learned, end))
-            for setting in untuned:
+            for setting in arena.untuned:
                 row: Row = {"horizon": end, "criterion": criterion, "optimizer": setting.optimizer, "setting": str(setting)}
                 judgement.fixed.append({**row, **_statistics(runs.score(setting, criterion, end))})
     return judgement
 
 
-def learned_with(weights: Weights) -> MakeOptimizer:
+def learned_with(weights: Learned) -> MakeOptimizer:
     """Return a maker of the shipped optimizer with the given weights."""
+    if isinstance(weights, Parted):
+        return weights.make
 
-    def make(params: Iterable[Tensor]) -> Optimizer:
+    def make(params: ParamsT) -> Optimizer:
         return LearnedOptimizer(params, weights=weights)
 
     return make
@@ -321,7 +396,7 @@ def _tuned(runs: _Runs, settings: Sequence[Setting], criterion: str, end: int) -
 
 
 def _summary(
-    runs: _Runs, chosen: Mapping[str, Setting], learned: Sequence[Weights], criterion: str, end: int
+    runs: _Runs, chosen: Mapping[str, Setting], learned: Sequence[Learned], criterion: str, end: int
 ) -> Iterator[Row]:
     results = {name: (str(setting), runs.score(setting, criterion, end)) for name, setting in chosen.items()}
     best = min(float(values.mean()) for _, values in results.values())
@@ -332,8 +407,8 @@ def _summary(
         yield {**row, **_statistics(values), "ratio_to_best_baseline": ratio}
 
 
-def _curves(runs: _Runs, chosen: Mapping[str, Setting], learned: Sequence[Weights], end: int) -> Iterator[Row]:
-    contestants: dict[str, Setting | Weights] = {f"{LEARNED} ({weights.name})": weights for weights in learned}
+def _curves(runs: _Runs, chosen: Mapping[str, Setting], learned: Sequence[Learned], end: int) -> Iterator[Row]:
+    contestants: dict[str, Contestant] = {f"{LEARNED} ({weights.name})": weights for weights in learned}
     for name, contestant in (contestants | dict(chosen)).items():
         text = str(contestant) if isinstance(contestant, Setting) else ""
         for step, column in enumerate(runs.of(contestant, end, "evaluation").T):

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from learned_optim.backends import native
-from learned_optim.rules import Memory, UpdateRule
+from learned_optim.rules import Memory
 from learned_optim.rules.storage import names
+from meta_train.parts import AnyRule, first, members, parts_of
 from meta_train.tasks.task import Optimizee
 
 
@@ -27,7 +28,7 @@ class InnerSteps(Protocol):
         ...
 
 
-def inner_steps(rule: UpdateRule, optimizee: Optimizee, params: Tensor, memory: Memory) -> InnerSteps:
+def inner_steps(rule: AnyRule, optimizee: Optimizee, params: Tensor, memory: Memory) -> InnerSteps:
     """Return inner steps from a start, which is not modified.
 
     Args:
@@ -39,15 +40,16 @@ def inner_steps(rule: UpdateRule, optimizee: Optimizee, params: Tensor, memory: 
     Returns:
         The fastest way to take them.
     """
-    return (CompiledSteps if native.supports(rule) else PlainSteps)(rule, optimizee, params, memory)
+    return (CompiledSteps if native.supports(first(rule)) else PlainSteps)(rule, optimizee, params, memory)
 
 
-def scale_bounds(rule: UpdateRule, optimizee: Optimizee) -> tuple[Tensor, Tensor] | None:
+def scale_bounds(rule: AnyRule, optimizee: Optimizee) -> tuple[Tensor, Tensor] | None:
     """Return the rule's bounds of each tensor of a problem, two of ``(tensors,)``, or None where it takes no scale."""
-    if not rule.uses_scale:
+    one = first(rule)
+    if not one.uses_scale:
         return None
-    bounds = [rule.scale_bounds(value[0].numel()) for value in optimizee.params.values()]
-    floors, ceilings = rule.readout.weight.new_tensor(bounds).unbind(1)
+    bounds = [one.scale_bounds(value[0].numel()) for value in optimizee.params.values()]
+    floors, ceilings = one.readout.weight.new_tensor(bounds).unbind(1)
     return floors, ceilings
 
 
@@ -58,8 +60,42 @@ def tensor_scales(bounds: tuple[Tensor, Tensor] | None, optimizee: Optimizee, pa
     return (params.detach().square() @ optimizee.tensor_means.to(params)).sqrt().clamp(*bounds)
 
 
+def plain_step(
+    rule: AnyRule, optimizee: Optimizee, grad: Tensor, memory: Memory, step: int, scales: Tensor | None
+) -> tuple[Tensor, Memory]:
+    """Take an inner step the readable way: :meth:`UpdateRule.forward` on all coordinates of each part.
+
+    Args:
+        rule: In any dtype, on any device.
+        optimizee: Says which coordinates share a tensor.
+        grad: ``(P, D)``.
+        memory: For all P * D coordinates. Not modified.
+        step: Inner steps including this one.
+        scales: From :func:`tensor_scales`.
+
+    Returns:
+        The update ``(P, D)`` and the new memory, with a graph where the rule's meta-parameters want one.
+    """
+    scale = None if scales is None else scales[:, optimizee.tensor_index].flatten()
+    count, flat, rules = grad.new_tensor(float(step)), grad.flatten(), members(rule)
+    if len(rules) == 1:
+        update, memory, _ = first(rule)(flat, memory, count, scale)
+        return update.view_as(grad), memory
+    owner = parts_of(rule, optimizee.params)[optimizee.tensor_index].repeat(len(grad))
+    order = [(owner == part).nonzero().squeeze(1) for part in range(len(rules))]
+    updates, memories = [], []
+    for one, chosen in zip(rules.values(), order, strict=True):
+        of_part = {name: values[chosen] for name, values in memory.items()}
+        update, of_part, _ = one(flat[chosen], of_part, count, None if scale is None else scale[chosen])
+        updates.append(update)
+        memories.append(of_part)
+    back = torch.cat(order).argsort()
+    joined = {name: torch.cat([of_part[name] for of_part in memories])[back] for name in memory}
+    return torch.cat(updates)[back].view_as(grad), joined
+
+
 class PlainSteps:
-    """The readable way: :meth:`UpdateRule.forward` on all coordinates.
+    """:func:`plain_step`, step by step.
 
     Args:
         rule: In any dtype, on any device.
@@ -68,14 +104,13 @@ class PlainSteps:
         memory: For all P * D coordinates.
     """
 
-    def __init__(self, rule: UpdateRule, optimizee: Optimizee, params: Tensor, memory: Memory) -> None:
+    def __init__(self, rule: AnyRule, optimizee: Optimizee, params: Tensor, memory: Memory) -> None:
         self.rule, self.optimizee, self.params, self.memory = rule, optimizee, params, memory
 
     def take(self, grad: Tensor, step: int, scales: Tensor | None) -> None:
         """Take an inner step."""
-        scale = None if scales is None else scales[:, self.optimizee.tensor_index].flatten()
-        update, self.memory, _ = self.rule(grad.flatten(), self.memory, self.params.new_tensor(float(step)), scale)
-        self.params = self.params + update.view_as(self.params)
+        update, self.memory = plain_step(self.rule, self.optimizee, grad, self.memory, step, scales)
+        self.params = self.params + update
 
 
 class CompiledSteps:
@@ -88,18 +123,31 @@ class CompiledSteps:
         memory: For all P * D coordinates.
     """
 
-    def __init__(self, rule: UpdateRule, optimizee: Optimizee, params: Tensor, memory: Memory) -> None:
+    def __init__(self, rule: AnyRule, optimizee: Optimizee, params: Tensor, memory: Memory) -> None:
         self.params, self.memory = params.clone(), {name: values.clone() for name, values in memory.items()}
-        # Whoever takes no statistic of a tensor need not know where one ends.
+        self._step, self._grad = torch.zeros(()), torch.empty_like(self.params)
+        one, rules = first(rule), members(rule)
         lengths = [value[0].numel() for value in optimizee.params.values()] * len(params)
-        lengths = lengths if rule.uses_scale else [params.numel()]
-        self._step, self._scales = torch.zeros(()), torch.empty(len(lengths) if rule.uses_scale else 0)
-        self._grad = torch.empty_like(self.params)
-        self._grads = self._grad.view(-1).split(lengths)
-        kept = [piece for name in names(rule, memory) for piece in self.memory[name].split(lengths)]
-        steps = [self._step] * len(lengths)
-        self._table = native.Table(self.params.view(-1).split(lengths), kept, steps, self._scales.unbind())
-        self._rule, self._weights = native.struct(native.describe(rule)), native.packed(rule)
+        owners = parts_of(rule, optimizee.params).tolist() * len(params)
+        self._scales = torch.empty(len(lengths) if one.uses_scale else 0)
+        if len(rules) == 1 and not one.uses_scale:
+            # Whoever takes no statistic of a tensor need not know where one ends.
+            lengths, owners = [params.numel()], [0]
+        grads, flat = self._grad.view(-1).split(lengths), self.params.view(-1).split(lengths)
+        kept = [self.memory[name].split(lengths) for name in names(one, memory)]
+        scales = self._scales.unbind()
+        self._parts = []
+        for part, member in enumerate(rules.values()):
+            own = [piece for piece, owner in enumerate(owners) if owner == part]
+            if own:
+                table = native.Table(
+                    [flat[piece] for piece in own],
+                    [pieces[piece] for pieces in kept for piece in own],
+                    [self._step] * len(own),
+                    [scales[piece] for piece in own] if one.uses_scale else [],
+                )
+                packed = native.struct(native.describe(member)), native.packed(member)
+                self._parts.append((table, packed, [grads[piece] for piece in own]))
 
     def take(self, grad: Tensor, step: int, scales: Tensor | None) -> None:
         """Take an inner step."""
@@ -107,4 +155,5 @@ class CompiledSteps:
             self._scales.copy_(scales.flatten())
         self._step.fill_(step)
         self._grad.copy_(grad)
-        self._table.run(self._rule, self._weights, self._grads, lr=1.0, weight_decay=0.0, maximize=False)
+        for table, packed, grads in self._parts:
+            table.run(*packed, grads, lr=1.0, weight_decay=0.0, maximize=False)

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from learned_optim.backends.native_lstm import native_sequence, native_supports
 from learned_optim.rules import Memory, UpdateRule
-from meta_train.inner_steps import inner_steps, scale_bounds, tensor_scales
+from meta_train.inner_steps import inner_steps, plain_step, scale_bounds, tensor_scales
+from meta_train.parts import AnyRule, first, members, parts_of
 from meta_train.tasks.task import Optimizee
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -64,6 +65,7 @@ class RollOut:
         active: ``(K, M)``.
         start: Hidden and cell before the first step, each ``(M, L * H)``.
         problem: ``(M,)``, the problem each coordinate belongs to.
+        part: ``(M,)``, the position of the rule that moves it.
         share: How likely each coordinate was to be among the M, ``(M,)``.
     """
 
@@ -74,10 +76,11 @@ class RollOut:
     active: Tensor
     start: tuple[Tensor, Tensor]
     problem: Tensor
+    part: Tensor
     share: Tensor
 
 
-def start_episode(rule: UpdateRule, optimizee: Optimizee, params: Tensor | None = None) -> Carry:
+def start_episode(rule: AnyRule, optimizee: Optimizee, params: Tensor | None = None) -> Carry:
     """Return the carry of a fresh optimizee: memory at rest, first loss and gradient evaluated.
 
     Args:
@@ -88,10 +91,11 @@ def start_episode(rule: UpdateRule, optimizee: Optimizee, params: Tensor | None 
     Returns:
         The carry at inner step 0.
     """
-    like = rule.readout.weight.detach()
+    one = first(rule)
+    like = one.readout.weight.detach()
     params = (optimizee.flat_params() if params is None else params).to(like)
     loss, grad = loss_and_grad(optimizee, params)
-    return Carry(params, rule.initial_memory(params.numel(), like), 0, loss, grad, loss)
+    return Carry(params, one.initial_memory(params.numel(), like), 0, loss, grad, loss)
 
 
 def loss_and_grad(optimizee: Optimizee, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,12 +176,12 @@ def sample_coordinates(optimizee: Optimizee, wanted: int, generator: torch.Gener
 
 @torch.no_grad()
 def roll_out(
-    rule: UpdateRule, optimizee: Optimizee, carry: Carry, truncation: int, coordinates: Sample | None = None
+    rule: AnyRule, optimizee: Optimizee, carry: Carry, truncation: int, coordinates: Sample | None = None
 ) -> tuple[RollOut, Carry]:
     """Take K inner steps without a graph.
 
     Args:
-        rule: The rule being meta-trained.
+        rule: What is meta-trained: a rule, or several that share the model.
         optimizee: Its minibatches advance.
         carry: Where to start.
         truncation: Inner steps, K.
@@ -205,7 +209,7 @@ def roll_out(
     memory = {name: torch.cat([memory[name] for memory in memories]) for name in carry.memory}
     steps = torch.arange(carry.step + 1, carry.step + truncation + 1).to(grad).repeat_interleave(chosen.numel())
     scale = torch.cat(scales_seen) if scales_seen else None
-    seen = rule.encode(torch.cat(grads[:-1]), memory, steps, scale)
+    seen = first(rule).encode(torch.cat(grads[:-1]), memory, steps, scale)
     record = RollOut(
         losses=torch.stack(losses),
         grads=torch.stack(grads[1:]),
@@ -214,12 +218,13 @@ def roll_out(
         active=seen.active.unflatten(0, (truncation, chosen.numel())),
         start=(carry.memory["hidden"][chosen], carry.memory["cell"][chosen]),
         problem=problem,
+        part=parts_of(rule, optimizee.params)[tensor],
         share=share.to(grad),
     )
     return record, Carry(inner.params, inner.memory, carry.step + truncation, loss, grad, carry.initial_loss)
 
 
-def backpropagate(rule: UpdateRule, record: RollOut, weights: Tensor, discount: float = 1.0) -> None:
+def backpropagate(rule: AnyRule, record: RollOut, weights: Tensor, discount: float = 1.0) -> None:
     """Add the meta-gradient of a recorded truncation to the ``.grad`` of the rule's meta-parameters.
 
     Args:
@@ -230,17 +235,29 @@ def backpropagate(rule: UpdateRule, record: RollOut, weights: Tensor, discount: 
     """
     weighted = record.grads * weights[:, record.problem]
     future = _suffix_sum(weighted, discount) / record.share
+    rules = members(rule)
+    for part, one in enumerate(rules.values()):
+        if len(rules) == 1:
+            _replay(one, record.inputs, record.contexts, record.active, record.start, future)
+        elif (own := record.part == part).any():
+            start = (record.start[0][own], record.start[1][own])
+            _replay(one, record.inputs[:, own], record.contexts[:, own], record.active[:, own], start, future[:, own])
+
+
+def _replay(
+    rule: UpdateRule, inputs: Tensor, contexts: Tensor, active: Tensor, start: tuple[Tensor, Tensor], future: Tensor
+) -> None:
+    """Run recorded inputs through one rule's LSTM and backpropagate G, ``future``, through its updates."""
     if native_supports(rule.lstm):
-        hiddens = native_sequence(rule.lstm, record.inputs, record.start, record.active)
-        (future * rule.decode(hiddens, record.contexts)).sum().backward()
+        hiddens = native_sequence(rule.lstm, inputs, start, active)
+        (future * rule.decode(hiddens, contexts)).sum().backward()
         return
-    whole = record.active.all(0)
+    whole = active.all(0)
     # The fused LSTM cannot hold a coordinate's memory, so those that wake or are skipped on the way go step by step.
-    for chosen, replay in ((whole, _replay_fused), (record.active.any(0) & ~whole, _replay_holding)):
+    for chosen, replay in ((whole, _replay_fused), (active.any(0) & ~whole, _replay_holding)):
         if chosen.any():
-            start = (record.start[0][chosen], record.start[1][chosen])
-            hiddens = replay(rule, record.inputs[:, chosen], start, record.active[:, chosen])
-            (future[:, chosen] * rule.decode(hiddens, record.contexts[:, chosen])).sum().backward()
+            hiddens = replay(rule, inputs[:, chosen], (start[0][chosen], start[1][chosen]), active[:, chosen])
+            (future[:, chosen] * rule.decode(hiddens, contexts[:, chosen])).sum().backward()
 
 
 def _suffix_sum(values: Tensor, discount: float) -> Tensor:
@@ -268,7 +285,7 @@ def _replay_holding(rule: UpdateRule, inputs: Tensor, carry: tuple[Tensor, Tenso
 
 
 def unroll(
-    rule: UpdateRule,
+    rule: AnyRule,
     optimizee: Optimizee,
     carry: Carry,
     truncation: int,
@@ -296,9 +313,8 @@ def unroll(
     grad, losses, bounds = carry.grad, [], scale_bounds(rule, optimizee)
     for step in range(carry.step + 1, carry.step + truncation + 1):
         scales = tensor_scales(bounds, optimizee, params)
-        scale = None if scales is None else scales[:, optimizee.tensor_index].flatten()
-        update, memory, _ = rule(grad.flatten(), memory, params.new_tensor(float(step)), scale)
-        params = params + update.view_as(params)
+        update, memory = plain_step(rule, optimizee, grad, memory, step, scales)
+        params = params + update
         loss = optimizee.losses(optimizee.unflatten(params))
         losses.append(loss)
         (grad,) = torch.autograd.grad(loss.sum(), params, retain_graph=True, create_graph=second_derivatives)

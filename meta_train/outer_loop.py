@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learned_optim.rules import UpdateRule
 from meta_train.meta_gradient import (
     Carry,
     Objective,
@@ -26,6 +25,7 @@ from meta_train.meta_gradient import (
     start_episode,
     unroll,
 )
+from meta_train.parts import AnyRule, members
 from meta_train.recipe import InnerLoop, OuterLoop, Recipe
 from meta_train.tasks import Optimizee, Task, seeded, with_data
 
@@ -84,16 +84,17 @@ class MetaTraining:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(recipe.seed, "meta-parameters"))
             self.rule = recipe.build_rule()
-        for layer in range(self.rule.lstm.num_layers):
-            getattr(self.rule.lstm, f"bias_ih_l{layer}").data.view(4, -1)[1] += recipe.outer.forget_bias
-        self.rule.readout.weight.data *= recipe.outer.readout
-        self.average: UpdateRule = copy.deepcopy(self.rule)
+        for rule in members(self.rule).values():
+            for layer in range(rule.lstm.num_layers):
+                getattr(rule.lstm, f"bias_ih_l{layer}").data.view(4, -1)[1] += recipe.outer.forget_bias
+            rule.readout.weight.data *= recipe.outer.readout
+        self.average: AnyRule = copy.deepcopy(self.rule)
         self.outer_optimizer = torch.optim.AdamW(self.rule.parameters(), weight_decay=recipe.outer.weight_decay)
         self.step = 0
         self.episodes_started = 0
         self.episodes: list[Episode | None] = [None] * recipe.outer.episodes
         self.best_validation = math.inf
-        self.best: UpdateRule = self.in_use(self.rule)
+        self.best: AnyRule = self.in_use(self.rule)
 
     def __iter__(self) -> Iterator[OuterStep]:
         """Take outer steps until the recipe's number is reached, from wherever this run stands.
@@ -182,7 +183,7 @@ class MetaTraining:
             return None
         return validate(self.in_use(self.average), self.validation_task, self.recipe)
 
-    def in_use(self, rule: UpdateRule) -> UpdateRule:
+    def in_use(self, rule: AnyRule) -> AnyRule:
         """Return a copy of a rule of this run as it will be used: with the options of the recipe's ``use``."""
         with torch.random.fork_rng(devices=[]):
             used = self.recipe.build_rule(in_use=True)
@@ -234,7 +235,7 @@ class MetaTraining:
             self.episodes[slot] = Episode(saved["seed"], saved["horizon"], optimizee, Carry(**saved["carry"]))
 
 
-def validate(rule: UpdateRule, task: Task, recipe: Recipe) -> float:
+def validate(rule: AnyRule, task: Task, recipe: Recipe) -> float:
     """Return the recipe's validation figure over whole episodes of fixed optimizees.
 
     With the mean objective that is the mean loss. With the others it is the mean of ``log(loss / initial loss)`` around a

@@ -7,13 +7,16 @@ import re
 from pathlib import Path
 
 from learned_optim.weights import Weights, read_weights, write_weights
-from meta_train.run_dir import BEST, ENVIRONMENT, RECIPE, write_atomically
+from meta_train.recipe import parse_recipe
+from meta_train.run_dir import BEST, ENVIRONMENT, RECIPE, of_part, write_atomically
 
 WEIGHTS_DIR = Path(__file__).parent.parent / "learned_optim" / "weights"
 
 
-def publish(run: str | Path, name: str, to: str | Path = WEIGHTS_DIR) -> Path:
+def publish(run: str | Path, name: str, to: str | Path = WEIGHTS_DIR) -> list[Path]:
     """Write the best weights of a run as ``name.safetensors`` beside their recipe ``name.toml``.
+
+    Of a run whose recipe names ``parts``, each part's weights become ``name-PART.safetensors`` beside the one recipe.
 
     Args:
         run: A run directory.
@@ -21,7 +24,7 @@ def publish(run: str | Path, name: str, to: str | Path = WEIGHTS_DIR) -> Path:
         to: Where to put them; by default among those bundled with the package.
 
     Returns:
-        The weight file.
+        The weight files.
 
     Raises:
         ValueError: If the run has kept no weights, or the name is no plain file name.
@@ -31,13 +34,22 @@ def publish(run: str | Path, name: str, to: str | Path = WEIGHTS_DIR) -> Path:
         raise ValueError(f"{name!r} cannot name weights: use letters, digits, '-', '_' and '.', and no path (that is --to)")
     if not to.is_dir():
         raise ValueError(f"{to} is no directory; make it first")
-    if not (run / BEST).exists():
-        raise ValueError(f"{run} holds no {BEST}; train it first, or wait for its first checkpoint")
-    weights = read_weights(run / BEST)
-    recipe = (run / RECIPE).read_text()
+    parts = parse_recipe(recipe).parts if (recipe := _text(run / RECIPE)) else ()
+    best = {part: run / of_part(BEST, part) for part in parts or ("",)}
+    for path in best.values():
+        if not path.exists():
+            raise ValueError(f"{run} holds no {path.name}; train it first, or wait for its first checkpoint")
     environment = json.loads((run / ENVIRONMENT).read_text())
     kept = {"processor": environment["processor"], "threads": str(environment["threads"])}
-    target = to / f"{name}.safetensors"
-    write_weights(target, Weights(weights.rule, name, recipe, {**weights.metadata, **kept}))
+    targets = []
+    for part, path in best.items():
+        target = to / of_part(f"{name}.safetensors", part)
+        weights = read_weights(path)
+        write_weights(target, Weights(weights.rule, target.stem, recipe, {**weights.metadata, **kept}))
+        targets.append(target)
     write_atomically(to / f"{name}.toml", recipe.encode())
-    return target
+    return targets
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from learned_optim.rules import UpdateRule, build_rule
+from learned_optim.rules import build_rule
 from meta_train.judging.held_out_kinds import HeldOut
+from meta_train.parts import AnyRule, Parts, part_of
 from meta_train.tasks import TaskRecipe
 
 if sys.version_info >= (3, 11):
@@ -19,6 +20,7 @@ else:
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
+PartName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][\w.]*$")]
 
 
 class InnerLoop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -128,6 +130,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         use: Options of the rule that differ in use from meta-training: rules are validated, kept and published with them.
             None may change the shape of the meta-parameters. A truncated meta-gradient sees no gain beyond its truncation,
             so rules are meta-trained to hurry; a clock (``time_scales``) that runs slower in use makes up for it.
+        parts: Beginnings of names of parameters: a rule for each, with meta-parameters of its own, moves those whose names
+            begin so. Empty: one rule moves everything.
         seed: Decides everything random.
         schema: Version of this format.
     """
@@ -139,6 +143,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     validation: Validation
     stages: tuple[Stage, ...] = ()
     use: dict[str, Any] = {}
+    parts: tuple[PartName, ...] = ()
     seed: int = 0
     schema: Literal[1] = 1
 
@@ -159,14 +164,14 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Outer steps of the whole run."""
         return sum(outer.steps for _, outer in self.phases)
 
-    def build_rule(self, *, in_use: bool = False) -> UpdateRule:
-        """Build the untrained rule; the caller seeds torch's generator.
+    def build_rule(self, *, in_use: bool = False) -> AnyRule:
+        """Build the untrained rule, or the rules of all parts; the caller seeds torch's generator.
 
         Args:
             in_use: With the options of ``use``, not those of meta-training.
 
         Returns:
-            The rule.
+            The rule, or :class:`~meta_train.parts.Parts`.
 
         Raises:
             ValueError: If the rule's family or an option is unknown.
@@ -174,7 +179,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         options = {**self.rule, **self.use} if in_use else dict(self.rule)
         if "family" not in options:
             raise ValueError('the recipe\'s [rule] names no family; write, for example, family = "paper"')
-        return build_rule(options.pop("family"), **options)
+        family = options.pop("family")
+        if self.parts:
+            return Parts({part: build_rule(family, **options) for part in self.parts})
+        return build_rule(family, **options)
 
 
 def parse_recipe(text: str) -> Recipe:
@@ -198,6 +206,8 @@ def parse_recipe(text: str) -> Recipe:
     trained, used = (recipe.build_rule(in_use=in_use).state_dict() for in_use in (False, True))
     if {name: value.shape for name, value in trained.items()} != {name: value.shape for name, value in used.items()}:
         raise ValueError(f"[use] must not change the shape of the meta-parameters, got {recipe.use}")
+    for part in recipe.parts:
+        part_of(recipe.parts, part)
     for shortest, longest in (inner.horizon for inner, _ in recipe.phases):
         if shortest > longest:
             raise ValueError(f"a horizon must be [shortest, longest], got {[shortest, longest]}")

@@ -20,13 +20,18 @@ from typing import Any
 
 import torch
 
-from learned_optim.rules import UpdateRule
 from learned_optim.weights import Weights, write_weights
 from meta_train.outer_loop import MetaTraining, OuterStep
+from meta_train.parts import AnyRule, members
 from meta_train.recipe import parse_recipe
 
 RECIPE, ENVIRONMENT, METRICS, CHECKPOINT = "recipe.toml", "environment.json", "metrics.jsonl", "checkpoint.pt"
 BEST, LAST = "best.safetensors", "last.safetensors"
+
+
+def of_part(name: str, part: str) -> str:
+    """Name the weight file of one part of a model; a rule that moves everything is the part ``""``."""
+    return name.replace(".safetensors", f"-{part}.safetensors") if part else name
 
 
 class RunDir:
@@ -77,7 +82,7 @@ class RunDir:
             if record.step % checkpoint_every == 0 or record.step == self.run.recipe.steps:
                 self._checkpoint()
             yield record
-        if not (self.path / LAST).exists():
+        if not (self.path / of_part(LAST, next(iter(members(self.run.rule))))).exists():
             self._checkpoint()
 
     def changes_since_start(self) -> list[str]:
@@ -85,22 +90,23 @@ class RunDir:
         before, now = json.loads((self.path / ENVIRONMENT).read_text()), environment()
         return [f"{k} {before[k]} -> {now[k]}" for k in ("torch", "processor", "threads") if before[k] != now[k]]
 
-    def _weights(self, rule: UpdateRule, name: str, step: int, validation: float) -> Weights:
-        """Wrap a rule of this run with its recipe and provenance."""
+    def _write(self, file: str, rule: AnyRule, name: str, step: int, validation: float) -> None:
+        """Write a rule of this run, or each of its parts, with recipe and provenance."""
         kept = json.loads((self.path / ENVIRONMENT).read_text())
         provenance = {"commit": kept["commit"], "torch": kept["torch"], "outer_steps": str(step)}
-        return Weights(rule, name, self.recipe_text, {**provenance, "validation": f"{validation:.6g}"})
+        provenance["validation"] = f"{validation:.6g}"
+        for part, one in members(rule).items():
+            about = {**provenance, "part": part} if part else provenance
+            write_weights(self.path / of_part(file, part), Weights(one, name, self.recipe_text, about))
 
     def _checkpoint(self) -> None:
         # Weights first: if the run is killed in between, the older checkpoint makes them again.
         best = [record for record in self._validations if record["is_best"]]
         if best and math.isfinite(best[-1]["validation"]):
-            weights = self._weights(self.run.best, "best", best[-1]["step"], best[-1]["validation"])
-            write_weights(self.path / BEST, weights)
+            self._write(BEST, self.run.best, "best", best[-1]["step"], best[-1]["validation"])
         if self.run.step == self.run.recipe.steps:
             validation = self._validations[-1]["validation"]
-            last = self._weights(self.run.in_use(self.run.average), "last", self.run.step, validation)
-            write_weights(self.path / LAST, last)
+            self._write(LAST, self.run.in_use(self.run.average), "last", self.run.step, validation)
         buffer = io.BytesIO()
         torch.save(self.run.state_dict(), buffer)
         with (self.path / METRICS).open("a") as metrics:

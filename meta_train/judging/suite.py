@@ -23,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import ParamsT
 
 from learned_optim import LearnedOptimizer
 from learned_optim.weights import Weights, resolve_weights
@@ -55,7 +56,7 @@ class Learned:
     lr: float = 1.0
     schedule: None = None
 
-    def make(self, params: Iterable[Tensor]) -> Optimizer:
+    def make(self, params: ParamsT) -> Optimizer:
         """Build the shipped optimizer."""
         return LearnedOptimizer(params, lr=self.lr, weights=_resolved(self.weights))
 

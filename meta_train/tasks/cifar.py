@@ -6,7 +6,7 @@ import functools
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import torch
@@ -27,6 +27,7 @@ class Cifar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
     batch norm and ReLU, and a readout.
 
     Args:
+        half: Of the training photos; to meta-train on one and judge on the other.
         labels: Classes that are kept, as the net's outputs in this order; CIFAR-5 and CIFAR-2 keep five and two.
         channels: Of each convolution.
         kernel: Side of the convolutions' kernels, odd.
@@ -39,6 +40,7 @@ class Cifar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
         Andrychowicz et al. 2016, arXiv:1606.04474, section 3.3; sizes of the convolutions are those of DeepMind's code.
     """
 
+    half: Literal["first", "second"] = "first"
     labels: Labels = tuple(range(10))
     channels: tuple[Count, ...] = (16, 16, 16)
     kernel: Count = 5
@@ -67,7 +69,7 @@ class Cifar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
         Returns:
             P problems whose parameters are named ``conv0.weight`` and so on, ``dense0.weight`` and so on.
         """
-        return self.sample_from(*_photos(self.labels, None), seed)
+        return self.sample_from(*_photos(self.half, self.labels, None), seed)
 
     def on(self, data: Path) -> Task:
         """Return the task with the photos of a directory.
@@ -128,17 +130,16 @@ class Cifar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
             ``(P, B, classes)``.
         """
         problems, batch = x.shape[:2]
+        # All problems in one convolution: each is a group of channels.
+        x = x.transpose(0, 1).flatten(1, 2).contiguous(memory_format=torch.channels_last)
         for layer in range(len(self.channels)):
-            # All problems in one convolution: each is a group of channels.
-            x, weight = x.transpose(0, 1).flatten(1, 2), params[f"conv{layer}.weight"].flatten(0, 1)
-            x = F.conv2d(x, weight, padding=self.kernel // 2, groups=problems)
-            x = x.view(batch, problems, -1, *x.shape[2:]).transpose(0, 1)
-            x = _normalise(x, params[f"conv{layer}.gain"], params[f"conv{layer}.bias"], (1, 3, 4)).relu()
-            x = F.max_pool2d(x.flatten(0, 1), 2).unflatten(0, (problems, batch))
-        x = x.flatten(2)
+            x = F.conv2d(x, params[f"conv{layer}.weight"].flatten(0, 1), padding=self.kernel // 2, groups=problems)
+            # The larger of two is the same before ReLU as behind it, but there are fewer to take it of.
+            x = F.max_pool2d(_normalise(x, params, f"conv{layer}"), 2).relu()
+        x = x.reshape(batch, problems, -1).transpose(0, 1)
         for layer in range(len(self.dense)):
-            x = x @ params[f"dense{layer}.weight"]
-            x = _normalise(x, params[f"dense{layer}.gain"], params[f"dense{layer}.bias"], (1,)).relu()
+            x = (x @ params[f"dense{layer}.weight"]).transpose(0, 1).flatten(1)
+            x = _normalise(x, params, f"dense{layer}").relu().unflatten(1, (problems, -1)).transpose(0, 1)
         readout = f"dense{len(self.dense)}"
         return x @ params[f"{readout}.weight"] + params[f"{readout}.bias"].unsqueeze(1)
 
@@ -146,19 +147,19 @@ class Cifar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
         return {f"{layer}.gain": torch.ones(self.problems, size), f"{layer}.bias": torch.zeros(self.problems, size)}
 
 
-def _normalise(x: Tensor, gain: Tensor, bias: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Batch norm over the minibatch of ``(P, B, size, ...)``, without running statistics."""
-    variance, mean = torch.var_mean(x, dims, keepdim=True, unbiased=False)
-    shape = [*x.shape[:1], 1, x.shape[2], *[1] * (x.dim() - 3)]
-    return torch.addcmul(bias.view(shape), (x - mean) * torch.rsqrt(variance + 1e-5), gain.view(shape))
+def _normalise(x: Tensor, params: Params, layer: str) -> Tensor:
+    """Batch norm over the minibatch of ``(B, P * size, ...)``, without running statistics."""
+    gain, bias = params[f"{layer}.gain"].flatten(), params[f"{layer}.bias"].flatten()
+    return F.batch_norm(x, None, None, gain, bias, training=True)
 
 
 @functools.cache
-def _photos(labels: Labels, data: Path | None) -> tuple[Tensor, Tensor]:
-    """Read the photos of some classes, and their positions among them."""
+def _photos(half: str, labels: Labels, data: Path | None) -> tuple[Tensor, Tensor]:
+    """Read the photos of some classes in one half of what there is, and their positions among the classes."""
     images, classes = read_images(CIFAR10, data, "train")
     matches = classes.unsqueeze(1) == torch.tensor(labels)
     kept = matches.any(1)
+    kept[slice(len(kept) // 2, None) if half == "first" else slice(len(kept) // 2)] = False
     return images[kept], matches[kept].int().argmax(1)
 
 
@@ -171,4 +172,4 @@ class _Local:
 
     def sample(self, seed: int) -> Optimizee:
         """Return fresh nets."""
-        return self.task.sample_from(*_photos(self.task.labels, self.data), seed)
+        return self.task.sample_from(*_photos(self.task.half, self.task.labels, self.data), seed)

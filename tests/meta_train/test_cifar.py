@@ -24,10 +24,15 @@ def photos(monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
 
 
 def test_only_the_classes_that_are_named_are_kept(photos: tuple[Tensor, Tensor]) -> None:
-    images, positions = _photos((7, 2, 4), Path("somewhere"))
-    assert len(images) == 18
+    images, positions = _photos("second", (7, 2, 4), Path("somewhere"))
+    assert len(images) == 9
     for position, label in enumerate((7, 2, 4)):
-        assert torch.equal(images[positions == position], photos[0][photos[1] == label])
+        assert torch.equal(images[positions == position], photos[0][30:][photos[1][30:] == label])
+
+
+def test_halves_are_disjoint_and_all_there_is(photos: tuple[Tensor, Tensor]) -> None:
+    halves = [_photos(half, tuple(range(10)), Path("somewhere"))[0] for half in ("first", "second")]
+    assert torch.equal(torch.cat(halves), photos[0])
 
 
 def test_the_net_is_the_one_that_is_written_down(photos: tuple[Tensor, Tensor]) -> None:
@@ -37,7 +42,7 @@ def test_the_net_is_the_one_that_is_written_down(photos: tuple[Tensor, Tensor]) 
     scattered = optimizee.flat_params() + 0.1 * torch.randn(2, 1, generator=torch.Generator().manual_seed(1))
     losses, grad = loss_and_grad(optimizee, scattered)
     params = optimizee.unflatten(scattered)
-    images, positions = _photos(TASK.labels, Path("somewhere"))
+    images, positions = _photos("first", TASK.labels, Path("somewhere"))
     index = torch.randint(len(images), (2, 6), generator=generator)
     for problem in range(2):
         own = {name: value[problem] for name, value in params.items()}

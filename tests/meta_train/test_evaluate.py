@@ -6,7 +6,7 @@ import torch
 from learned_optim import Weights
 from meta_train import evaluate, figures
 from meta_train.__main__ import main
-from meta_train.baselines import Setting, best_setting, rates, settings
+from meta_train.baselines import FIXED, Setting, best_setting, rates, settings
 from meta_train.publish import publish
 from meta_train.run_dir import RunDir
 from meta_train.tasks import Quadratic, Quartic
@@ -58,7 +58,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "best_setting", lambda scores, group: min(group, key=lambda s: scores[str(s)]))
         weights = [Weights(small_rule("paper-raw"), "a"), Weights(small_rule("paper-raw", 1), "b")]
-        judgement = evaluate.judge(weights, TASK, SWEEP, tuning=2, fresh=3)
+        judgement = evaluate.judge(weights, evaluate.Arena(TASK, SWEEP, FIXED, tuning=2, fresh=3))
     evaluate.write_judgement(judgement, out)
     evaluate.write_rows(out / "probe.csv", evaluate.probe(weights[0], steps=8))
     return out
@@ -93,7 +93,7 @@ def test_publish_puts_weights_beside_their_recipe(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no best\.safetensors"):
         publish(tmp_path, "x")
     assert list(RunDir(tmp_path / "run", TINY).train())
-    path = publish(tmp_path / "run", "tiny", tmp_path)
+    (path,) = publish(tmp_path / "run", "tiny", tmp_path)
     weights = Weights.from_pretrained(path)
     assert weights.recipe == (tmp_path / "tiny.toml").read_text() == TINY
     assert {"commit", "torch", "validation", "outer_steps", "processor"} <= set(weights.metadata)

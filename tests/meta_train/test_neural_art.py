@@ -1,6 +1,7 @@
 import json
 import re
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -186,9 +187,7 @@ def test_tables_have_the_arena_s_horizon_and_lbfgs_only_for_show(place: Path) ->
 
 def test_baselines_are_tuned_on_the_photos_for_tuning(data: Path) -> None:
     opened = arena().on(data)
-    judgement = evaluate.judge(
-        [], opened.task, arena().sweep, untuned=(), tuning=2, fresh=1, horizons=(5,), tuning_task=opened.tuning_task
-    )
+    judgement = evaluate.judge([], replace(opened, untuned=(), tuning=2, fresh=1))
     tuned = evaluate.curves(opened.tuning_task, Setting("Adam", 0.01).make, 5, "tuning", 2)[:, -1].mean()
     (row,) = [row for row in judgement.sweep if row["lr"] == 0.01]
     assert row["final_5"] == pytest.approx(float(tuned), rel=1e-5)
