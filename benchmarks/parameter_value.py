@@ -22,6 +22,10 @@ class ValueRule(AdamModulationRule):
         """Return memory at rest, with room for the values."""
         return {**super().initial_memory(num_coordinates, like), "value": like.new_zeros(num_coordinates)}
 
+    def read_by_encode(self, memory: Memory) -> Memory:
+        """Return the moments and the values."""
+        return {**super().read_by_encode(memory), "value": memory["value"]}
+
     def encode(self, grad: Tensor, memory: Memory, step: Tensor, scale: Tensor | None) -> Encoded:
         """Add the values to what the LSTM reads."""
         assert scale is not None

@@ -342,8 +342,8 @@ def judge(
     Args:
         learned: Rules, of different names; they are not tuned.
         arena: What they are judged on.
-        cache: Directory of finished runs, each a file named by a hash of task, contestant, horizon and optimizee; what it
-            holds is not run again.
+        cache: Directory of finished runs, each a file named by a hash of task (its ``repr``), contestant, horizon and
+            optimizee; what it holds is not run again.
         progress: Wraps the settings while tuning, to show how far it is.
 
     Returns:

@@ -194,10 +194,10 @@ def roll_out(
     size = carry.params.shape[1]
     chosen, share = every_coordinate(carry) if coordinates is None else coordinates
     problem, tensor = chosen // size, optimizee.tensor_index[chosen % size]
-    bounds = scale_bounds(rule, optimizee)
+    shared, bounds = first(rule), scale_bounds(rule, optimizee)
     losses, grads, memories, scales_seen = [], [grad.flatten()[chosen]], [], []
     for step in range(carry.step + 1, carry.step + truncation + 1):
-        memories.append({name: values[chosen] for name, values in inner.memory.items()})
+        memories.append({name: values[chosen] for name, values in shared.read_by_encode(inner.memory).items()})
         scales = tensor_scales(bounds, optimizee, inner.params)
         if scales is not None:
             scales_seen.append(scales[problem, tensor])
@@ -206,10 +206,10 @@ def roll_out(
         losses.append(loss)
         grads.append(grad.flatten()[chosen])
     # What the rule saw, for all inner steps at once.
-    memory = {name: torch.cat([memory[name] for memory in memories]) for name in carry.memory}
+    memory = {name: torch.cat([memory[name] for memory in memories]) for name in memories[0]}
     steps = torch.arange(carry.step + 1, carry.step + truncation + 1).to(grad).repeat_interleave(chosen.numel())
     scale = torch.cat(scales_seen) if scales_seen else None
-    seen = first(rule).encode(torch.cat(grads[:-1]), memory, steps, scale)
+    seen = shared.encode(torch.cat(grads[:-1]), memory, steps, scale)
     record = RollOut(
         losses=torch.stack(losses),
         grads=torch.stack(grads[1:]),

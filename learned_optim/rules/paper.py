@@ -81,6 +81,10 @@ class PaperRule(UpdateRule):
     def __init__(self, config: PaperRuleConfig) -> None:
         super().__init__(config, num_inputs=1 if config.inputs == "raw" else 2, num_outputs=1)
 
+    def read_by_encode(self, memory: Memory) -> Memory:
+        """Return the bottom layer's cells, which tell whether a coordinate is at rest."""
+        return {"cell": memory["cell"][..., : self.config.hidden_size]}
+
     def encode(self, grad: Tensor, memory: Memory, step: Tensor, scale: Tensor | None) -> Encoded:
         """Preprocess the gradient; a coordinate is active once its gradient or its memory has left zero."""
         finite = grad.isfinite()

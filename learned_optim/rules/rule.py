@@ -171,6 +171,17 @@ class UpdateRule(nn.Module, ABC):
         """
         return 0.0, math.inf
 
+    def read_by_encode(self, memory: Memory) -> Memory:
+        """Return as much of a memory as :meth:`encode` reads, for who keeps that of many steps: views, not copies.
+
+        Args:
+            memory: The memory before a step.
+
+        Returns:
+            A memory that :meth:`encode` takes instead.
+        """
+        return {name: memory[name] for name in self.moment_names}
+
     @abstractmethod
     def encode(self, grad: Tensor, memory: Memory, step: Tensor, scale: Tensor | None) -> Encoded:
         """Turn a gradient into LSTM inputs and update the moments.

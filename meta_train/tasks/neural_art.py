@@ -5,10 +5,11 @@ The data are a folder ``neural_art`` with ``photos/*.jpg`` and ``styles/NAME.jpg
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from meta_train.tasks.features import SQUEEZENET, Features, Network, feature_extractor
 from meta_train.tasks.task import LossFunction, Optimizee, Params, Task, seeded
 
+Positive = Annotated[float, msgspec.Meta(gt=0)]
 Split = Literal["train", "validation", "tuning", "test"]
 SPLITS: dict[int, Split] = {0: "test", 1: "tuning", 2: "validation"}
 """Of every ten photos, in the order of their names, one goes to each of these; the others to ``"train"``."""
@@ -42,6 +44,8 @@ class NeuralArt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fie
         content_weight: Weight of the content.
         style_weight: Weight of the style.
         smooth: Weight of the total variation.
+        stiffness: Smallest and largest factor on the loss of a content, drawn log-uniformly for each. A rule on raw
+            gradients that has seen one factor alone knows one step size, and another painting may need smaller steps.
         network: Where features come from.
         network_file: Its weights, in the folder of the data.
 
@@ -57,8 +61,18 @@ class NeuralArt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fie
     content_weight: float = 30.0
     style_weight: float = 1000.0
     smooth: float = 300.0
+    stiffness: tuple[Positive, Positive] = (1.0, 1.0)
     network: Network = SQUEEZENET
     network_file: str = "squeezenet_v1.0_imagenet.safetensors"
+
+    def __post_init__(self) -> None:
+        """Refuse an empty range.
+
+        Raises:
+            ValueError: If the smallest stiffness is above the largest.
+        """
+        if self.stiffness[0] > self.stiffness[1]:
+            raise ValueError(f"stiffness must be [smallest, largest], got {list(self.stiffness)}")
 
     def sample(self, seed: int) -> Optimizee:
         """Refuse: pictures are needed first.
@@ -163,7 +177,7 @@ class _Studio:
     """A :class:`NeuralArt` with its pictures at hand."""
 
     def __init__(self, task: NeuralArt, folder: Path) -> None:
-        self.task = task
+        self.task, self.folder = task, folder
         names = sorted(folder.glob("photos/*.jpg"))
         self.photos = [path for index, path in enumerate(names) if SPLITS.get(index % 10, "train") == task.split]
         if not self.photos:
@@ -176,6 +190,10 @@ class _Studio:
         self.style = read_picture(painting, task.size).unsqueeze(0)
         self.extract = feature_extractor(task.network, folder / task.network_file)
 
+    def __repr__(self) -> str:
+        """Name all that decides what is sampled: finished runs are kept under it."""
+        return f"{self.task!r} in {self.folder!r}"
+
     def sample(self, seed: int) -> Optimizee:
         """Return fresh contents, cut at random out of photos of the split, and fresh noise to start from."""
         rng, task = random.Random(seed), self.task
@@ -185,6 +203,9 @@ class _Studio:
                 for _ in range(task.problems)
             ]
         )
+        low, high = map(math.log, task.stiffness)
+        stiffness = torch.tensor([math.exp(rng.uniform(low, high)) for _ in range(task.problems)])
+        losses = task.loss(self.extract, contents, self.style)
         generator = seeded(seed)
         noise = start(task.problems, task.size, task.size, generator)
-        return Optimizee({"picture": noise}, task.loss(self.extract, contents, self.style), generator)
+        return Optimizee({"picture": noise}, lambda params: stiffness * losses(params), generator)

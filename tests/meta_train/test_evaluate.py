@@ -117,3 +117,22 @@ def test_train_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "best weights" in captured.out
     assert "meta-loss" in captured.err
     assert "seed = 3" in (tmp_path / "run" / "recipe.toml").read_text()
+
+
+def test_what_was_judged_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = evaluate.Arena(TASK, SWEEP, tuning=1, fresh=2, horizons=(6, 3))
+    weights = [Weights(small_rule("paper-raw"), "one")]
+    first = evaluate.judge(weights, arena, cache=tmp_path)
+    runs = []
+    monkeypatch.setattr(evaluate, "run", lambda *_: runs.append(1) or [1.0] * 7)
+    assert evaluate.judge(weights, arena, cache=tmp_path) == first
+    assert not runs
+    evaluate.judge([Weights(small_rule("paper-raw", 1), "one")], arena, cache=tmp_path)
+    assert len(runs) == 2, "other weights of the same name, on two optimizees"
+
+
+@pytest.mark.parametrize("name", evaluate.ARENAS)
+def test_finished_runs_are_kept_under_all_that_decides_a_task(name: str) -> None:
+    arena = evaluate.ARENAS[name]
+    for task in (arena.task, arena.tuning_task or arena.task):
+        assert " at 0x" not in repr(task), "an address says nothing"

@@ -95,6 +95,25 @@ def test_the_seed_decides_contents_and_noise_and_nothing_else_is_random(data: Pa
     assert not alone[1].any()
 
 
+def test_each_content_is_as_stiff_as_its_draw_and_the_same_otherwise(data: Path) -> None:
+    plain, stiff = (
+        msgspec.structs.replace(TASK, stiffness=range_).on(data).sample(3) for range_ in ((1.0, 1.0), (2.0, 8.0))
+    )
+    params = plain.flat_params()
+    assert torch.equal(params, stiff.flat_params())
+    factors = stiff.losses(stiff.unflatten(params)) / plain.losses(plain.unflatten(params))
+    assert ((factors > 2) & (factors < 8)).all()
+    assert factors[0] != factors[1]
+    with pytest.raises(ValueError, match=r"stiffness must be \[smallest, largest\], got \[2.0, 1.0\]"):
+        NeuralArt(stiffness=(2.0, 1.0))
+
+
+def test_an_opened_task_is_known_by_all_that_decides_it(data: Path) -> None:
+    names = {repr(task.on(data)) for task in (TASK, msgspec.structs.replace(TASK, style="other"))}
+    assert len(names) == 2
+    assert repr(TASK.on(data)) in names
+
+
 def test_no_photo_is_in_two_splits(data: Path) -> None:
     splits: tuple[Split, ...] = ("train", "validation", "tuning", "test")
     photos = [msgspec.structs.replace(TASK, split=split).on(data).photos for split in splits]  # type: ignore[attr-defined]

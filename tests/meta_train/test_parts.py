@@ -178,12 +178,3 @@ def test_parts_are_judged_together(place: Path, monkeypatch: pytest.MonkeyPatch,
     Weights(small_rule(), "whole").save(whole)
     assert main(["evaluate", f"{paths[0]}+{whole}", "--task", "digits", "--out", str(place / "no")]) == 2
     assert "whole moves a whole model" in capsys.readouterr().err
-
-
-def test_what_was_judged_is_not_run_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep = [Setting("Adam", lr) for lr in (1e-6, 0.1, 1e6)]
-    arena, weights = evaluate.Arena(Two(), sweep, tuning=1, fresh=2, horizons=(6, 3)), [Weights(small_rule(), "one")]
-    monkeypatch.setattr(Two, "__repr__", lambda self: "Two()", raising=False)
-    first = evaluate.judge(weights, arena, cache=place / "cache")
-    monkeypatch.setattr(evaluate, "run", lambda *_: pytest.fail("run again"))
-    assert evaluate.judge(weights, arena, cache=place / "cache") == first

@@ -219,6 +219,16 @@ def test_huge_and_tiny_finite_gradients_leave_the_rule_usable(rule: UpdateRule) 
     assert (updates[-1] != 0).all()
 
 
+def test_a_gradient_is_encoded_alike_from_the_part_of_a_memory_that_is_read(rule: UpdateRule) -> None:
+    gradient, (_, memory) = torch.randn(N), unroll(rule, torch.randn(2, N))
+    gradient[0], memory["cell"][0] = 0.0, 0.0
+    step, scale = torch.tensor(3.0), torch.tensor(0.5) if rule.uses_scale else None
+    whole, part = (rule.encode(gradient, one, step, scale) for one in (memory, rule.read_by_encode(memory)))
+    for got, want in zip(part[:3], whole[:3], strict=True):
+        assert torch.equal(got, want)
+    assert all(torch.equal(part.moments[name], values) for name, values in whole.moments.items())
+
+
 def test_forward_changes_none_of_its_arguments(rule: UpdateRule) -> None:
     gradient = torch.randn(N)
     gradient[0] = math.nan
