@@ -84,15 +84,15 @@ reproduce-neural-art: .venv/ready ## the same for pictures; DATA=DIR holds neura
 	for seed in 0 1 2; do \
 	  $(BIN)/python -m meta_train train learned_optim/weights/neural-art.toml --data $(DATA) --out $(ART)-$$seed --seed $$seed || exit 1; \
 	done
-	$(BIN)/python -m meta_train publish $(ART)-0 --name neural-art --to $(RUNS)
-	$(BIN)/python -m meta_train publish $(ART)-1 --name neural-art-1 --to $(RUNS)
+	$(BIN)/python -m meta_train publish $(ART)-1 --name neural-art --to $(RUNS)
+	$(BIN)/python -m meta_train publish $(ART)-0 --name neural-art-0 --to $(RUNS)
 	$(BIN)/python -m meta_train publish $(ART)-2 --name neural-art-2 --to $(RUNS)
 	for part in "" style double; do \
-	  $(BIN)/python -m meta_train evaluate $(RUNS)/neural-art.safetensors $(RUNS)/neural-art-1.safetensors \
+	  $(BIN)/python -m meta_train evaluate $(RUNS)/neural-art.safetensors $(RUNS)/neural-art-0.safetensors \
 	    $(RUNS)/neural-art-2.safetensors default --task neural-art$${part:+-$$part} --data $(DATA) \
 	    --out $(RUNS)/results-art/$$part || exit 1; \
 	done
-	$(BIN)/python -m meta_train figures $(RUNS)/results-art --runs $(ART)-0 $(ART)-1 $(ART)-2
+	$(BIN)/python -m meta_train figures $(RUNS)/results-art --runs $(ART)-1 $(ART)-0 $(ART)-2
 
 bench: .venv/ready ## time an optimizer step and a meta-training step; run it on a quiet machine
 	$(BIN)/python -m benchmarks.step_time
