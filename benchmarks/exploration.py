@@ -4,7 +4,8 @@
 
 Each run is the first phase of the recipe, cut short, and is judged on the synthetic kinds that the mixture does not hold, so
 nothing here spends the data that judge the published weights. Rules are judged as they were meta-trained, without the
-recipe's ``[use]``. A finished run is a file in ``runs/exploration`` and is not made again; the tables are made of all.
+recipe's ``[use]``. A finished run is a file in ``runs/exploration``, and its losses stand in the table ``kinds.csv``; what either
+holds is not made again, and the tables are made of all.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import math
 import random
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,7 +28,7 @@ from tqdm import tqdm
 from benchmarks.parameter_value import ValueOptimizer, ValueRule, ValueSteps, build_value_rule
 from learned_optim import LearnedOptimizer
 from learned_optim.rules import UpdateRule
-from meta_train.evaluate import Rows, write_rows
+from meta_train.evaluate import Rows, read_rows, write_rows
 from meta_train.judging.held_out_kinds import HELD_OUT_KINDS
 from meta_train.judging.suite import smoothed_final
 from meta_train.judging.task import train_case
@@ -113,7 +115,7 @@ def main() -> None:
     for name in options.variations or VARIATIONS:
         for seed in options.seeds:
             file = RUNS / f"{re.sub('[^a-z0-9.]+', '-', name.lower())}-{seed}-{options.steps}.json"
-            if not file.exists():
+            if not file.exists() and (name, seed) not in committed(options.steps):
                 steps = options.steps * (2 if name == TWICE else 1)
                 with ExitStack() as replaced:
                     for what, by in REPLACED.get(name, {}).items():
@@ -123,7 +125,9 @@ def main() -> None:
                 losses = {task: values for task, values in tqdm(judge(rule), name, len(HELD_OUT_KINDS))}
                 about = {"variation": name, "seed": seed, "steps": options.steps, "commit": environment()["commit"]}
                 write_atomically(file, json.dumps({**about, "losses": losses}).encode())
-    runs = [json.loads(file.read_text()) for file in sorted(RUNS.glob(f"*-{options.steps}.json"))]
+    made = [json.loads(file.read_text()) for file in sorted(RUNS.glob(f"*-{options.steps}.json"))]
+    every = committed(options.steps) | {(run["variation"], run["seed"]): run for run in made}
+    runs = [run for _, run in sorted(every.items())]
     TABLES.mkdir(parents=True, exist_ok=True)
     write_rows(TABLES / "kinds.csv", kinds(runs))
     write_rows(TABLES / "variations.csv", table := variations(runs))
@@ -131,6 +135,17 @@ def main() -> None:
         spread = f"+- {row['spread_500']}" if row["n"] > 1 else ""
         worst = f"worst {row['worst_500']} ({row['worst_kind']})"
         print(f"{row['variation']:<28}{row['ratio_200']:>8}{row['ratio_500']:>8} {spread:<9} n={row['n']}  {worst}")
+
+
+def committed(steps: int) -> dict[tuple[str, int], dict[str, Any]]:
+    """Return the runs of so many outer steps whose losses are in the table, by variation and seed."""
+    runs: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in read_rows(TABLES / "kinds.csv") if (TABLES / "kinds.csv").exists() else ():
+        if row["outer_steps"] == str(steps):
+            about = {"variation": row["variation"], "seed": int(row["seed"]), "steps": steps, "commit": row["commit"]}
+            run = runs.setdefault((row["variation"], int(row["seed"])), {**about, "losses": defaultdict(dict)})
+            run["losses"][row["kind"]][row["horizon"]] = float(row["loss"])
+    return runs
 
 
 def vary(changes: Mapping[str, Any], steps: int, seed: int) -> Recipe:
@@ -228,10 +243,20 @@ def variations(runs: list[dict[str, Any]]) -> Rows:
 
 def kinds(runs: list[dict[str, Any]]) -> Rows:
     """Return one row for each run, kind and horizon."""
+    relative = ratios(runs)
     return [
-        {"variation": name, "seed": seed, "kind": kind, "horizon": horizon, "ratio": f"{ratio:.4g}"}
-        for (name, seed), of_kind in ratios(runs).items()
-        for (kind, horizon), ratio in of_kind.items()
+        {
+            "variation": run["variation"],
+            "seed": run["seed"],
+            "kind": kind,
+            "horizon": horizon,
+            "loss": f"{run['losses'][kind][str(horizon)]:.6g}",
+            "ratio": f"{ratio:.4g}",
+            "outer_steps": run["steps"],
+            "commit": run["commit"],
+        }
+        for run in runs
+        for (kind, horizon), ratio in relative[run["variation"], run["seed"]].items()
     ]
 
 
