@@ -4,8 +4,8 @@
 
 Each run is the first phase of the recipe, cut short, and is judged on the synthetic kinds that the mixture does not hold, so
 nothing here spends the data that judge the published weights. Rules are judged as they were meta-trained, without the
-recipe's ``[use]``. A finished run is a file in ``runs/exploration``, and its losses stand in the table ``kinds.csv``; what either
-holds is not made again, and the tables are made of all.
+recipe's ``[use]``. A finished run is a file in ``runs/exploration``, and its losses stand in the table ``kinds.csv``; what
+either holds is not made again, and the tables are made of all.
 """
 
 import argparse

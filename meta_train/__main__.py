@@ -74,7 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--task", choices=evaluate.ARENAS, default="quadratic", help="default: %(default)s")
     what.add_argument("--suite", choices=SUITES, help="judge on whole models instead: synthetic kinds, or real data")
     judge.add_argument("--data", type=Path, help="directory of the real data, for what needs it (docs/judging.md)")
-    judge.add_argument("--cache", type=Path, default=Path("runs/judging"), help="finished runs; default: %(default)s")
+    judge.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("runs/judging"),
+        help="finished runs, not made again: remove it after changing code; default: %(default)s",
+    )
     judge.add_argument(
         "--workers", type=int, default=1, help="processes of one thread each; default: %(default)s, 0: this one"
     )

@@ -432,6 +432,15 @@ MUTANTS = (
     ),
     _one(
         "numerics",
+        "a roll-out keeps the wrong cells",
+        PAPER,
+        'memory["cell"][..., : self.config.hidden_size]}',
+        'memory["cell"][..., -self.config.hidden_size :].mul(0)}',
+        RULES,
+        "part_of_a_memory",
+    ),
+    _one(
+        "numerics",
         "log-and-sign's branches do not meet",
         PAPER,
         "threshold = math.exp(-p)\n",

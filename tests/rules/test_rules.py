@@ -221,7 +221,7 @@ def test_huge_and_tiny_finite_gradients_leave_the_rule_usable(rule: UpdateRule) 
 
 def test_a_gradient_is_encoded_alike_from_the_part_of_a_memory_that_is_read(rule: UpdateRule) -> None:
     gradient, (_, memory) = torch.randn(N), unroll(rule, torch.randn(2, N))
-    gradient[0], memory["cell"][0] = 0.0, 0.0
+    gradient[:2], memory["cell"][0] = 0.0, 0.0  # The first is at rest, the second is not.
     step, scale = torch.tensor(3.0), torch.tensor(0.5) if rule.uses_scale else None
     whole, part = (rule.encode(gradient, one, step, scale) for one in (memory, rule.read_by_encode(memory)))
     for got, want in zip(part[:3], whole[:3], strict=True):
