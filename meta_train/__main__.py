@@ -21,7 +21,7 @@ from meta_train.judging.suite import SEEDS, SUITES, TUNING_SEED, Runner, learned
 from meta_train.publish import publish
 from meta_train.recipe import parse_recipe, read_recipe
 from meta_train.responses import responses
-from meta_train.run_dir import BEST, RunDir, training_table
+from meta_train.run_dir import RunDir, training_table
 
 HONESTY = """\
 The optimizees are those of the committed tables. With the same torch, processor and threads the figures are equal to the
@@ -139,9 +139,9 @@ def _train(options: argparse.Namespace) -> int:
                 validation = f"{record.validation:.4g} (best {run.run.best_validation:.4g})"
             bar.set_postfix_str(f"meta-loss {record.meta_loss:.4g}, validation {validation}", refresh=False)
             bar.update()
-    if not (run.path / BEST).exists():
+    if not all(path.exists() for path in run.best_files):
         raise ValueError(f"no validation of {run.path} was finite: there are no weights worth keeping; lower outer.lr")
-    print(f"best weights: {run.path / BEST} (validation {run.run.best_validation:.4g})")
+    print(f"best weights: {', '.join(map(str, run.best_files))} (validation {run.run.best_validation:.4g})")
     return 0
 
 
@@ -153,7 +153,7 @@ def _with_seed(text: str, seed: int) -> str:
     return (head if count else f"seed = {seed}\n{head}") + rest
 
 
-def _labelled(names: Sequence[str]) -> list[evaluate.Learned]:
+def _labelled(names: Sequence[str]) -> list[evaluate.AnyWeights]:
     """Load weights under short names; those of a model's parts come joined by ``+``."""
     loaded = [_contestant([name] if Path(name).exists() else name.split("+")) for name in names]
     labels = [one.name for one in loaded]
@@ -162,7 +162,7 @@ def _labelled(names: Sequence[str]) -> list[evaluate.Learned]:
     return loaded
 
 
-def _contestant(names: Sequence[str]) -> evaluate.Learned:
+def _contestant(names: Sequence[str]) -> evaluate.AnyWeights:
     loaded = [
         Weights(one.rule, Path(name).stem if name.endswith(".safetensors") else name, one.recipe, one.metadata)
         for name, one in zip(names, map(resolve_weights, names), strict=True)
@@ -173,7 +173,7 @@ def _contestant(names: Sequence[str]) -> evaluate.Learned:
         raise ValueError(f"{whole[0]} moves a whole model; only weights that were meta-trained as parts of one go together")
     together = {one.metadata["part"]: one for one in loaded}
     shared = list(dict.fromkeys(one.name.removesuffix(f"-{part}") for part, one in together.items()))
-    return evaluate.Parted("+".join(shared), together)
+    return evaluate.WeightsOfParts("+".join(shared), together)
 
 
 _WHERE = ("torch", "processor", "commit")
@@ -229,8 +229,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         cache=options.cache / "arenas",
         progress=lambda settings: tqdm(list(settings), unit="setting", dynamic_ncols=True),
     )
-    drawn = evaluate.parts(weights[0])[0]
-    names = ["+".join(part.name for part in evaluate.parts(one)) for one in weights]
+    drawn = evaluate.of_all_parts(weights[0])[0]
+    names = ["+".join(part.name for part in evaluate.of_all_parts(one)) for one in weights]
     about = {
         "task": options.task,
         "trained_to": parse_recipe(drawn.recipe).inner.horizon[1] if drawn.recipe else None,
@@ -289,7 +289,7 @@ def _figures(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     (weights,) = _labelled([options.weights])
-    config = evaluate.parts(weights)[0].rule.config
+    config = evaluate.of_all_parts(weights)[0].rule.config
     if not isinstance(weights, Weights) or not isinstance(config, AdamModulationConfig):
         raise ValueError(f"{weights.name}: only a rule that modulates an Adam step can be compared with one")
     rows = responses(weights, config.step_size)

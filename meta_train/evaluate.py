@@ -99,7 +99,7 @@ def _mnist(*hidden: int, activation: Literal["sigmoid", "relu"] = "sigmoid") -> 
 
 
 ANIMALS = (2, 3, 4, 5, 7)
-"""Classes of CIFAR-5; those of CIFAR-2 are the first two, the others are what ``cifar-rest`` is meta-trained on."""
+"""Classes of CIFAR-5, and the first two of CIFAR-2; the others can be meta-trained on alone."""
 
 
 def _cifar(*labels: int) -> Arena:
@@ -234,7 +234,7 @@ class Judgement:
 
 
 @dataclass(frozen=True, eq=False)
-class Parted:
+class WeightsOfParts:
     """Weights that share a model.
 
     Args:
@@ -265,15 +265,15 @@ class Parted:
         return LearnedOptimizer(groups)
 
 
-Learned = Weights | Parted
+AnyWeights = Weights | WeightsOfParts
 
 
-def parts(learned: Learned) -> tuple[Weights, ...]:
+def of_all_parts(learned: AnyWeights) -> tuple[Weights, ...]:
     """Return the weights of every part of a model."""
-    return tuple(learned.weights.values()) if isinstance(learned, Parted) else (learned,)
+    return tuple(learned.weights.values()) if isinstance(learned, WeightsOfParts) else (learned,)
 
 
-Contestant = Setting | Learned
+Contestant = Setting | AnyWeights
 
 
 def _ways(contestant: Contestant) -> tuple[MakeOptimizer, MakeSchedule | None]:
@@ -328,7 +328,7 @@ class _Runs:
 
 
 def judge(
-    learned: Sequence[Learned],
+    learned: Sequence[AnyWeights],
     arena: Arena,
     *,
     cache: Path | None = None,
@@ -372,9 +372,9 @@ def judge(
     return judgement
 
 
-def learned_with(weights: Learned) -> MakeOptimizer:
+def learned_with(weights: AnyWeights) -> MakeOptimizer:
     """Return a maker of the shipped optimizer with the given weights."""
-    if isinstance(weights, Parted):
+    if isinstance(weights, WeightsOfParts):
         return weights.make
 
     def make(params: ParamsT) -> Optimizer:
@@ -396,7 +396,7 @@ def _tuned(runs: _Runs, settings: Sequence[Setting], criterion: str, end: int) -
 
 
 def _summary(
-    runs: _Runs, chosen: Mapping[str, Setting], learned: Sequence[Learned], criterion: str, end: int
+    runs: _Runs, chosen: Mapping[str, Setting], learned: Sequence[AnyWeights], criterion: str, end: int
 ) -> Iterator[Row]:
     results = {name: (str(setting), runs.score(setting, criterion, end)) for name, setting in chosen.items()}
     best = min(float(values.mean()) for _, values in results.values())
@@ -407,7 +407,7 @@ def _summary(
         yield {**row, **_statistics(values), "ratio_to_best_baseline": ratio}
 
 
-def _curves(runs: _Runs, chosen: Mapping[str, Setting], learned: Sequence[Learned], end: int) -> Iterator[Row]:
+def _curves(runs: _Runs, chosen: Mapping[str, Setting], learned: Sequence[AnyWeights], end: int) -> Iterator[Row]:
     contestants: dict[str, Contestant] = {f"{LEARNED} ({weights.name})": weights for weights in learned}
     for name, contestant in (contestants | dict(chosen)).items():
         text = str(contestant) if isinstance(contestant, Setting) else ""

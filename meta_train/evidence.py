@@ -29,7 +29,7 @@ def evidence(weights: Weights, results: str | Path = RESULTS) -> str:
     for path in sorted([*Path(results).glob("environment.json"), *Path(results).glob("*/environment.json")]):
         about = json.loads(path.read_text())
         for label, fingerprint in about.get("fingerprints", {}).items():
-            if fingerprint == weights.fingerprint and {"suite", "task"} & set(about):
+            if weights.fingerprint in fingerprint.split("+") and {"suite", "task"} & set(about):
                 name, rows = f"{LEARNED} ({label})", read_rows(path.with_name("summary.csv"))
                 sections.append(_of_suite(name, rows, about) if "suite" in about else _of_task(name, rows, about))
     return "\n\n".join(sections)

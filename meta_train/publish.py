@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 from learned_optim.weights import Weights, read_weights, write_weights
-from meta_train.recipe import parse_recipe
 from meta_train.run_dir import BEST, ENVIRONMENT, RECIPE, of_part, write_atomically
 
 WEIGHTS_DIR = Path(__file__).parent.parent / "learned_optim" / "weights"
@@ -34,22 +33,16 @@ def publish(run: str | Path, name: str, to: str | Path = WEIGHTS_DIR) -> list[Pa
         raise ValueError(f"{name!r} cannot name weights: use letters, digits, '-', '_' and '.', and no path (that is --to)")
     if not to.is_dir():
         raise ValueError(f"{to} is no directory; make it first")
-    parts = parse_recipe(recipe).parts if (recipe := _text(run / RECIPE)) else ()
-    best = {part: run / of_part(BEST, part) for part in parts or ("",)}
-    for path in best.values():
-        if not path.exists():
-            raise ValueError(f"{run} holds no {path.name}; train it first, or wait for its first checkpoint")
+    best = [run / BEST] if (run / BEST).exists() else sorted(run.glob(of_part(BEST, "*")))
+    if not best:
+        raise ValueError(f"{run} holds no {BEST}; train it first, or wait for its first checkpoint")
+    recipe = (run / RECIPE).read_text()
     environment = json.loads((run / ENVIRONMENT).read_text())
     kept = {"processor": environment["processor"], "threads": str(environment["threads"])}
     targets = []
-    for part, path in best.items():
-        target = to / of_part(f"{name}.safetensors", part)
-        weights = read_weights(path)
+    for weights in map(read_weights, best):
+        target = to / of_part(f"{name}.safetensors", weights.metadata.get("part", ""))
         write_weights(target, Weights(weights.rule, target.stem, recipe, {**weights.metadata, **kept}))
         targets.append(target)
     write_atomically(to / f"{name}.toml", recipe.encode())
     return targets
-
-
-def _text(path: Path) -> str:
-    return path.read_text() if path.exists() else ""

@@ -85,6 +85,11 @@ class RunDir:
         if not (self.path / of_part(LAST, next(iter(members(self.run.rule))))).exists():
             self._checkpoint()
 
+    @property
+    def best_files(self) -> list[Path]:
+        """Where the best weights are kept: one file, or one for each part of a model."""
+        return [self.path / of_part(BEST, part) for part in members(self.run.rule)]
+
     def changes_since_start(self) -> list[str]:
         """List what differs from where this run was started and may change the last bits: torch, processor, threads."""
         before, now = json.loads((self.path / ENVIRONMENT).read_text()), environment()
