@@ -105,6 +105,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         truncation: As in :class:`InnerLoop`.
         clip: As in :class:`OuterLoop`.
         sampling: As in :class:`OuterLoop`.
+        averaging: As in :class:`OuterLoop`.
         second_derivatives: As in :class:`OuterLoop`.
     """
 
@@ -114,6 +115,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     truncation: Count | None = None
     clip: Positive | None = None
     sampling: Literal["uniform", "tensors"] | None = None
+    averaging: Annotated[float, msgspec.Meta(ge=0, lt=1)] | None = None
     second_derivatives: bool | None = None
 
 

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from meta_train.recipe import parse_recipe, read_recipe
@@ -72,3 +73,18 @@ def test_a_rule_in_use_may_do_other_things_with_the_same_meta_parameters() -> No
 def test_options_reach_the_rule() -> None:
     rule = parse_recipe(TINY).build_rule()
     assert (rule.config.hidden_size, rule.config.num_layers) == (3, 1)
+
+
+def test_a_stage_changes_what_it_names_for_itself_and_all_that_follow() -> None:
+    named = (
+        "truncation = 3\nclip = 0.25\nsampling = 'tensors'\naveraging = 0.75\nsecond_derivatives = true\nhorizon = [8, 9]\n"
+    )
+    stages = f"[[stages]]\nsteps = 5\nlr = 0.2\n{named}[[stages]]\nsteps = 6\nlr = 0.3\n"
+    first, second, third = parse_recipe(TINY + stages).phases
+    assert first == parse_recipe(TINY).phases[0]
+    inner, outer = second
+    assert (inner.horizon, inner.truncation) == ((8, 9), 3)
+    assert (outer.steps, outer.lr, outer.clip, outer.sampling, outer.averaging) == (5, 0.2, 0.25, "tensors", 0.75)
+    assert outer.second_derivatives
+    assert (outer.episodes, outer.coordinates) == (2, 7)
+    assert third == (inner, msgspec.structs.replace(outer, steps=6, lr=0.3))
