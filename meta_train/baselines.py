@@ -149,10 +149,10 @@ CLASSIFICATION = [
 """The sweep for small classifiers, in half-decades; the cosine decays to zero at the horizon."""
 
 MNIST = [
-    *settings("SGD", rates(0.316, 31.6)),
-    *settings("NAG", rates(0.0316, 3.16), (0.5, 0.8, 0.9, 0.95)),
-    *settings("RMSprop", rates(1e-3, 0.1)),
-    *settings("Adam", rates(3.16e-3, 0.316)),
+    *settings("SGD", rates(0.1, 100.0)),
+    *settings("NAG", rates(0.0316, 10.0), (0.5, 0.8, 0.9, 0.95, 0.98)),
+    *settings("RMSprop", rates(3.16e-4, 0.316)),
+    *settings("Adam", rates(1e-3, 1.0)),
 ]
 """The sweep for small dense nets on MNIST, in half-decades."""
 
