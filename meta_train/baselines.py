@@ -149,8 +149,8 @@ CLASSIFICATION = [
 """The sweep for small classifiers, in half-decades; the cosine decays to zero at the horizon."""
 
 MNIST = [
-    *settings("SGD", rates(0.01, 100.0)),
-    *settings("NAG", rates(0.0316, 10.0), (0.5, 0.8, 0.9, 0.95, 0.98)),
+    *settings("SGD", rates(1e-3, 100.0)),
+    *settings("NAG", rates(0.0316, 10.0), (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)),
     *settings("RMSprop", rates(3.16e-4, 0.316)),
     *settings("Adam", rates(1e-3, 1.0)),
 ]
