@@ -59,7 +59,8 @@ reproduce: .venv/ready ## meta-train the quadratic weights with three seeds, jud
 	$(BIN)/python -m meta_train figures $(RUNS)/results --runs $(RUNS)/quadratic-0 $(RUNS)/quadratic-1 $(RUNS)/quadratic-2
 
 DIGITS := $(RUNS)/mnist-mlp
-NETS := relu 5x1 10x1 40x1 80x1 5x2 10x2 20x2 40x2 80x2
+NETS := 40x1 20x2 relu
+SIZES := 5x1 10x1 80x1 5x2 10x2 40x2 80x2
 
 reproduce-mnist: .venv/ready ## the same for nets on MNIST, from the Hub or from DATA=DIR
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[judge]"
@@ -71,8 +72,8 @@ reproduce-mnist: .venv/ready ## the same for nets on MNIST, from the Hub or from
 	$(BIN)/python -m meta_train publish $(DIGITS)-2 --name mnist-mlp-2 --to $(RUNS)
 	$(BIN)/python -m meta_train evaluate $(RUNS)/mnist-mlp.safetensors $(RUNS)/mnist-mlp-1.safetensors \
 	  $(RUNS)/mnist-mlp-2.safetensors default --task mnist $(DATA:%=--data %) --out $(RUNS)/results-mnist
-	for net in $(NETS); do \
-	  $(BIN)/python -m meta_train evaluate $(RUNS)/mnist-mlp.safetensors default --task mnist-$$net $(DATA:%=--data %) \
+	for net in $(NETS) $(SIZES:%=sizes/%); do \
+	  $(BIN)/python -m meta_train evaluate $(RUNS)/mnist-mlp.safetensors default --task mnist-$${net##*/} $(DATA:%=--data %) \
 	    --out $(RUNS)/results-mnist/$$net || exit 1; \
 	done
 	$(BIN)/python -m meta_train figures $(RUNS)/results-mnist --runs $(DIGITS)-0 $(DIGITS)-1 $(DIGITS)-2

@@ -301,12 +301,12 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _figures_of_variants(results: Path) -> None:
-    """Draw what the evaluations in subdirectories say of other optimizees."""
+    """Draw what evaluations in subdirectories say of other optimizees; any below those go into the grid of sizes alone."""
     variants = [path.parent for path in sorted(results.glob("*/curves.csv"))]
     if not variants:
         return
     curves = {path.name: _drawn(path) for path in variants}
-    grid = evaluate.size_table([results, *variants])
+    grid = evaluate.size_table(path.parent for path in sorted(results.rglob("curves.csv")))
     if grid:
         evaluate.write_rows(results / "grid.csv", grid)
     for ending in (".svg", ".png"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,11 +107,15 @@ def variant_curves(variants: Mapping[str, Sequence[dict[str, str]]], path: Path)
 def size_grid(rows: Sequence[dict[str, str]], path: Path) -> None:
     """Draw final loss against hidden units, a panel for each number of layers, in the manner of the paper's Figure 6.
 
+    Optimizers that were not judged on every size are left out.
+
     Args:
         rows: ``grid.csv``.
         path: The picture.
     """
     depths = sorted({int(row["layers"]) for row in rows})
+    judged = Counter(row["optimizer"] for row in rows)
+    rows = [row for row in rows if judged[row["optimizer"]] == max(judged.values())]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.6 * len(depths), 3.4), layout="constrained")
         panels = figure.subplots(1, len(depths), sharey=True, squeeze=False)[0]
@@ -125,7 +130,7 @@ def size_grid(rows: Sequence[dict[str, str]], path: Path) -> None:
                 axes.errorbar(units, mean, error, color=colour, ls="-" if learned else "--", marker="o", ms=4, label=name)
             axes.set(xscale="log", yscale="log", xlabel="hidden units", title=f"{depth} hidden layer" + "s" * (depth > 1))
             axes.set_xticks(units, [f"{value:g}" for value in units])
-            axes.minorticks_off()
+            axes.set_xticks([], minor=True)
         panels[0].set(ylabel="loss at the first horizon")
         panels[-1].legend(fontsize=8)
         _save(figure, path)

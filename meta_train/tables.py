@@ -74,7 +74,8 @@ def mnist(results: Path = RESULTS / "mnist-mlp") -> str:
     note = (
         f"Mean ± standard error over n = {rows[0]['n']} fresh nets of 784-20-10 sigmoid units on the half of MNIST that was "
         "not meta-trained on; the loss at a step is the mean of the ten minibatches up to it. In brackets the ratio to the "
-        "best baseline of the column. Baselines are tuned over half-decades on other nets, anew for every net of the second "
+        "best baseline of the column. One row for each meta-training seed; the one with the best validation is bundled. "
+        "Baselines are tuned over half-decades on other nets, anew for every net of the second "
         f"table; every setting is in [sweep.csv](docs/results/{results.name}/sweep.csv). "
         f"{where(about)}. Command: `make reproduce-mnist`."
     )

@@ -102,22 +102,26 @@ def test_other_architectures_lie_in_subdirectories(
     tiny = evaluate.Arena(
         Mnist((3,), batch=64, initial_std=0.5), settings("Adam", [1e-5, 0.1, 1e4]), tuning=2, fresh=2, horizons=(30,)
     )
-    names = {"": "mnist", "deep": "mnist-20x2", "kinked": "mnist-relu"}
-    tasks = [replace(tiny.task, **change) for change in ({}, {"hidden": (4, 4)}, {"activation": "relu"})]
+    names = {"": "mnist", "sizes/deep": "mnist-20x2", "kinked": "mnist-relu", "wide": "mnist-40x1"}
+    tasks = [replace(tiny.task, **new) for new in ({}, {"hidden": (4, 4)}, {"activation": "relu"}, {"hidden": (7,)})]
     results = tmp_path / "results"
     for (place, name), task in zip(names.items(), tasks, strict=True):
         monkeypatch.setitem(evaluate.ARENAS, name, dataclasses.replace(tiny, task=task))
-        assert main(["evaluate", "quadratic", "default", "--task", name, "--out", str(results / place)]) == 0
+        rules = ["quadratic", "default"] if place else ["quadratic", "default", "neural-art"]
+        assert main(["evaluate", *rules, "--task", name, "--out", str(results / place)]) == 0
     assert main(["figures", str(results)]) == 0
     rows = evaluate.read_rows(results / "grid.csv")
-    assert {(row["units"], row["layers"]) for row in rows} == {("3", "1"), ("4", "2")}
-    assert {row["optimizer"] for row in rows} == {"Adam", "LSTM (quadratic)", "LSTM (default)"}
-    deep = evaluate.read_rows(results / "deep" / "summary.csv")
+    assert {(row["units"], row["layers"]) for row in rows} == {("3", "1"), ("4", "2"), ("7", "1")}
+    assert {row["optimizer"] for row in rows} == {"Adam", "LSTM (quadratic)", "LSTM (default)", "LSTM (neural-art)"}
+    deep = evaluate.read_rows(results / "sizes" / "deep" / "summary.csv")
     final = {row["optimizer"]: row["mean"] for row in deep if row["criterion"] == "final"}
     assert {row["optimizer"]: row["mean"] for row in rows if row["units"] == "4"} == final
     variants = (results / "variants.svg").read_text()
-    assert all(name in variants for name in ("deep", "kinked", "not trained on this task"))
-    assert "2 hidden layers" in (results / "grid.svg").read_text()
+    assert all(name in variants for name in ("wide", "kinked", "not trained on this task"))
+    assert "deep" not in variants
+    grid = (results / "grid.svg").read_text()
+    assert "2 hidden layers" in grid
+    assert "LSTM (neural-art)" not in grid, "it was judged on one size alone"
 
 
 def test_images_are_read_once_from_a_directory_in_the_layout_of_the_hub(
