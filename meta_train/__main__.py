@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from learned_optim.rules import AdamModulationConfig
@@ -81,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         help="finished runs, not made again: remove it after changing code; default: %(default)s",
     )
     judge.add_argument(
-        "--workers", type=int, default=1, help="processes of one thread each; default: %(default)s, 0: this one"
+        "--workers", type=int, help="processes of one thread each; default: 1 for a suite, and 0, this one, for a task"
     )
     judge.add_argument(
         "--baselines", type=Path, metavar="DIR", help="take theirs from the tables of an earlier judgement of the suite"
@@ -181,15 +185,14 @@ _WHERE = ("torch", "processor", "commit")
 
 
 def _judge_suite(options: argparse.Namespace) -> int:
-    if options.workers < 0:
-        raise ValueError(f"--workers must not be negative, got {options.workers}")
+    workers = 1 if options.workers is None else options.workers
     rules = [learned(name, lr) for name in options.weights for lr in options.lr]
 
     def progress(runs: Iterable[Any], total: int) -> Iterable[Any]:
         return tqdm(runs, total=total, unit="run", dynamic_ncols=True, disable=not total)
 
     suite = SUITES[options.suite]
-    runner = Runner(suite, options.cache, options.data, options.horizon, options.workers, progress, options.only)
+    runner = Runner(suite, options.cache, options.data, options.horizon, workers, progress, options.only)
     baselines, taken = None, ""
     about_baselines: dict[str, Any] = {}
     if options.baselines:
@@ -220,15 +223,19 @@ def _judge_suite(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    if (options.workers or 0) < 0:
+        raise ValueError(f"--workers must not be negative, got {options.workers}")
     if options.suite:
         return _judge_suite(options)
     weights, arena = _labelled(options.weights), evaluate.ARENAS[options.task].on(options.data)
-    judgement = evaluate.judge(
-        weights,
-        arena,
-        cache=options.cache / "arenas",
-        progress=lambda settings: tqdm(list(settings), unit="setting", dynamic_ncols=True),
-    )
+    with ExitStack() as stack:
+        judgement = evaluate.judge(
+            weights,
+            arena,
+            cache=options.cache / "arenas",
+            each=stack.enter_context(_processes(options.workers)).map if options.workers else map,
+            progress=lambda settings: tqdm(list(settings), unit="setting", dynamic_ncols=True),
+        )
     drawn = evaluate.of_all_parts(weights[0])[0]
     names = ["+".join(part.name for part in evaluate.of_all_parts(one)) for one in weights]
     about = {
@@ -248,6 +255,12 @@ def _evaluate(options: argparse.Namespace) -> int:
             f"+- {row['standard_error']:<9.2g} {ratio:>21}  {row['setting']}"
         )
     return 0
+
+
+def _processes(count: int) -> ProcessPoolExecutor:
+    """Return processes of one thread each."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(count, context, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def _drawn(results: Path) -> list[dict[str, str]]:

@@ -9,6 +9,7 @@ the mean of the last few.
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -48,6 +49,7 @@ from meta_train.tasks import Cifar, Mixture, Mnist, NeuralArt, Optimizee, Quadra
 Row = dict[str, str | int | float]
 Rows = list[Row]
 MakeSchedule = Callable[[Optimizer, int], LRScheduler]
+Each = Callable[[Callable[[int], list[float]], Iterable[int]], Iterable[list[float]]]
 
 LEARNED = "LSTM"
 HORIZONS = (100, 200)
@@ -282,14 +284,28 @@ def _ways(contestant: Contestant) -> tuple[MakeOptimizer, MakeSchedule | None]:
     return learned_with(contestant), None
 
 
+def _curve(task: Task, contestant: Contestant, horizon: int, purpose: str, cache: Path | None, index: int) -> list[float]:
+    who = f"{contestant.optimizer} {contestant}" if isinstance(contestant, Setting) else contestant.fingerprint
+    digest = hashlib.sha256(repr((task, who, horizon, purpose, index)).encode()).hexdigest()[:16]
+    file = cache / f"{digest}.json" if cache else None
+    if file and file.exists():
+        return json.loads(file.read_text())
+    make, schedule = _ways(contestant)
+    losses = run(task.sample(derive_seed(0, purpose, index)), make, horizon, schedule)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(losses).encode())
+    return losses
+
+
 class _Runs:
     """Curves of baselines and rules, each made once for each horizon it needs; with a directory, once for all."""
 
-    def __init__(self, arena: Arena, cache: Path | None) -> None:
+    def __init__(self, arena: Arena, cache: Path | None, each: Each) -> None:
         self.tasks = {"tuning": arena.tuning_task or arena.task, "evaluation": arena.task}
         self.counts = {"tuning": arena.tuning, "evaluation": arena.fresh}
         self.last, self.drawn, self.longest = arena.last, arena.horizons[0], max(arena.horizons)
-        self.cache = cache
+        self.cache, self.each = cache, each
         self.kept: dict[tuple[Contestant, int, str], Tensor] = {}
 
     def of(self, contestant: Contestant, end: int, purpose: str) -> Tensor:
@@ -299,23 +315,9 @@ class _Runs:
         horizon = self.longest if shared and not scheduled else end
         key = (contestant, horizon, purpose)
         if key not in self.kept:
-            losses = [self._curve(contestant, horizon, purpose, index) for index in range(self.counts[purpose])]
-            self.kept[key] = torch.tensor(losses, dtype=torch.float64)
+            curve = functools.partial(_curve, self.tasks[purpose], contestant, horizon, purpose, self.cache)
+            self.kept[key] = torch.tensor(list(self.each(curve, range(self.counts[purpose]))), dtype=torch.float64)
         return self.kept[key]
-
-    def _curve(self, contestant: Contestant, horizon: int, purpose: str, index: int) -> list[float]:
-        task = self.tasks[purpose]
-        who = f"{contestant.optimizer} {contestant}" if isinstance(contestant, Setting) else contestant.fingerprint
-        digest = hashlib.sha256(repr((task, who, horizon, purpose, index)).encode()).hexdigest()[:16]
-        file = self.cache / f"{digest}.json" if self.cache else None
-        if file and file.exists():
-            return json.loads(file.read_text())
-        make, schedule = _ways(contestant)
-        losses = run(task.sample(derive_seed(0, purpose, index)), make, horizon, schedule)
-        if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(losses).encode())
-        return losses
 
     def score(self, contestant: Contestant, criterion: str, end: int, purpose: str = "evaluation") -> Tensor:
         """Return one number for each optimizee."""
@@ -332,6 +334,7 @@ def judge(
     arena: Arena,
     *,
     cache: Path | None = None,
+    each: Each = map,
     progress: Callable[[Iterable[Setting]], Iterable[Setting]] = iter,
 ) -> Judgement:
     """Compare learned rules with tuned baselines.
@@ -344,12 +347,13 @@ def judge(
         arena: What they are judged on.
         cache: Directory of finished runs, each a file named by a hash of task (its ``repr``), contestant, horizon and
             optimizee; what it holds is not run again.
+        each: Calls a function with each of several optimizees' numbers; ``map``, or that of a pool of processes.
         progress: Wraps the settings while tuning, to show how far it is.
 
     Returns:
         The judgement.
     """
-    runs, judgement = _Runs(arena, cache), Judgement()
+    runs, judgement = _Runs(arena, cache, each), Judgement()
     settings = list(dict.fromkeys(arena.sweep))
     for setting in progress(settings):
         scores = {

@@ -1,3 +1,5 @@
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,14 @@ def test_what_was_judged_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Mo
     assert not runs
     evaluate.judge([Weights(small_rule("paper-raw", 1), "one")], arena, cache=tmp_path)
     assert len(runs) == 2, "other weights of the same name, on two optimizees"
+
+
+def test_processes_find_what_this_one_finds(tmp_path: Path) -> None:
+    arena = evaluate.Arena(TASK, SWEEP, tuning=1, fresh=2, horizons=(6, 3))
+    weights = [Weights(small_rule("paper-raw"), "one")]
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        judgement = evaluate.judge(weights, arena, cache=tmp_path, each=pool.map)
+    assert judgement == evaluate.judge(weights, arena)
 
 
 @pytest.mark.parametrize("name", evaluate.ARENAS)
