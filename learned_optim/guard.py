@@ -23,9 +23,9 @@ from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from learned_optim.rules import AdamModulationRule, UpdateRule, build_rule
+from learned_optim.rules import AdamModulationRule, plain_adam
 from learned_optim.weights import Weights
 
 MAX_RATIO = 0.25
@@ -39,9 +39,6 @@ PATIENCE = 20
 
 SMOOTHING = 0.9
 """Decay of the running mean of the loss."""
-
-ADAM = {"hidden_size": 1, "step_size": 1e-3, "min_scale": 1.0, "max_scale": 1.0}
-"""The modulation family as plain Adam at 1e-3: its scale is 1 for every tensor."""
 
 START: dict[str, Any] = {
     "guard_tripped": "",
@@ -81,15 +78,12 @@ def nominal(weights: Weights) -> Weights:
         Other weights, the same object for the same weights.
     """
     if weights not in _nominal:
-        rule: UpdateRule
         if isinstance(weights.rule, AdamModulationRule):
             rule, name = copy.deepcopy(weights.rule), f"nominal Adam of {weights.name}"
-        else:
-            with torch.random.fork_rng(devices=[]):
-                rule, name = build_rule(AdamModulationRule.family, **ADAM), "Adam(1e-3)"
-        with torch.no_grad():
             for parameter in rule.parameters():
-                parameter.zero_()
+                nn.init.zeros_(parameter)
+        else:
+            rule, name = plain_adam(1e-3), "Adam(1e-3)"
         _nominal[weights] = Weights(rule, name)
     return _nominal[weights]
 

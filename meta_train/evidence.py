@@ -49,7 +49,8 @@ def comparison(rows: Sequence[Mapping[str, str]], last: int = 1) -> list[str]:
     heads = {"sum": "sum of {} losses", "final": final}
     cells = {(row["optimizer"], row["criterion"], row["horizon"]): row for row in rows}
     horizons = sorted({row["horizon"] for row in rows}, key=int)
-    columns = [(criterion, horizon) for horizon in horizons for criterion in heads]
+    measured = {(criterion, horizon) for _, criterion, horizon in cells}
+    columns = [column for horizon in horizons for criterion in heads if (column := (criterion, horizon)) in measured]
     names = sorted({row["optimizer"] for row in rows}, key=lambda name: (not name.startswith(LEARNED), name))
     head = _line("", *(heads[criterion].format(horizon) for criterion, horizon in columns))
     lines = [head, "|---" * (len(columns) + 1) + "|"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from learned_optim.backends import native
-from learned_optim.rules import Memory
+from learned_optim.rules import Memory, UpdateRule
 from learned_optim.rules.storage import names
 from meta_train.parts import AnyRule, first, members, parts_of
 from meta_train.tasks.task import Optimizee
@@ -157,3 +157,49 @@ class CompiledSteps:
         self._grad.copy_(grad)
         for table, packed, grads in self._parts:
             table.run(*packed, grads, lr=1.0, weight_decay=0.0, maximize=False)
+
+
+class Lesson:
+    """Inner steps that a teacher takes while a rule, shown the same gradients, moves nothing and says what it would do.
+
+    Args:
+        rule: The pupil; ``memory`` is its own.
+        teacher: ``params`` go where it takes them.
+        optimizee: Says which coordinates share a tensor.
+        params: ``(P, D)``.
+        memory: The rule's.
+        teacher_memory: The teacher's.
+    """
+
+    def __init__(
+        self,
+        rule: AnyRule,
+        teacher: UpdateRule,
+        optimizee: Optimizee,
+        params: Tensor,
+        memory: Memory,
+        teacher_memory: Memory,
+    ) -> None:
+        self.pupil = inner_steps(rule, optimizee, params, memory)
+        self.teacher = inner_steps(teacher, optimizee, params, teacher_memory)
+        self.optimizee, self.bounds = optimizee, scale_bounds(teacher, optimizee)
+        self.updates: list[Tensor] = []
+        self.taught: list[Tensor] = []
+
+    @property
+    def params(self) -> Tensor:
+        """Where the teacher stands."""
+        return self.teacher.params
+
+    @property
+    def memory(self) -> Memory:
+        """The rule's."""
+        return self.pupil.memory
+
+    def take(self, grad: Tensor, step: int, scales: Tensor | None) -> None:
+        """Take an inner step, and note the update ``(P, D)`` of each."""
+        of_teacher = tensor_scales(self.bounds, self.optimizee, self.params)
+        for steps, own_scales, noted in ((self.pupil, scales, self.updates), (self.teacher, of_teacher, self.taught)):
+            before = steps.params.clone()
+            steps.take(grad, step, own_scales)
+            noted.append(steps.params - before)

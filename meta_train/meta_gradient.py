@@ -24,7 +24,7 @@ from torch import Tensor
 
 from learned_optim.backends.native_lstm import native_sequence, native_supports
 from learned_optim.rules import Memory, UpdateRule
-from meta_train.inner_steps import inner_steps, plain_step, scale_bounds, tensor_scales
+from meta_train.inner_steps import Lesson, inner_steps, plain_step, scale_bounds, tensor_scales
 from meta_train.parts import AnyRule, first, members, parts_of
 from meta_train.tasks.task import Optimizee
 
@@ -43,6 +43,7 @@ class Carry:
         loss: ``(P,)`` at ``params``.
         grad: ``(P, D)`` at ``params``; the next inner step uses it.
         initial_loss: ``(P,)`` at the start of the episode.
+        teacher_memory: The teacher's memory, where one takes the inner steps.
     """
 
     params: Tensor
@@ -51,6 +52,7 @@ class Carry:
     loss: Tensor
     grad: Tensor
     initial_loss: Tensor
+    teacher_memory: Memory | None = None
 
 
 @dataclass
@@ -67,6 +69,9 @@ class RollOut:
         problem: ``(M,)``, the problem each coordinate belongs to.
         part: ``(M,)``, the position of the rule that moves it.
         share: How likely each coordinate was to be among the M, ``(M,)``.
+        tensor: ``(M,)``, the number of the tensor of all problems that each coordinate belongs to.
+        updates: ``(K, M)``, what the rule would have done, where a teacher took the inner steps.
+        taught: ``(K, M)``, what the teacher did.
     """
 
     losses: Tensor
@@ -78,15 +83,21 @@ class RollOut:
     problem: Tensor
     part: Tensor
     share: Tensor
+    tensor: Tensor
+    updates: Tensor | None = None
+    taught: Tensor | None = None
 
 
-def start_episode(rule: AnyRule, optimizee: Optimizee, params: Tensor | None = None) -> Carry:
+def start_episode(
+    rule: AnyRule, optimizee: Optimizee, params: Tensor | None = None, teacher: UpdateRule | None = None
+) -> Carry:
     """Return the carry of a fresh optimizee: memory at rest, first loss and gradient evaluated.
 
     Args:
         rule: Gives dtype, device and the shape of the memory.
         optimizee: Freshly sampled.
         params: Start here ``(P, D)`` instead of at the optimizee's initial parameters.
+        teacher: Will take the inner steps in the rule's place.
 
     Returns:
         The carry at inner step 0.
@@ -95,7 +106,9 @@ def start_episode(rule: AnyRule, optimizee: Optimizee, params: Tensor | None = N
     like = one.readout.weight.detach()
     params = (optimizee.flat_params() if params is None else params).to(like)
     loss, grad = loss_and_grad(optimizee, params)
-    return Carry(params, one.initial_memory(params.numel(), like), 0, loss, grad, loss)
+    memory = one.initial_memory(params.numel(), like)
+    teacher_memory = teacher.initial_memory(params.numel(), like) if teacher else None
+    return Carry(params, memory, 0, loss, grad, loss, teacher_memory)
 
 
 def loss_and_grad(optimizee: Optimizee, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,7 +189,12 @@ def sample_coordinates(optimizee: Optimizee, wanted: int, generator: torch.Gener
 
 @torch.no_grad()
 def roll_out(
-    rule: AnyRule, optimizee: Optimizee, carry: Carry, truncation: int, coordinates: Sample | None = None
+    rule: AnyRule,
+    optimizee: Optimizee,
+    carry: Carry,
+    truncation: int,
+    coordinates: Sample | None = None,
+    teacher: UpdateRule | None = None,
 ) -> tuple[RollOut, Carry]:
     """Take K inner steps without a graph.
 
@@ -186,11 +204,21 @@ def roll_out(
         carry: Where to start.
         truncation: Inner steps, K.
         coordinates: Of the ``P * D`` coordinates, those to record; None records all.
+        teacher: Takes the steps; the rule sees the same gradients and moves nothing.
 
     Returns:
         The record and the carry after the last step.
+
+    Raises:
+        ValueError: If the episode was started without the teacher.
     """
-    inner, grad, loss = inner_steps(rule, optimizee, carry.params, carry.memory), carry.grad, carry.loss
+    lesson = None
+    if teacher is not None:
+        if carry.teacher_memory is None:
+            raise ValueError("the episode was started without a teacher; give start_episode the same as roll_out")
+        lesson = Lesson(rule, teacher, optimizee, carry.params, carry.memory, carry.teacher_memory)
+    inner = lesson or inner_steps(rule, optimizee, carry.params, carry.memory)
+    grad, loss = carry.grad, carry.loss
     size = carry.params.shape[1]
     chosen, share = every_coordinate(carry) if coordinates is None else coordinates
     problem, tensor = chosen // size, optimizee.tensor_index[chosen % size]
@@ -220,8 +248,12 @@ def roll_out(
         problem=problem,
         part=parts_of(rule, optimizee.params)[tensor],
         share=share.to(grad),
+        tensor=problem * len(optimizee.params) + tensor,
+        updates=torch.stack([update.flatten()[chosen] for update in lesson.updates]) if lesson else None,
+        taught=torch.stack([update.flatten()[chosen] for update in lesson.taught]) if lesson else None,
     )
-    return record, Carry(inner.params, inner.memory, carry.step + truncation, loss, grad, carry.initial_loss)
+    end, teacher_memory = carry.step + truncation, lesson.teacher.memory if lesson else None
+    return record, Carry(inner.params, inner.memory, end, loss, grad, carry.initial_loss, teacher_memory)
 
 
 def backpropagate(rule: AnyRule, record: RollOut, weights: Tensor, discount: float = 1.0) -> None:
@@ -234,7 +266,39 @@ def backpropagate(rule: AnyRule, record: RollOut, weights: Tensor, discount: flo
         discount: Factor per step between an update and the gradients it is held responsible for; 1 is exact.
     """
     weighted = record.grads * weights[:, record.problem]
-    future = _suffix_sum(weighted, discount) / record.share
+    _backpropagate_updates(rule, record, _suffix_sum(weighted, discount) / record.share)
+
+
+def imitate(rule: AnyRule, record: RollOut) -> float:
+    """Add the gradient of how far a rule was from its teacher to the ``.grad`` of its meta-parameters.
+
+    That is half the mean of ``(u - u*)^2 / mean(u*^2)``, with u the rule's updates, u* the teacher's, and the mean below the
+    line over the recorded coordinates and steps of each tensor: its own measure for each, as updates of different tensors
+    differ by orders of magnitude.
+
+    Args:
+        rule: The rule that made the record.
+        record: From :func:`roll_out` with a teacher.
+
+    Returns:
+        The mean, without the half: 1 for a rule that moves nothing, 0 for the teacher.
+
+    Raises:
+        ValueError: If no teacher took the steps of the record.
+    """
+    if record.updates is None or record.taught is None:
+        raise ValueError("a record without a teacher's updates leaves nothing to imitate; give roll_out a teacher")
+    squares, count = torch.zeros(2, int(record.tensor.max()) + 1, dtype=record.taught.dtype).unbind()
+    squares.index_add_(0, record.tensor, record.taught.square().mean(0))
+    count.index_add_(0, record.tensor, torch.ones_like(record.taught[0]))
+    level = (squares / count)[record.tensor].clamp(min=torch.finfo(squares.dtype).tiny)
+    error = record.updates - record.taught
+    _backpropagate_updates(rule, record, error / (level * error.numel()))
+    return float((error.square() / level).mean())
+
+
+def _backpropagate_updates(rule: AnyRule, record: RollOut, future: Tensor) -> None:
+    """Backpropagate the derivative of anything by the updates, ``(K, M)``."""
     rules = members(rule)
     for part, one in enumerate(rules.values()):
         if len(rules) == 1:

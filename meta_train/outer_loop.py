@@ -19,6 +19,7 @@ from meta_train.meta_gradient import (
     Objective,
     Sample,
     backpropagate,
+    imitate,
     no_coordinate,
     roll_out,
     sample_coordinates,
@@ -26,7 +27,7 @@ from meta_train.meta_gradient import (
     unroll,
 )
 from meta_train.parts import AnyRule, members
-from meta_train.recipe import InnerLoop, OuterLoop, Recipe
+from meta_train.recipe import OuterLoop, Phase, Recipe
 from meta_train.tasks import Optimizee, Task, seeded, with_data
 
 
@@ -36,7 +37,8 @@ class OuterStep:
 
     Args:
         step: Outer steps so far, from 1.
-        meta_loss: Mean over episodes: of the losses, or of ``log(loss / initial loss)``, as the objective says.
+        meta_loss: Mean over episodes: of the losses, or of ``log(loss / initial loss)``, as the objective says; while a
+            teacher is imitated, the distance from it (:func:`~meta_train.meta_gradient.imitate`).
         grad_norm: Norm of the meta-gradient before clipping.
         lr: Rate used.
         validation: Validation figure, where this step validated; lower is better.
@@ -79,6 +81,8 @@ class MetaTraining:
 
     def __init__(self, recipe: Recipe, task: Task | None = None, data: Path | None = None) -> None:
         self.recipe = recipe
+        self.phases = recipe.phases
+        self.teacher = recipe.imitation.build_teacher() if recipe.imitation else None
         self.task: Task = with_data(recipe.task if task is None else task, data)
         self.validation_task: Task = with_data(recipe.validation.task, data) if recipe.validation.task else self.task
         with torch.random.fork_rng(devices=[]):
@@ -105,13 +109,13 @@ class MetaTraining:
         while self.step < self.recipe.steps:
             yield self._outer_step()
 
-    def _phase(self) -> tuple[int, InnerLoop, OuterLoop]:
+    def _phase(self) -> tuple[int, Phase]:
         """Return how to train now, after the outer steps that were already taken so."""
         done = self.step
-        for inner, outer in self.recipe.phases:
-            if done < outer.steps:
-                return done, inner, outer
-            done -= outer.steps
+        for phase in self.phases:
+            if done < phase.outer.steps:
+                return done, phase
+            done -= phase.outer.steps
         raise RuntimeError(f"all {self.recipe.steps} outer steps of the recipe have been taken")
 
     def _start_stage(self) -> None:
@@ -121,12 +125,13 @@ class MetaTraining:
         self.episodes = [None] * len(self.episodes)
 
     def _outer_step(self) -> OuterStep:
-        done, inner, outer = self._phase()
+        done, phase = self._phase()
+        outer = phase.outer
         if done == 0 and self.step > 0:
             self._start_stage()
         objective = OBJECTIVES[outer.objective](outer)
         self.outer_optimizer.zero_grad()
-        meta_losses = [self._truncation(slot, inner, outer, objective) for slot in range(outer.episodes)]
+        meta_losses = [self._truncation(slot, phase, objective) for slot in range(outer.episodes)]
         for parameter in self.rule.parameters():
             if parameter.grad is not None:
                 parameter.grad /= outer.episodes
@@ -147,12 +152,18 @@ class MetaTraining:
             self.best = self.in_use(self.average)
         return OuterStep(self.step, sum(meta_losses) / len(meta_losses), float(norm), lr, validation, is_best)
 
-    def _truncation(self, slot: int, inner: InnerLoop, outer: OuterLoop, objective: Objective) -> float:
+    def _truncation(self, slot: int, phase: Phase, objective: Objective) -> float:
         """Advance one episode by a truncation, adding its meta-gradient; return its meta-loss."""
-        episode = self.episodes[slot] or self._start(inner)
+        inner, outer, imitates = phase
+        episode = self.episodes[slot] or self._start(phase)
         carry = episode.carry
         length = min(inner.truncation, episode.horizon - carry.step)
-        if outer.second_derivatives:
+        figure = None
+        if imitates:
+            chosen = self._coordinates(episode, outer)
+            record, episode.carry = roll_out(self.rule, episode.optimizee, carry, length, chosen, self.teacher)
+            losses, figure = record.losses, imitate(self.rule, record)
+        elif outer.second_derivatives:
             losses, episode.carry = unroll(self.rule, episode.optimizee, carry, length, objective, second_derivatives=True)
         else:
             chosen = self._coordinates(episode, outer)
@@ -162,15 +173,16 @@ class MetaTraining:
                 backpropagate(self.rule, record, objective(losses, carry.initial_loss), outer.discount)
         finished = episode.carry.step >= episode.horizon or not bool(losses.isfinite().all())
         self.episodes[slot] = None if finished else episode
-        return meta_loss(outer, losses, carry.initial_loss)
+        return meta_loss(outer, losses, carry.initial_loss) if figure is None else figure
 
-    def _start(self, inner: InnerLoop) -> Episode:
+    def _start(self, phase: Phase) -> Episode:
         seed = derive_seed(self.recipe.seed, "train", self.episodes_started)
         self.episodes_started += 1
-        shortest, longest = inner.horizon
+        shortest, longest = phase.inner.horizon
         horizon = round(math.exp(random.Random(seed).uniform(math.log(shortest), math.log(longest))))
         optimizee = self.task.sample(seed)
-        return Episode(seed, horizon, optimizee, start_episode(self.rule, optimizee))
+        teacher = self.teacher if phase.imitates else None
+        return Episode(seed, horizon, optimizee, start_episode(self.rule, optimizee, teacher=teacher))
 
     def _coordinates(self, episode: Episode, outer: OuterLoop) -> Sample | None:
         if outer.coordinates == 0:

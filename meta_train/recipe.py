@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
-from learned_optim.rules import build_rule
+from learned_optim.rules import UpdateRule, build_rule, plain_adam
+from learned_optim.weights import resolve_weights
 from meta_train.judging.held_out_kinds import HeldOut
 from meta_train.parts import AnyRule, Parts, part_of
 from meta_train.tasks import TaskRecipe
@@ -92,6 +93,36 @@ class Validation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     task: TaskRecipe | HeldOut | None = None
 
 
+class Imitation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a rule starts: it learns to make a teacher's updates, on the teacher's course, before it is to make better ones.
+
+    Where random updates leave a plateau in no direction, a truncated meta-gradient says for hundreds of outer steps no
+    more than that they should be smaller.
+
+    Args:
+        teacher: A bundled name, or the rate of an Adam.
+        steps: Outer steps.
+        lr: As in :class:`OuterLoop`.
+    """
+
+    teacher: str | Positive
+    steps: Count
+    lr: Positive
+
+    def build_teacher(self) -> UpdateRule:
+        """Return the teacher's rule.
+
+        Returns:
+            The bundled one, or :func:`~learned_optim.rules.plain_adam`.
+
+        Raises:
+            WeightsNotFoundError: If no bundled weights have that name.
+        """
+        if isinstance(self.teacher, str):
+            return resolve_weights(self.teacher).rule
+        return plain_adam(self.teacher)
+
+
 class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """More outer steps, after those of :class:`OuterLoop`, from the best meta-parameters until then.
 
@@ -119,6 +150,14 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     second_derivatives: bool | None = None
 
 
+class Phase(NamedTuple):
+    """A part of a run."""
+
+    inner: InnerLoop
+    outer: OuterLoop
+    imitates: bool = False
+
+
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One meta-training run.
 
@@ -128,6 +167,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         inner: How an episode runs.
         outer: How meta-parameters are trained.
         validation: How the best are chosen.
+        imitation: What comes first, if anything.
         stages: What follows, one after another.
         use: Options of the rule that differ in use from meta-training: rules are validated, kept and published with them.
             None may change the shape of the meta-parameters. A truncated meta-gradient sees no gain beyond its truncation,
@@ -143,6 +183,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inner: InnerLoop
     outer: OuterLoop
     validation: Validation
+    imitation: Imitation | None = None
     stages: tuple[Stage, ...] = ()
     use: dict[str, Any] = {}
     parts: tuple[PartName, ...] = ()
@@ -150,21 +191,24 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schema: Literal[1] = 1
 
     @property
-    def phases(self) -> tuple[tuple[InnerLoop, OuterLoop], ...]:
-        """How each part of the run trains: first as ``inner`` and ``outer`` say, then as each stage does."""
-        phases = [(self.inner, self.outer)]
+    def phases(self) -> tuple[Phase, ...]:
+        """How each part of the run trains: by imitation if at all, as ``inner`` and ``outer`` say, then by each stage."""
+        phases = [Phase(self.inner, self.outer)]
+        if first := self.imitation:
+            outer = msgspec.structs.replace(self.outer, steps=first.steps, lr=first.lr)
+            phases.insert(0, Phase(self.inner, outer, imitates=True))
         for stage in self.stages:
-            inner, outer = phases[-1]
+            inner, outer, _ = phases[-1]
             named = {name: value for name, value in msgspec.structs.asdict(stage).items() if value is not None}
             of_inner = {name: named.pop(name) for name in ("horizon", "truncation") if name in named}
             inner = msgspec.structs.replace(inner, **of_inner)
-            phases.append((inner, msgspec.structs.replace(outer, **named)))
+            phases.append(Phase(inner, msgspec.structs.replace(outer, **named)))
         return tuple(phases)
 
     @property
     def steps(self) -> int:
         """Outer steps of the whole run."""
-        return sum(outer.steps for _, outer in self.phases)
+        return sum(phase.outer.steps for phase in self.phases)
 
     def build_rule(self, *, in_use: bool = False) -> AnyRule:
         """Build the untrained rule, or the rules of all parts; the caller seeds torch's generator.
@@ -210,7 +254,9 @@ def parse_recipe(text: str) -> Recipe:
         raise ValueError(f"[use] must not change the shape of the meta-parameters, got {recipe.use}")
     for part in recipe.parts:
         part_of(recipe.parts, part)
-    for shortest, longest in (inner.horizon for inner, _ in recipe.phases):
+    if recipe.imitation:
+        recipe.imitation.build_teacher()
+    for shortest, longest in (phase.inner.horizon for phase in recipe.phases):
         if shortest > longest:
             raise ValueError(f"a horizon must be [shortest, longest], got {[shortest, longest]}")
     return recipe

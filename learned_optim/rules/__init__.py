@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from learned_optim.rules.adam_modulation import AdamModulationConfig, AdamModulationRule
+from learned_optim.rules.adam_modulation import AdamModulationConfig, AdamModulationRule, plain_adam
 from learned_optim.rules.paper import PaperRule, PaperRuleConfig, log_and_sign
 from learned_optim.rules.rule import Encoded, Memory, RuleConfig, UpdateRule
 
@@ -49,4 +49,5 @@ __all__ = [
     "UpdateRule",
     "build_rule",
     "log_and_sign",
+    "plain_adam",
 ]

@@ -158,3 +158,19 @@ class AdamModulationRule(UpdateRule):
         nominal, amplitude = context.unbind(-1)
         bound = self.config.log_gain
         return amplitude * torch.exp(bound * torch.tanh(magnitude / bound)) * (nominal + torch.tanh(direction))
+
+
+def plain_adam(lr: float) -> AdamModulationRule:
+    """Return the member of this family that is Adam: every tensor's scale is 1, and every meta-parameter 0.
+
+    Args:
+        lr: Adam's rate.
+
+    Returns:
+        The rule.
+    """
+    with torch.random.fork_rng(devices=[]):
+        rule = AdamModulationRule(AdamModulationConfig(hidden_size=1, step_size=lr, min_scale=1.0, max_scale=1.0))
+    for parameter in rule.parameters():
+        nn.init.zeros_(parameter)
+    return rule

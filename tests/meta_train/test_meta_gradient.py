@@ -6,9 +6,20 @@ from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer, UpdateRule
 from learned_optim.backends import native as native_backend
+from learned_optim.rules import plain_adam
 from meta_train import meta_gradient
-from meta_train.inner_steps import CompiledSteps, PlainSteps, scale_bounds, tensor_scales
-from meta_train.meta_gradient import Carry, Sample, backpropagate, roll_out, sample_coordinates, start_episode, unroll
+from meta_train.inner_steps import CompiledSteps, PlainSteps, plain_step, scale_bounds, tensor_scales
+from meta_train.meta_gradient import (
+    Carry,
+    Sample,
+    backpropagate,
+    imitate,
+    loss_and_grad,
+    roll_out,
+    sample_coordinates,
+    start_episode,
+    unroll,
+)
 from meta_train.tasks import Optimizee, Quadratic, Quartic, module_optimizee, seeded
 from tests.cases import RULE_CASES, small_rule
 
@@ -72,6 +83,58 @@ def test_one_pass_equals_the_unroll(
         losses, twin = unroll(rule, again, twin, 10, objective)
         assert relative_error(one_pass, gradients(rule)) < tolerance
         torch.testing.assert_close(record.losses, losses, rtol=1e3 * tolerance, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", RULE_CASES)
+@pytest.mark.parametrize("teacher_case", ["adam", "adam-modulation-time"])
+@pytest.mark.parametrize("native", [True, False])
+def test_imitation_is_the_derivative_of_the_distance_from_the_teacher(
+    case: str, teacher_case: str, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:
+        monkeypatch.setattr(meta_gradient, "native_supports", lambda lstm: False)
+        monkeypatch.setattr(native_backend, "supports", lambda rule: False)
+    rule, teacher = small_rule(case), plain_adam(0.05) if teacher_case == "adam" else small_rule(teacher_case, 1)
+    once, again = waking(1), waking(1)
+    carry, twin = start_episode(rule, once, teacher=teacher), start_episode(teacher, again)
+    memory = carry.memory
+    bounds, teacher_bounds = scale_bounds(rule, again), scale_bounds(teacher, again)
+    for first in (0, 6):  # The second truncation starts from memories that are not at rest.
+        rule.zero_grad()
+        record, carry = roll_out(rule, once, carry, 6, teacher=teacher)
+        distance = imitate(rule, record)
+        one_pass = gradients(rule)
+        rule.zero_grad()
+        updates, taught, params, grad = [], [], twin.params, twin.grad
+        for step in range(first + 1, first + 7):
+            update, memory = plain_step(rule, again, grad, memory, step, tensor_scales(bounds, again, params))
+            scales = tensor_scales(teacher_bounds, again, params)
+            with torch.no_grad():
+                lesson, twin.memory = plain_step(teacher, again, grad, twin.memory, step, scales)
+            params = params + lesson
+            _, grad = loss_and_grad(again, params)
+            updates.append(update)
+            taught.append(lesson)
+        twin.params, twin.grad = params, grad
+        memory = {name: value.detach() for name, value in memory.items()}
+        total = torch.zeros(())
+        for problem, tensor in itertools.product(range(2), (slice(0, 6), slice(6, 9))):
+            own, shown = (torch.stack(each)[:, problem, tensor] for each in (updates, taught))
+            total = total + (own - shown).square().sum() / shown.square().mean()
+        mean = total / (6 * 18)
+        (mean / 2).backward()
+        assert distance == pytest.approx(mean.item(), rel=1e-4)
+        assert relative_error(one_pass, gradients(rule)) < 1e-4
+        torch.testing.assert_close(carry.params, params, rtol=1e-5, atol=1e-6)
+
+
+def test_there_is_nothing_to_imitate_without_a_teacher() -> None:
+    rule, optimizee = small_rule(), OPTIMIZEES["quadratic"](0)
+    record, _ = roll_out(rule, optimizee, start_episode(rule, optimizee), 3)
+    with pytest.raises(ValueError, match="give roll_out a teacher"):
+        imitate(rule, record)
+    with pytest.raises(ValueError, match="give start_episode the same"):
+        roll_out(rule, optimizee, start_episode(rule, optimizee), 3, teacher=plain_adam(0.1))
 
 
 @pytest.mark.parametrize("case", RULE_CASES)

@@ -84,10 +84,12 @@ truncation = 8
 """
 
 
-@pytest.mark.parametrize("change", ["", "second_derivatives = true", "stages"])
+@pytest.mark.parametrize("change", ["", "second_derivatives = true", "stages", "imitation"])
 @pytest.mark.parametrize("objective", ["mean", "log", "relative"])
 def test_resuming_from_a_checkpoint_file_goes_on_bit_for_bit(objective: str, change: str, tmp_path) -> None:
     stages, change = (STAGE.replace("= 6", "= 3") + STAGE, "") if change == "stages" else ("", change)
+    if change == "imitation":
+        stages, change = '[imitation]\nteacher = "default"\nsteps = 7\nlr = 0.1\n', ""
     outer = f'[outer]\nobjective = "{objective}"\nloss_floor = 1e-3\n{change}'
     recipe = parse_recipe(
         TINY.replace("[outer]", outer).replace("steps = 12", "steps = 4" if stages else "steps = 12") + stages
@@ -104,6 +106,14 @@ def test_resuming_from_a_checkpoint_file_goes_on_bit_for_bit(objective: str, cha
     assert list(resumed) == records[5:]
     for name, value in whole.best.state_dict().items():
         assert torch.equal(value, resumed.best.state_dict()[name]), name
+
+
+def test_a_rule_that_imitates_adam_becomes_like_it() -> None:
+    recipe = parse_recipe(TINY + "[imitation]\nteacher = 0.1\nsteps = 300\nlr = 0.03\n")
+    run = MetaTraining(recipe)
+    distances = [record.meta_loss for record, _ in zip(run, range(300), strict=False)]
+    assert sum(distances[:10]) > 9
+    assert sum(distances[-10:]) < 2
 
 
 def test_what_is_validated_and_kept_is_the_rule_in_use_and_what_is_trained_is_not() -> None:

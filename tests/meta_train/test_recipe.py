@@ -3,7 +3,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from meta_train.recipe import parse_recipe, read_recipe
+from learned_optim.rules import AdamModulationRule
+from meta_train.recipe import Phase, parse_recipe, read_recipe
 
 WEIGHTS = Path(__file__).parent.parent.parent / "learned_optim" / "weights"
 TINY = """
@@ -45,6 +46,8 @@ def test_every_committed_recipe_parses(path: Path) -> None:
         ("lr = 0.01", "lr = -1.0", r"> 0.*\$\.outer\.lr"),
         ("steps = 12", 'steps = "many"', r"Expected `int`.*\$\.outer\.steps"),
         ('name = "quadratic"', 'name = "cubic"', r"Invalid value 'cubic'.*\$\.task"),
+        ("seed = 0", "seed = 0\nimitation = {teacher = 'dafault', steps = 1, lr = 1}", "dafault.*default"),
+        ("seed = 0", "seed = 0\nimitation = {teacher = -0.1, steps = 1, lr = 1}", r"> 0.*\$\.imitation\.teacher"),
         ("functions = 4", "functionz = 4", r"`functionz`.*\$\.task"),
         ('family = "paper"', 'family = "papers"', "unknown rule family 'papers'"),
         ('family = "paper"', "", "names no family"),
@@ -70,6 +73,15 @@ def test_a_rule_in_use_may_do_other_things_with_the_same_meta_parameters() -> No
         parse_recipe(TINY + "[use]\nhidden_size = 4\n")
 
 
+def test_imitation_comes_first() -> None:
+    plain, taught = (parse_recipe(TINY + more) for more in ("", "[imitation]\nteacher = 0.1\nsteps = 5\nlr = 0.2\n"))
+    first, second = taught.phases
+    assert first == Phase(plain.inner, msgspec.structs.replace(plain.outer, steps=5, lr=0.2), imitates=True)
+    assert (second,) == plain.phases
+    assert taught.steps == plain.steps + 5
+    assert isinstance(taught.imitation.build_teacher(), AdamModulationRule)
+
+
 def test_options_reach_the_rule() -> None:
     rule = parse_recipe(TINY).build_rule()
     assert (rule.config.hidden_size, rule.config.num_layers) == (3, 1)
@@ -82,9 +94,9 @@ def test_a_stage_changes_what_it_names_for_itself_and_all_that_follow() -> None:
     stages = f"[[stages]]\nsteps = 5\nlr = 0.2\n{named}[[stages]]\nsteps = 6\nlr = 0.3\n"
     first, second, third = parse_recipe(TINY + stages).phases
     assert first == parse_recipe(TINY).phases[0]
-    inner, outer = second
+    inner, outer, _ = second
     assert (inner.horizon, inner.truncation) == ((8, 9), 3)
     assert (outer.steps, outer.lr, outer.clip, outer.sampling, outer.averaging) == (5, 0.2, 0.25, "tensors", 0.75)
     assert outer.second_derivatives
     assert (outer.episodes, outer.coordinates) == (2, 7)
-    assert third == (inner, msgspec.structs.replace(outer, steps=6, lr=0.3))
+    assert third == Phase(inner, msgspec.structs.replace(outer, steps=6, lr=0.3))
