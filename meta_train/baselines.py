@@ -158,8 +158,8 @@ MNIST = [
 
 CIFAR = [
     *settings("SGD", rates(0.0316, 3.16)),
-    *settings("NAG", rates(0.01, 1.0), (0.5, 0.9, 0.95)),
-    *settings("RMSprop", rates(1e-4, 1e-2)),
+    *settings("NAG", rates(0.01, 1.0), (0.9, 0.95)),
+    *settings("RMSprop", rates(1e-4, 0.1)),
     *settings("Adam", rates(1e-3, 0.1)),
 ]
 """The sweep for small convolutional nets on CIFAR-10, in half-decades."""

@@ -107,7 +107,7 @@ ANIMALS = (2, 3, 4, 5, 7)
 def _cifar(*labels: int) -> Arena:
     """Judge on the half of CIFAR-10 that nothing was meta-trained on, some classes of it or all; minutes a run."""
     task = Cifar("second", labels or tuple(range(10)))
-    return Arena(task, CIFAR, UNTUNED, tuning=3, last=20, horizons=(1000, 100), criteria=("final",))
+    return Arena(task, CIFAR, tuning=1, last=20, horizons=(1000, 100), criteria=("final",))
 
 
 ARENAS = {

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from learned_optim.weights import Weights, read_weights, write_weights
-from meta_train.run_dir import BEST, ENVIRONMENT, RECIPE, of_part, write_atomically
+from meta_train.run_dir import BEST, COST, ENVIRONMENT, RECIPE, of_part, write_atomically
 
 WEIGHTS_DIR = Path(__file__).parent.parent / "learned_optim" / "weights"
 
@@ -39,6 +39,8 @@ def publish(run: str | Path, name: str, to: str | Path = WEIGHTS_DIR) -> list[Pa
     recipe = (run / RECIPE).read_text()
     environment = json.loads((run / ENVIRONMENT).read_text())
     kept = {"processor": environment["processor"], "threads": str(environment["threads"])}
+    if (run / COST).exists():
+        kept |= {name: f"{value:.4g}" for name, value in json.loads((run / COST).read_text()).items()}
     targets = []
     for weights in map(read_weights, best):
         target = to / of_part(f"{name}.safetensors", weights.metadata.get("part", ""))

@@ -1,4 +1,4 @@
-"""A run directory: recipe, environment, metrics, checkpoint and weights of one meta-training run, safe against any kill.
+"""A run directory: recipe, environment, metrics, cost, checkpoint, weights of one meta-training run, safe against any kill.
 
 Everything is written to a temporary file and moved into place. A run that is killed at any moment and started again ends
 with the same bits (same torch, same number of threads): the checkpoint holds the whole state, and metrics written after it
@@ -14,6 +14,8 @@ import os
 import platform
 import re
 import subprocess
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from meta_train.recipe import parse_recipe
 
 RECIPE, ENVIRONMENT, METRICS, CHECKPOINT = "recipe.toml", "environment.json", "metrics.jsonl", "checkpoint.pt"
 BEST, LAST = "best.safetensors", "last.safetensors"
+COST = "cost.json"
 
 
 def of_part(name: str, part: str) -> str:
@@ -64,6 +67,7 @@ class RunDir:
         if (self.path / CHECKPOINT).exists():
             self.run.load_state_dict(torch.load(self.path / CHECKPOINT, weights_only=True))
         self._validations = self._keep_metrics_up_to(self.run.step)
+        self._clock = time.perf_counter()
 
     def train(self, checkpoint_every: int = 100) -> Iterator[OuterStep]:
         """Run to the end of the recipe, keeping metrics, checkpoints and the best weights.
@@ -74,6 +78,7 @@ class RunDir:
         Yields:
             Every outer step, after it has been kept.
         """
+        self._clock = time.perf_counter()
         for record in self.run:
             with (self.path / METRICS).open("a") as metrics:
                 metrics.write(json.dumps(_plain(record)) + "\n")
@@ -112,11 +117,21 @@ class RunDir:
         if self.run.step == self.run.recipe.steps:
             validation = self._validations[-1]["validation"]
             self._write(LAST, self.run.in_use(self.run.average), "last", self.run.step, validation)
+        self._add_cost()
         buffer = io.BytesIO()
         torch.save(self.run.state_dict(), buffer)
         with (self.path / METRICS).open("a") as metrics:
             os.fsync(metrics.fileno())
         write_atomically(self.path / CHECKPOINT, buffer.getvalue())
+
+    def _add_cost(self) -> None:
+        """Count the time since the last checkpoint, whatever it was spent on, and the most memory any process held."""
+        now, path = time.perf_counter(), self.path / COST
+        before = json.loads(path.read_text()) if path.exists() else {"minutes": 0.0, "peak_memory_mib": 0.0}
+        minutes = round(before["minutes"] + (now - self._clock) / 60, 3)
+        self._clock = now
+        peak = max(before["peak_memory_mib"], round(peak_memory() / 2**20, 1))
+        write_atomically(path, (json.dumps({"minutes": minutes, "peak_memory_mib": peak}) + "\n").encode())
 
     def _keep_metrics_up_to(self, step: int) -> list[dict[str, Any]]:
         """Drop what was recorded after the checkpoint; return the records that validated."""
@@ -180,6 +195,16 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process has held in memory at once; 0 where the system does not say."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held if sys.platform == "darwin" else held * 1024
 
 
 def environment() -> dict[str, Any]:

@@ -29,6 +29,7 @@ class Cifar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
     Args:
         half: Of the training photos; to meta-train on one and judge on the other.
         labels: Classes that are kept, as the net's outputs in this order; CIFAR-5 and CIFAR-2 keep five and two.
+        side: Of the photos, in pixels; smaller ones are means of neighbours, and cost less.
         channels: Of each convolution.
         kernel: Side of the convolutions' kernels, odd.
         dense: Units of each dense layer before the readout.
@@ -42,6 +43,7 @@ class Cifar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
 
     half: Literal["first", "second"] = "first"
     labels: Labels = tuple(range(10))
+    side: Literal[8, 16, 32] = 32
     channels: tuple[Count, ...] = (16, 16, 16)
     kernel: Count = 5
     dense: tuple[Count, ...] = (32,)
@@ -69,7 +71,7 @@ class Cifar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
         Returns:
             P problems whose parameters are named ``conv0.weight`` and so on, ``dense0.weight`` and so on.
         """
-        return self.sample_from(*_photos(self.half, self.labels, None), seed)
+        return self.sample_from(*_photos(self.half, self.labels, self.side, None), seed)
 
     def on(self, data: Path) -> Task:
         """Return the task with the photos of a directory.
@@ -154,13 +156,15 @@ def _normalise(x: Tensor, params: Params, layer: str) -> Tensor:
 
 
 @functools.cache
-def _photos(half: str, labels: Labels, data: Path | None) -> tuple[Tensor, Tensor]:
-    """Read the photos of some classes in one half of what there is, and their positions among the classes."""
+def _photos(half: str, labels: Labels, side: int, data: Path | None) -> tuple[Tensor, Tensor]:
+    """Read the photos of some classes in one half of what there is, at a size, and their positions among the classes."""
     images, classes = read_images(CIFAR10, data, "train")
     matches = classes.unsqueeze(1) == torch.tensor(labels)
     kept = matches.any(1)
     kept[slice(len(kept) // 2, None) if half == "first" else slice(len(kept) // 2)] = False
-    return images[kept], matches[kept].int().argmax(1)
+    pixels = images.shape[2] // side
+    photos = F.avg_pool2d(images[kept].float(), pixels).round().byte() if pixels > 1 else images[kept]
+    return photos, matches[kept].int().argmax(1)
 
 
 @dataclass(frozen=True)
@@ -172,4 +176,5 @@ class _Local:
 
     def sample(self, seed: int) -> Optimizee:
         """Return fresh nets."""
-        return self.task.sample_from(*_photos(self.task.half, self.task.labels, self.data), seed)
+        task = self.task
+        return task.sample_from(*_photos(task.half, task.labels, task.side, self.data), seed)

@@ -11,7 +11,7 @@ from meta_train.meta_gradient import loss_and_grad
 from meta_train.tasks import Cifar, cifar
 from meta_train.tasks.cifar import _photos
 
-TASK = Cifar(labels=(7, 2, 4), channels=(3, 4), kernel=3, dense=(5,), batch=6, problems=2, initial_std=0.5)
+TASK = Cifar(labels=(7, 2, 4), side=8, channels=(3, 4), kernel=3, dense=(5,), batch=6, problems=2, initial_std=0.5)
 
 
 @pytest.fixture
@@ -24,15 +24,24 @@ def photos(monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
 
 
 def test_only_the_classes_that_are_named_are_kept(photos: tuple[Tensor, Tensor]) -> None:
-    images, positions = _photos("second", (7, 2, 4), Path("somewhere"))
+    images, positions = _photos("second", (7, 2, 4), 8, Path("somewhere"))
     assert len(images) == 9
     for position, label in enumerate((7, 2, 4)):
         assert torch.equal(images[positions == position], photos[0][30:][photos[1][30:] == label])
 
 
 def test_halves_are_disjoint_and_all_there_is(photos: tuple[Tensor, Tensor]) -> None:
-    halves = [_photos(half, tuple(range(10)), Path("somewhere"))[0] for half in ("first", "second")]
+    halves = [_photos(half, tuple(range(10)), 8, Path("somewhere"))[0] for half in ("first", "second")]
     assert torch.equal(torch.cat(halves), photos[0])
+
+
+def test_smaller_photos_are_means_of_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    coarse = torch.arange(64).view(8, 8)
+    fine = coarse.repeat_interleave(2, 0).repeat_interleave(2, 1) + torch.tensor([0, 2]).repeat(8)
+    monkeypatch.setattr(cifar, "read_images", lambda *_: (fine.byte().expand(2, 3, 16, 16), torch.tensor([0, 1])))
+    _photos.cache_clear()
+    photos, _ = _photos("first", (0, 1), 8, Path("somewhere"))
+    assert torch.equal(photos, (coarse + 1).byte().expand(1, 3, 8, 8))
 
 
 def test_the_net_is_the_one_that_is_written_down(photos: tuple[Tensor, Tensor]) -> None:
@@ -42,7 +51,7 @@ def test_the_net_is_the_one_that_is_written_down(photos: tuple[Tensor, Tensor]) 
     scattered = optimizee.flat_params() + 0.1 * torch.randn(2, 1, generator=torch.Generator().manual_seed(1))
     losses, grad = loss_and_grad(optimizee, scattered)
     params = optimizee.unflatten(scattered)
-    images, positions = _photos("first", TASK.labels, Path("somewhere"))
+    images, positions = _photos("first", TASK.labels, 8, Path("somewhere"))
     index = torch.randint(len(images), (2, 6), generator=generator)
     for problem in range(2):
         own = {name: value[problem] for name, value in params.items()}

@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 from learned_optim import Weights
-from meta_train.run_dir import BEST, CHECKPOINT, ENVIRONMENT, LAST, METRICS, RECIPE, RunDir, environment, write_atomically
+from meta_train.publish import publish
+from meta_train.run_dir import (
+    BEST,
+    CHECKPOINT,
+    COST,
+    ENVIRONMENT,
+    LAST,
+    METRICS,
+    RECIPE,
+    RunDir,
+    environment,
+    write_atomically,
+)
 from tests.meta_train.test_recipe import TINY
 
 
@@ -27,7 +39,7 @@ def start(path: Path, steps: int, checkpoint_every: int = 3) -> None:
 
 
 def test_it_holds_what_is_promised_and_nothing_else(finished: Path) -> None:
-    assert {path.name for path in finished.iterdir()} == {RECIPE, ENVIRONMENT, METRICS, CHECKPOINT, BEST, LAST}
+    assert {path.name for path in finished.iterdir()} == {RECIPE, ENVIRONMENT, METRICS, COST, CHECKPOINT, BEST, LAST}
     assert (finished / RECIPE).read_text() == TINY
 
 
@@ -37,6 +49,19 @@ def test_the_environment_names_no_machine_and_no_place(finished: Path) -> None:
     text = json.dumps(environment())
     assert platform.node() not in text
     assert str(Path.cwd()) not in text
+
+
+def test_the_cost_adds_up_over_all_sessions(tmp_path: Path) -> None:
+    start(tmp_path, 5)
+    (tmp_path / COST).write_text('{"minutes": 100.0, "peak_memory_mib": 1.0}')
+    assert list(RunDir(tmp_path, TINY).train())
+    cost = json.loads((tmp_path / COST).read_text())
+    assert 100 < cost["minutes"] < 101
+    assert 50 < cost["peak_memory_mib"] < 100_000
+    (path,) = publish(tmp_path, "tiny", tmp_path)
+    metadata = Weights.from_pretrained(path).metadata
+    assert float(metadata["minutes"]) == pytest.approx(cost["minutes"], rel=1e-3)
+    assert float(metadata["peak_memory_mib"]) == pytest.approx(cost["peak_memory_mib"], rel=1e-3)
 
 
 def test_each_weight_file_carries_its_own_step_and_validation(finished: Path) -> None:
