@@ -97,7 +97,7 @@ class Imitation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a rule starts: it learns to make a teacher's updates, on the teacher's course, before it is to make better ones.
 
     Where random updates leave a plateau in no direction, a truncated meta-gradient says for hundreds of outer steps no
-    more than that they should be smaller.
+    more than that they should be smaller. Coordinates are sampled by tensor, so that each has an equal say.
 
     Args:
         teacher: A bundled name, or the rate of an Adam.
@@ -195,7 +195,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """How each part of the run trains: by imitation if at all, as ``inner`` and ``outer`` say, then by each stage."""
         phases = [Phase(self.inner, self.outer)]
         if first := self.imitation:
-            outer = msgspec.structs.replace(self.outer, steps=first.steps, lr=first.lr)
+            outer = msgspec.structs.replace(self.outer, steps=first.steps, lr=first.lr, sampling="tensors")
             phases.insert(0, Phase(self.inner, outer, imitates=True))
         for stage in self.stages:
             inner, outer, _ = phases[-1]

@@ -82,6 +82,26 @@ def mnist(results: Path = RESULTS / "mnist-mlp") -> str:
     return "\n".join([*lines, "", note])
 
 
+def cifar(results: Path = RESULTS / "cifar") -> str:
+    """Return the comparison on photos as Markdown.
+
+    Args:
+        results: Directory written by ``python -m meta_train evaluate``.
+
+    Returns:
+        A table and a line of where it comes from.
+    """
+    rows = read_rows(results / "summary.csv")
+    about = json.loads((results / "environment.json").read_text())
+    note = (
+        f"Mean ± standard error over n = {rows[0]['n']} fresh nets on the half of CIFAR-10 that was not meta-trained on; "
+        "the loss at a step is the mean of the twenty minibatches up to it. In brackets the ratio to the best baseline of "
+        "the column. Baselines are tuned over half-decades on another net; every setting is in "
+        f"[sweep.csv](docs/results/{results.name}/sweep.csv). {where(about)}. Command: `{about['command']}`."
+    )
+    return "\n".join([*comparison(rows), "", note])
+
+
 ART = {"": "new contents, 64 x 64", "style": "and a new style", "double": "double resolution, 128 x 128"}
 """What the pictures' rule is judged on, by folder."""
 
@@ -280,6 +300,7 @@ def demo(results: Path = RESULTS / "demo") -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "quadratic": quadratic,
     "mnist": mnist,
+    "cifar": cifar,
     "neural-art": neural_art,
     "judge": suite,
     "judge-long": functools.partial(suite, RESULTS / "judge-long"),

@@ -76,7 +76,8 @@ def test_a_rule_in_use_may_do_other_things_with_the_same_meta_parameters() -> No
 def test_imitation_comes_first() -> None:
     plain, taught = (parse_recipe(TINY + more) for more in ("", "[imitation]\nteacher = 0.1\nsteps = 5\nlr = 0.2\n"))
     first, second = taught.phases
-    assert first == Phase(plain.inner, msgspec.structs.replace(plain.outer, steps=5, lr=0.2), imitates=True)
+    outer = msgspec.structs.replace(plain.outer, steps=5, lr=0.2, sampling="tensors")
+    assert first == Phase(plain.inner, outer, imitates=True)
     assert (second,) == plain.phases
     assert taught.steps == plain.steps + 5
     assert isinstance(taught.imitation.build_teacher(), AdamModulationRule)
