@@ -45,7 +45,7 @@ def test_a_cosine_ends_at_rate_zero_and_gets_a_run_for_each_horizon() -> None:
 
     evaluate.run(TASK.sample(0), make, 10, setting.schedule)
     assert seen["optimizer"].param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
-    runs = evaluate._Runs(evaluate.Arena(TASK, [setting], tuning=1, fresh=1), None)
+    runs = evaluate._Runs(evaluate.Arena(TASK, [setting], tuning=1, fresh=1), None, map)
     assert runs.of(setting, 100, "tuning").shape == (1, 101)
     assert runs.of(setting, 200, "tuning").shape == (1, 201)
     assert runs.of(Setting("Adam", 0.1), 100, "tuning").shape == (1, 201)
@@ -54,13 +54,13 @@ def test_a_cosine_ends_at_rate_zero_and_gets_a_run_for_each_horizon() -> None:
 def test_tuning_passes_over_a_setting_that_diverges_on_fresh_optimizees(monkeypatch: pytest.MonkeyPatch) -> None:
     tempting, safe = Setting("SGD", 1.0), Setting("SGD", 0.1)
 
-    def curve(self, contestant, horizon, purpose, index):
+    def curve(task, contestant, horizon, purpose, cache, index):
         end = 0.5 if contestant != tempting else 1e9 if purpose == "evaluation" else 0.1
         return torch.linspace(10, end, horizon + 1).tolist()
 
-    monkeypatch.setattr(evaluate._Runs, "_curve", curve)
+    monkeypatch.setattr(evaluate, "_curve", curve)
     group = [Setting("SGD", 0.01), safe, tempting, Setting("SGD", 10.0)]
-    runs = evaluate._Runs(evaluate.Arena(TASK, group, tuning=2, fresh=2), None)
+    runs = evaluate._Runs(evaluate.Arena(TASK, group, tuning=2, fresh=2), None, map)
     assert not runs.diverges(safe, 100)
     assert runs.diverges(tempting, 100)
     monkeypatch.setattr(evaluate, "best_setting", lambda scores, group: min(group[1:3], key=lambda s: scores[str(s)]))
