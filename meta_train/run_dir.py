@@ -78,7 +78,6 @@ class RunDir:
         Yields:
             Every outer step, after it has been kept.
         """
-        self._clock = time.perf_counter()
         for record in self.run:
             with (self.path / METRICS).open("a") as metrics:
                 metrics.write(json.dumps(_plain(record)) + "\n")
@@ -156,7 +155,8 @@ def training_table(runs: Iterable[str | Path], rows_per_run: int = 100) -> list[
 
     Args:
         runs: Run directories.
-        rows_per_run: Each row is the mean meta-loss over as many outer steps as that takes, and any validation in them.
+        rows_per_run: Each row is the mean meta-loss over as many outer steps as that takes, and any validation in them;
+            imitation is left out.
 
     Returns:
         Rows with ``run``, ``outer_step``, ``meta_loss``, ``validation`` (empty where there was none) and ``measure``.
@@ -173,6 +173,8 @@ def training_table(runs: Iterable[str | Path], rows_per_run: int = 100) -> list[
         if rows and rows[0]["measure"] != measure:
             raise ValueError(f"{path} measures {measure!r}, the runs before it {rows[0]['measure']!r}; draw them apart")
         records = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
+        # While a teacher is imitated, the meta-loss is a distance from it.
+        records = records[recipe.imitation.steps if recipe.imitation else 0 :]
         window = max(recipe.steps // rows_per_run, 1)
         for chunk in (records[start : start + window] for start in range(0, len(records), window)):
             meta_loss = sum(record["meta_loss"] for record in chunk) / len(chunk)

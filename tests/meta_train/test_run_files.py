@@ -19,6 +19,7 @@ from meta_train.run_dir import (
     RECIPE,
     RunDir,
     environment,
+    training_table,
     write_atomically,
 )
 from tests.meta_train.test_recipe import TINY
@@ -62,6 +63,11 @@ def test_the_cost_adds_up_over_all_sessions(tmp_path: Path) -> None:
     metadata = Weights.from_pretrained(path).metadata
     assert float(metadata["minutes"]) == pytest.approx(cost["minutes"], rel=1e-3)
     assert float(metadata["peak_memory_mib"]) == pytest.approx(cost["peak_memory_mib"], rel=1e-3)
+
+
+def test_the_training_table_leaves_imitation_out(tmp_path: Path) -> None:
+    assert list(RunDir(tmp_path, TINY + "[imitation]\nteacher = 0.1\nsteps = 5\nlr = 0.1\n").train())
+    assert [row["outer_step"] for row in training_table([tmp_path])] == list(range(6, 18))
 
 
 def test_each_weight_file_carries_its_own_step_and_validation(finished: Path) -> None:
