@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learned_optim.weights import resolve_weights
 from meta_train.meta_gradient import (
     Carry,
     Objective,
@@ -88,7 +89,11 @@ class MetaTraining:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(recipe.seed, "meta-parameters"))
             self.rule = recipe.build_rule()
+        start = resolve_weights(recipe.start).rule.state_dict() if recipe.start else None
         for rule in members(self.rule).values():
+            if start is not None:
+                rule.load_state_dict(start)
+                continue
             for layer in range(rule.lstm.num_layers):
                 getattr(rule.lstm, f"bias_ih_l{layer}").data.view(4, -1)[1] += recipe.outer.forget_bias
             rule.readout.weight.data *= recipe.outer.readout

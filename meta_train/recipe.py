@@ -11,7 +11,7 @@ import msgspec
 from learned_optim.rules import UpdateRule, build_rule, plain_adam
 from learned_optim.weights import resolve_weights
 from meta_train.judging.held_out_kinds import HeldOut
-from meta_train.parts import AnyRule, Parts, part_of
+from meta_train.parts import AnyRule, Parts, first, part_of
 from meta_train.tasks import TaskRecipe
 
 if sys.version_info >= (3, 11):
@@ -167,6 +167,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         inner: How an episode runs.
         outer: How meta-parameters are trained.
         validation: How the best are chosen.
+        start: Bundled weights of the same shape that this run goes on from; without, meta-parameters are drawn.
         imitation: What comes first, if anything.
         stages: What follows, one after another.
         use: Options of the rule that differ in use from meta-training: rules are validated, kept and published with them.
@@ -183,6 +184,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inner: InnerLoop
     outer: OuterLoop
     validation: Validation
+    start: str | None = None
     imitation: Imitation | None = None
     stages: tuple[Stage, ...] = ()
     use: dict[str, Any] = {}
@@ -254,12 +256,24 @@ def parse_recipe(text: str) -> Recipe:
         raise ValueError(f"[use] must not change the shape of the meta-parameters, got {recipe.use}")
     for part in recipe.parts:
         part_of(recipe.parts, part)
+    if recipe.start:
+        _check_start(recipe, recipe.start)
     if recipe.imitation:
         recipe.imitation.build_teacher()
     for shortest, longest in (phase.inner.horizon for phase in recipe.phases):
         if shortest > longest:
             raise ValueError(f"a horizon must be [shortest, longest], got {[shortest, longest]}")
     return recipe
+
+
+def _check_start(recipe: Recipe, start: str) -> None:
+    source, rule = resolve_weights(start).rule, first(recipe.build_rule())
+    shapes = [{name: tuple(value.shape) for name, value in one.state_dict().items()} for one in (source, rule)]
+    if source.family != rule.family or shapes[0] != shapes[1]:
+        raise ValueError(
+            f"start must be weights of the same family and shape as [rule]; {start!r} is {source.family}, {source.config}, "
+            f"and [rule] is {rule.family}, {rule.config}"
+        )
 
 
 def read_recipe(path: str | Path) -> Recipe:

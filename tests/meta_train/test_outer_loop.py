@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from learned_optim.weights import resolve_weights
 from meta_train import outer_loop
 from meta_train.meta_gradient import Sample, backpropagate, roll_out, sample_coordinates, start_episode
 from meta_train.outer_loop import OBJECTIVES, MetaTraining, cosine, meta_loss, validate
@@ -106,6 +107,16 @@ def test_resuming_from_a_checkpoint_file_goes_on_bit_for_bit(objective: str, cha
     assert list(resumed) == records[5:]
     for name, value in whole.best.state_dict().items():
         assert torch.equal(value, resumed.best.state_dict()[name]), name
+
+
+def test_a_run_that_starts_from_weights_starts_from_just_these() -> None:
+    other_options = '[rule]\nfamily = "adam-modulation"\ntime_scales = [1, 2, 3]\n[task]'
+    text = f'start = "default"\nparts = ["x"]\n{other_options}' + TINY.split("[task]")[1].replace(
+        "lr =", "readout = 0.1\nlr ="
+    )
+    run = MetaTraining(parse_recipe(text))
+    for name, value in resolve_weights("default").rule.state_dict().items():
+        assert torch.equal(run.rule.state_dict()[f"rules.0.{name}"], value), name
 
 
 def test_a_rule_that_imitates_adam_becomes_like_it() -> None:

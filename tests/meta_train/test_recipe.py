@@ -48,6 +48,8 @@ def test_every_committed_recipe_parses(path: Path) -> None:
         ('name = "quadratic"', 'name = "cubic"', r"Invalid value 'cubic'.*\$\.task"),
         ("seed = 0", "seed = 0\nimitation = {teacher = 'dafault', steps = 1, lr = 1}", "dafault.*default"),
         ("seed = 0", "seed = 0\nimitation = {teacher = -0.1, steps = 1, lr = 1}", r"> 0.*\$\.imitation\.teacher"),
+        ("seed = 0", "seed = 0\nstart = 'dafault'", "dafault.*default"),
+        ("seed = 0", "seed = 0\nstart = 'quadratic'", r"same family and shape.*'quadratic' is paper.*hidden_size=3"),
         ("functions = 4", "functionz = 4", r"`functionz`.*\$\.task"),
         ('family = "paper"', 'family = "papers"', "unknown rule family 'papers'"),
         ('family = "paper"', "", "names no family"),
