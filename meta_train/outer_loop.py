@@ -28,7 +28,7 @@ from meta_train.meta_gradient import (
     unroll,
 )
 from meta_train.parts import AnyRule, members
-from meta_train.recipe import OuterLoop, Phase, Recipe
+from meta_train.recipe import Evolution, OuterLoop, Phase, Recipe
 from meta_train.tasks import Optimizee, Task, seeded, with_data
 
 
@@ -136,10 +136,13 @@ class MetaTraining:
             self._start_stage()
         objective = OBJECTIVES[outer.objective](outer)
         self.outer_optimizer.zero_grad()
-        meta_losses = [self._truncation(slot, phase, objective) for slot in range(outer.episodes)]
+        if outer.evolution:
+            meta_losses = [self._antithetic_pair(phase, outer.evolution) for _ in range(outer.evolution.pairs)]
+        else:
+            meta_losses = [self._truncation(slot, phase, objective) for slot in range(outer.episodes)]
         for parameter in self.rule.parameters():
             if parameter.grad is not None:
-                parameter.grad /= outer.episodes
+                parameter.grad /= len(meta_losses)
         norm = torch.nn.utils.clip_grad_norm_(self.rule.parameters(), outer.clip)
         lr = outer.lr * cosine(done / outer.steps, outer.final_lr)
         for group in self.outer_optimizer.param_groups:
@@ -180,11 +183,34 @@ class MetaTraining:
         self.episodes[slot] = None if finished else episode
         return meta_loss(outer, losses, carry.initial_loss) if figure is None else figure
 
-    def _start(self, phase: Phase) -> Episode:
+    def _antithetic_pair(self, phase: Phase, evolution: Evolution) -> float:
+        """Run an episode with meta-parameters moved either way, adding the estimated meta-gradient; return its meta-loss."""
+        seed, horizon = self._draw(phase)
+        generator = seeded(derive_seed(seed, "evolution"))
+        named = [(name, parameter) for name, parameter in self.rule.named_parameters() if evolution.only in name]
+        moves = {name: torch.randn(parameter.shape, generator=generator) for name, parameter in named}
+        figures = []
+        for size in (evolution.noise, -evolution.noise):
+            moved = copy.deepcopy(self.rule)
+            with torch.no_grad():
+                for name, move in moves.items():
+                    moved.get_parameter(name).add_(move, alpha=size)
+            figures.append(whole_episode(moved, self.task.sample(seed), horizon, phase.outer))
+        forth, back = figures
+        for name, parameter in named:
+            slope = (forth - back) / (2 * evolution.noise) * moves[name]
+            parameter.grad = slope if parameter.grad is None else parameter.grad + slope
+        return (forth + back) / 2
+
+    def _draw(self, phase: Phase) -> tuple[int, int]:
+        """Return the seed of the next episode and its horizon."""
         seed = derive_seed(self.recipe.seed, "train", self.episodes_started)
         self.episodes_started += 1
         shortest, longest = phase.inner.horizon
-        horizon = round(math.exp(random.Random(seed).uniform(math.log(shortest), math.log(longest))))
+        return seed, round(math.exp(random.Random(seed).uniform(math.log(shortest), math.log(longest))))
+
+    def _start(self, phase: Phase) -> Episode:
+        seed, horizon = self._draw(phase)
         optimizee = self.task.sample(seed)
         teacher = self.teacher if phase.imitates else None
         return Episode(seed, horizon, optimizee, start_episode(self.rule, optimizee, teacher=teacher))
@@ -255,28 +281,40 @@ class MetaTraining:
 def validate(rule: AnyRule, task: Task, recipe: Recipe) -> float:
     """Return the recipe's validation figure over whole episodes of fixed optimizees.
 
-    With the mean objective that is the mean loss. With the others it is the mean of ``log(loss / initial loss)`` around a
-    fifth of the horizon and at its end: a rule must be good early and late.
-
     Args:
         rule: The rule to judge.
         task: Where optimizees come from.
         recipe: Says how many, for how long, and what the objective is.
 
     Returns:
-        Mean over optimizees; infinite if any diverges. Lower is better.
+        Mean of :func:`whole_episode` over optimizees; infinite if any diverges. Lower is better.
     """
     total, horizon = 0.0, recipe.validation.horizon
     for index in range(recipe.validation.optimizees):
-        optimizee = task.sample(derive_seed(0, "validation", index))
-        carry = start_episode(rule, optimizee)
-        record, _ = roll_out(rule, optimizee, carry, horizon, no_coordinate())
-        losses = record.losses
-        if recipe.outer.objective != "mean":
-            early, late = (losses[int(0.9 * end) : end] for end in (max(horizon // 5, 1), horizon))
-            losses = torch.stack((early.mean(0), late.mean(0)))
-        total += meta_loss(recipe.outer, losses, carry.initial_loss)
+        total += whole_episode(rule, task.sample(derive_seed(0, "validation", index)), horizon, recipe.outer)
     return total / recipe.validation.optimizees if math.isfinite(total) else math.inf
+
+
+def whole_episode(rule: AnyRule, optimizee: Optimizee, horizon: int, outer: OuterLoop) -> float:
+    """Return how good a rule is on one optimizee; lower is better.
+
+    Args:
+        rule: The rule to judge.
+        optimizee: Freshly sampled.
+        horizon: Inner steps.
+        outer: Says what the objective is.
+
+    Returns:
+        With the mean objective the mean loss. With the others the mean of ``log(loss / initial loss)`` around a fifth of the
+        horizon and at its end: a rule must be good early and late.
+    """
+    carry = start_episode(rule, optimizee)
+    record, _ = roll_out(rule, optimizee, carry, horizon, no_coordinate())
+    losses = record.losses
+    if outer.objective != "mean":
+        early, late = (losses[int(0.9 * end) : end] for end in (max(horizon // 5, 1), horizon))
+        losses = torch.stack((early.mean(0), late.mean(0)))
+    return meta_loss(outer, losses, carry.initial_loss)
 
 
 def meta_loss(outer: OuterLoop, losses: Tensor, initial: Tensor) -> float:

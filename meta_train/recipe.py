@@ -36,6 +36,27 @@ class InnerLoop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     truncation: Count = 20
 
 
+class Evolution(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Estimate the meta-gradient by evolution strategies on whole episodes instead of by backpropagation.
+
+    Each outer step moves the meta-parameters both ways along random directions and runs an episode with either. That sees
+    no further than its noise, but all the way to the horizon, and through what first derivatives are blind to: where batch
+    norm makes a layer's scale irrelevant, for one, its growth is what shrinks later steps.
+
+    Args:
+        noise: Standard deviation of a move, for each meta-parameter.
+        pairs: Episodes in an outer step; each is run twice, with the same minibatches.
+        only: Move meta-parameters whose names contain this; each more to move makes the estimate worse.
+
+    References:
+        Antithetic pairs: Salimans et al. 2017, arXiv:1703.03864.
+    """
+
+    noise: Positive
+    pairs: Count = 4
+    only: str = ""
+
+
 class OuterLoop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How meta-parameters are trained.
 
@@ -58,6 +79,7 @@ class OuterLoop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         forget_bias: Added at the start to what opens the forget gates, so that an untrained LSTM already remembers: with 3
             a memory lives for about 20 inner steps, with 0 for two.
         readout: Factor of the readout's weights at the start. Random updates of full size teach some seeds to make none.
+        evolution: Estimate the meta-gradient so; then what concerns truncations and coordinates says nothing.
     """
 
     steps: Count
@@ -75,6 +97,7 @@ class OuterLoop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     second_derivatives: bool = False
     forget_bias: float = 0.0
     readout: Positive = 1.0
+    evolution: Evolution | None = None
 
 
 class Validation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -138,6 +161,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         sampling: As in :class:`OuterLoop`.
         averaging: As in :class:`OuterLoop`.
         second_derivatives: As in :class:`OuterLoop`.
+        evolution: As in :class:`OuterLoop`.
     """
 
     steps: Count
@@ -148,6 +172,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sampling: Literal["uniform", "tensors"] | None = None
     averaging: Annotated[float, msgspec.Meta(ge=0, lt=1)] | None = None
     second_derivatives: bool | None = None
+    evolution: Evolution | None = None
 
 
 class Phase(NamedTuple):
@@ -197,7 +222,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """How each part of the run trains: by imitation if at all, as ``inner`` and ``outer`` say, then by each stage."""
         phases = [Phase(self.inner, self.outer)]
         if first := self.imitation:
-            outer = msgspec.structs.replace(self.outer, steps=first.steps, lr=first.lr, sampling="tensors")
+            outer = msgspec.structs.replace(self.outer, steps=first.steps, lr=first.lr, sampling="tensors", evolution=None)
             phases.insert(0, Phase(self.inner, outer, imitates=True))
         for stage in self.stages:
             inner, outer, _ = phases[-1]
@@ -260,6 +285,9 @@ def parse_recipe(text: str) -> Recipe:
         _check_start(recipe, recipe.start)
     if recipe.imitation:
         recipe.imitation.build_teacher()
+    for evolution in (phase.outer.evolution for phase in recipe.phases):
+        if evolution and not any(evolution.only in name for name in trained):
+            raise ValueError(f"no meta-parameter's name contains {evolution.only!r}; there are {', '.join(trained)}")
     for shortest, longest in (phase.inner.horizon for phase in recipe.phases):
         if shortest > longest:
             raise ValueError(f"a horizon must be [shortest, longest], got {[shortest, longest]}")

@@ -10,7 +10,7 @@ from torch import Tensor
 from learned_optim.weights import resolve_weights
 from meta_train import outer_loop
 from meta_train.meta_gradient import Sample, backpropagate, roll_out, sample_coordinates, start_episode
-from meta_train.outer_loop import OBJECTIVES, MetaTraining, cosine, meta_loss, validate
+from meta_train.outer_loop import OBJECTIVES, MetaTraining, cosine, derive_seed, meta_loss, validate, whole_episode
 from meta_train.recipe import OuterLoop, parse_recipe
 from meta_train.tasks import Optimizee, Quadratic, seeded
 from tests.cases import RULE_CASES, small_rule
@@ -85,7 +85,9 @@ truncation = 8
 """
 
 
-@pytest.mark.parametrize("change", ["", "second_derivatives = true", "stages", "imitation"])
+@pytest.mark.parametrize(
+    "change", ["", "second_derivatives = true", "evolution = {noise = 0.1, pairs = 2}", "stages", "imitation"]
+)
 @pytest.mark.parametrize("objective", ["mean", "log", "relative"])
 def test_resuming_from_a_checkpoint_file_goes_on_bit_for_bit(objective: str, change: str, tmp_path) -> None:
     stages, change = (STAGE.replace("= 6", "= 3") + STAGE, "") if change == "stages" else ("", change)
@@ -107,6 +109,25 @@ def test_resuming_from_a_checkpoint_file_goes_on_bit_for_bit(objective: str, cha
     assert list(resumed) == records[5:]
     for name, value in whole.best.state_dict().items():
         assert torch.equal(value, resumed.best.state_dict()[name]), name
+
+
+def test_evolution_strategies_estimate_the_gradient_of_whole_episodes() -> None:
+    evolution = "evolution = {noise = 0.01, pairs = 300, only = 'readout.bias'}"
+    recipe = parse_recipe(TINY.replace("steps = 12", f"steps = 1\nclip = 1e9\n{evolution}"))
+    run = MetaTraining(recipe)
+    rule, seeds = copy.deepcopy(run.rule), [derive_seed(recipe.seed, "train", index) for index in range(300)]
+    next(iter(run))
+
+    def mean(shift: float) -> float:
+        moved = copy.deepcopy(rule)
+        moved.readout.bias.data += shift
+        # Horizons are drawn between 6 and 12; the middle of them is near enough.
+        return sum(whole_episode(moved, run.task.sample(seed), 9, recipe.outer) for seed in seeds) / len(seeds)
+
+    slope = (mean(0.01) - mean(-0.01)) / 0.02
+    assert float(run.rule.readout.bias.grad) == pytest.approx(slope, rel=0.25)
+    moved = [name for name, value in run.rule.named_parameters() if not torch.equal(value, rule.get_parameter(name))]
+    assert moved == ["readout.bias"]
 
 
 def test_a_run_that_starts_from_weights_starts_from_just_these() -> None:

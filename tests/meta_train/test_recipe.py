@@ -50,6 +50,7 @@ def test_every_committed_recipe_parses(path: Path) -> None:
         ("seed = 0", "seed = 0\nimitation = {teacher = -0.1, steps = 1, lr = 1}", r"> 0.*\$\.imitation\.teacher"),
         ("seed = 0", "seed = 0\nstart = 'dafault'", "dafault.*default"),
         ("seed = 0", "seed = 0\nstart = 'quadratic'", r"same family and shape.*'quadratic' is paper.*hidden_size=3"),
+        ("lr = 0.01", "lr = 0.01\nevolution = {noise = 0.1, only = 'readin'}", "'readin'.*readout.bias"),
         ("functions = 4", "functionz = 4", r"`functionz`.*\$\.task"),
         ('family = "paper"', 'family = "papers"', "unknown rule family 'papers'"),
         ('family = "paper"', "", "names no family"),
@@ -76,9 +77,10 @@ def test_a_rule_in_use_may_do_other_things_with_the_same_meta_parameters() -> No
 
 
 def test_imitation_comes_first() -> None:
-    plain, taught = (parse_recipe(TINY + more) for more in ("", "[imitation]\nteacher = 0.1\nsteps = 5\nlr = 0.2\n"))
+    evolving = TINY.replace("lr = 0.01", "lr = 0.01\nevolution = {noise = 0.1}")
+    plain, taught = (parse_recipe(evolving + more) for more in ("", "[imitation]\nteacher = 0.1\nsteps = 5\nlr = 0.2\n"))
     first, second = taught.phases
-    outer = msgspec.structs.replace(plain.outer, steps=5, lr=0.2, sampling="tensors")
+    outer = msgspec.structs.replace(plain.outer, steps=5, lr=0.2, sampling="tensors", evolution=None)
     assert first == Phase(plain.inner, outer, imitates=True)
     assert (second,) == plain.phases
     assert taught.steps == plain.steps + 5
