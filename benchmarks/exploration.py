@@ -11,7 +11,6 @@ either holds is not made again, and the tables are made of all.
 import argparse
 import json
 import math
-import random
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,10 +31,9 @@ from meta_train.evaluate import Rows, read_rows, write_rows
 from meta_train.judging.held_out_kinds import HELD_OUT_KINDS
 from meta_train.judging.suite import smoothed_final
 from meta_train.judging.task import train_case
-from meta_train.meta_gradient import no_coordinate, roll_out, start_episode
-from meta_train.outer_loop import MetaTraining, derive_seed, meta_loss
+from meta_train.outer_loop import MetaTraining
 from meta_train.publish import WEIGHTS_DIR
-from meta_train.recipe import Recipe, read_recipe
+from meta_train.recipe import Evolution, Recipe, read_recipe
 from meta_train.run_dir import environment, write_atomically
 from meta_train.tasks.data import digit_stream
 from meta_train.tasks.mixture import KINDS
@@ -170,34 +168,17 @@ def meta_train(recipe: Recipe, name: str) -> MetaTraining:
 
 
 def evolve(run: MetaTraining) -> UpdateRule:
-    """Return the weights of a run after antithetic evolution strategies on whole episodes.
-
-    Both of a pair start from the same problem and see the same minibatches, so that only the rules differ:
-    the estimate is the mean of ``(L(phi + s e) - L(phi - s e)) e / 2 s``, ``e`` Gaussian.
-    """
-    rule, seed = run.average, run.recipe.seed
-    flat = torch.nn.utils.parameters_to_vector(rule.parameters()).detach()
-    outer_optimizer = torch.optim.Adam([flat], lr=1e-3)
-    noise = torch.Generator().manual_seed(derive_seed(seed, "evolution"))
-
-    def whole_episode(meta_parameters: torch.Tensor, episode: int) -> float:
-        torch.nn.utils.vector_to_parameters(meta_parameters, rule.parameters())
-        horizon = round(math.exp(random.Random(episode).uniform(*map(math.log, WHOLE))))
-        optimizee = run.task.sample(episode)
-        carry = start_episode(rule, optimizee)
-        record, _ = roll_out(rule, optimizee, carry, horizon, no_coordinate())
-        return meta_loss(run.recipe.outer, record.losses, carry.initial_loss)
-
-    for generation in tqdm(range(GENERATIONS), f"{EVOLUTION}, seed {seed}"):
-        flat.grad = torch.zeros_like(flat)
-        for pair in range(PAIRS):
-            episode = derive_seed(seed, "whole episodes", generation * PAIRS + pair)
-            direction = torch.randn(flat.shape, generator=noise)
-            difference = whole_episode(flat + NOISE * direction, episode) - whole_episode(flat - NOISE * direction, episode)
-            flat.grad += difference / (2 * NOISE * PAIRS) * direction
-        outer_optimizer.step()
-    torch.nn.utils.vector_to_parameters(flat, rule.parameters())
-    return rule
+    """Return the rule of a run after evolution strategies on whole episodes."""
+    evolution = Evolution(noise=NOISE, pairs=PAIRS)
+    outer = msgspec.structs.replace(
+        run.recipe.outer, steps=GENERATIONS, lr=1e-3, final_lr=1.0, clip=1e9, evolution=evolution
+    )
+    inner = msgspec.structs.replace(run.recipe.inner, horizon=WHOLE)
+    further = MetaTraining(msgspec.structs.replace(run.recipe, inner=inner, outer=outer))
+    further.rule.load_state_dict(run.average.state_dict())
+    for _ in tqdm(further, f"{EVOLUTION}, seed {run.recipe.seed}", GENERATIONS):
+        pass
+    return further.rule
 
 
 def judge(rule: UpdateRule) -> Iterator[tuple[str, dict[int, float]]]:
