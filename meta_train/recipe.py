@@ -221,8 +221,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def phases(self) -> tuple[Phase, ...]:
         """How each part of the run trains: by imitation if at all, as ``inner`` and ``outer`` say, then by each stage."""
         phases = [Phase(self.inner, self.outer)]
-        if first := self.imitation:
-            outer = msgspec.structs.replace(self.outer, steps=first.steps, lr=first.lr, sampling="tensors", evolution=None)
+        if self.imitation:
+            steps, lr = self.imitation.steps, self.imitation.lr
+            outer = msgspec.structs.replace(self.outer, steps=steps, lr=lr, sampling="tensors", evolution=None)
             phases.insert(0, Phase(self.inner, outer, imitates=True))
         for stage in self.stages:
             inner, outer, _ = phases[-1]
