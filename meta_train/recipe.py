@@ -192,7 +192,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         inner: How an episode runs.
         outer: How meta-parameters are trained.
         validation: How the best are chosen.
-        start: Bundled weights of the same shape that this run goes on from; without, meta-parameters are drawn.
+        start: Bundled weights of the same shape that this run goes on from; without, meta-parameters are drawn. What the run
+            makes carries their fingerprint.
         imitation: What comes first, if anything.
         stages: What follows, one after another.
         use: Options of the rule that differ in use from meta-training: rules are validated, kept and published with them.

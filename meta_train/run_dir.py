@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from learned_optim.weights import Weights, write_weights
+from learned_optim.weights import Weights, resolve_weights, write_weights
 from meta_train.outer_loop import MetaTraining, OuterStep
 from meta_train.parts import AnyRule, members
 from meta_train.recipe import parse_recipe
@@ -104,6 +104,8 @@ class RunDir:
         kept = json.loads((self.path / ENVIRONMENT).read_text())
         provenance = {"commit": kept["commit"], "torch": kept["torch"], "outer_steps": str(step)}
         provenance["validation"] = f"{validation:.6g}"
+        if start := self.run.recipe.start:
+            provenance["start"] = resolve_weights(start).fingerprint
         for part, one in members(rule).items():
             about = {**provenance, "part": part} if part else provenance
             write_weights(self.path / of_part(file, part), Weights(one, name, self.recipe_text, about))

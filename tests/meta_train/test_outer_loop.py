@@ -14,7 +14,7 @@ from meta_train.outer_loop import OBJECTIVES, MetaTraining, cosine, derive_seed,
 from meta_train.recipe import OuterLoop, parse_recipe
 from meta_train.tasks import Optimizee, Quadratic, seeded
 from tests.cases import RULE_CASES, small_rule
-from tests.meta_train.test_recipe import TINY
+from tests.meta_train.test_recipe import FROM_DEFAULT, TINY
 
 
 @pytest.mark.parametrize("objective", ["mean", "log"])
@@ -131,11 +131,7 @@ def test_evolution_strategies_estimate_the_gradient_of_whole_episodes() -> None:
 
 
 def test_a_run_that_starts_from_weights_starts_from_just_these() -> None:
-    other_options = '[rule]\nfamily = "adam-modulation"\ntime_scales = [1, 2, 3]\n[task]'
-    text = f'start = "default"\nparts = ["x"]\n{other_options}' + TINY.split("[task]")[1].replace(
-        "lr =", "readout = 0.1\nlr ="
-    )
-    run = MetaTraining(parse_recipe(text))
+    run = MetaTraining(parse_recipe(FROM_DEFAULT.replace("lr =", "readout = 0.1\nlr =")))
     for name, value in resolve_weights("default").rule.state_dict().items():
         assert torch.equal(run.rule.state_dict()[f"rules.0.{name}"], value), name
 

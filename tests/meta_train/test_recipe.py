@@ -33,6 +33,11 @@ optimizees = 2
 horizon = 8
 """
 
+FROM_DEFAULT = (
+    'start = "default"\nparts = ["theta"]\n[rule]\nfamily = "adam-modulation"\ntime_scales = [1, 2, 3]\n[task]'
+    + TINY.split("[task]")[1]
+)
+
 
 @pytest.mark.parametrize("path", sorted(WEIGHTS.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_committed_recipe_parses(path: Path) -> None:

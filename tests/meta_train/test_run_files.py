@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from learned_optim import Weights
+from learned_optim.weights import resolve_weights
 from meta_train.publish import publish
 from meta_train.run_dir import (
     BEST,
@@ -22,7 +23,7 @@ from meta_train.run_dir import (
     training_table,
     write_atomically,
 )
-from tests.meta_train.test_recipe import TINY
+from tests.meta_train.test_recipe import FROM_DEFAULT, TINY
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,13 @@ def test_the_cost_adds_up_over_all_sessions(tmp_path: Path) -> None:
 def test_the_training_table_leaves_imitation_out(tmp_path: Path) -> None:
     assert list(RunDir(tmp_path, TINY + "[imitation]\nteacher = 0.1\nsteps = 5\nlr = 0.1\n").train())
     assert [row["outer_step"] for row in training_table([tmp_path])] == list(range(6, 18))
+
+
+def test_weights_say_what_their_run_started_from(tmp_path: Path) -> None:
+    assert list(RunDir(tmp_path, FROM_DEFAULT).train())
+    assert (
+        Weights.from_pretrained(tmp_path / "best-theta.safetensors").metadata["start"] == resolve_weights("default").fingerprint
+    )
 
 
 def test_each_weight_file_carries_its_own_step_and_validation(finished: Path) -> None:
