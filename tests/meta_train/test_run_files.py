@@ -73,9 +73,8 @@ def test_the_training_table_leaves_imitation_out(tmp_path: Path) -> None:
 
 def test_weights_say_what_their_run_started_from(tmp_path: Path) -> None:
     assert list(RunDir(tmp_path, FROM_DEFAULT).train())
-    assert (
-        Weights.from_pretrained(tmp_path / "best-theta.safetensors").metadata["start"] == resolve_weights("default").fingerprint
-    )
+    best = Weights.from_pretrained(tmp_path / "best-theta.safetensors")
+    assert best.metadata["start"] == resolve_weights("default").fingerprint
 
 
 def test_each_weight_file_carries_its_own_step_and_validation(finished: Path) -> None:
