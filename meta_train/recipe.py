@@ -39,9 +39,8 @@ class InnerLoop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Evolution(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Estimate the meta-gradient by evolution strategies on whole episodes instead of by backpropagation.
 
-    Each outer step moves the meta-parameters both ways along random directions and runs an episode with either. That sees
-    no further than its noise, but all the way to the horizon, and through what first derivatives are blind to: where batch
-    norm makes a layer's scale irrelevant, for one, its growth is what shrinks later steps.
+    Each outer step moves the meta-parameters both ways along random directions and runs an episode with either. That is
+    exact to the order of the noise squared and sees all the way to the horizon, but it takes many pairs.
 
     Args:
         noise: Standard deviation of a move, for each meta-parameter.

@@ -12,12 +12,18 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from statistics import geometric_mean
+from typing import Any
 
 from meta_train.evaluate import read_rows
 from meta_train.evidence import RESULTS, comparison, where
 from meta_train.run_dir import write_atomically
 
 ROOT = Path(__file__).parent.parent
+
+
+def _evaluation(results: Path) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """Read the summary of an evaluation, and where it was made."""
+    return read_rows(results / "summary.csv"), json.loads((results / "environment.json").read_text())
 
 
 def quadratic(results: Path = RESULTS / "quadratic") -> str:
@@ -29,8 +35,7 @@ def quadratic(results: Path = RESULTS / "quadratic") -> str:
     Returns:
         A table and a line of where it comes from.
     """
-    rows = read_rows(results / "summary.csv")
-    about = json.loads((results / "environment.json").read_text())
+    rows, about = _evaluation(results)
     count = rows[0]["n"]
     note = (
         f"Mean ± standard error over n = {count} fresh batches of 128 functions, meta-trained to 100 steps; in brackets the "
@@ -67,10 +72,9 @@ def mnist(results: Path = RESULTS / "mnist-mlp") -> str:
     Returns:
         A table of that net, one of the others, and a line of where they come from.
     """
-    rows = read_rows(results / "summary.csv")
+    rows, about = _evaluation(results)
     lines = [*comparison(rows), "", "| loss at step 100 | mnist-mlp | default | the best baseline |", "|---|---|---|---|"]
     lines += [_against_best(results / folder, label, "mnist-mlp") for folder, label in MNIST.items()]
-    about = json.loads((results / "environment.json").read_text())
     note = (
         f"Mean ± standard error over n = {rows[0]['n']} fresh nets of 784-20-10 sigmoid units on the half of MNIST that was "
         "not meta-trained on; the loss at a step is the mean of the ten minibatches up to it. In brackets the ratio to the "
@@ -91,8 +95,7 @@ def cifar(results: Path = RESULTS / "cifar") -> str:
     Returns:
         A table and a line of where it comes from.
     """
-    rows = read_rows(results / "summary.csv")
-    about = json.loads((results / "environment.json").read_text())
+    rows, about = _evaluation(results)
     note = (
         f"Mean ± standard error over n = {rows[0]['n']} fresh nets on the half of CIFAR-10 that was not meta-trained on; "
         "the loss at a step is the mean of the twenty minibatches up to it. In brackets the ratio to the best baseline of "
@@ -115,7 +118,7 @@ def neural_art(results: Path = RESULTS / "neural-art") -> str:
     Returns:
         A table of new contents, one of the others, and a line of where they come from.
     """
-    rows = read_rows(results / "summary.csv")
+    rows, about = _evaluation(results)
     ours = "neural-art"
     heads = f"| loss at step 128 | {ours} | default | the best baseline | L-BFGS, as many steps | L-BFGS, 64 steps |"
     lines = [*comparison(rows), "", heads, "|---" * 6 + "|"]
@@ -124,7 +127,6 @@ def neural_art(results: Path = RESULTS / "neural-art") -> str:
         curve = {(r["optimizer"], r["inner_step"]): float(r["mean"]) for r in read_rows(place / "curves.csv")}
         lbfgs = " | ".join(f"{curve['L-BFGS', step]:.3g}" for step in ("128", "64"))
         lines.append(f"{_against_best(place, label, ours)} {lbfgs} |")
-    about = json.loads((results / "environment.json").read_text())
     note = (
         f"Mean ± standard error over n = {rows[0]['n']} contents and starts never seen; in brackets the ratio to the best "
         "baseline of the column. Contents differ far more than optimizers do, so the errors, which are between contents, "
