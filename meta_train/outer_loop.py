@@ -224,12 +224,12 @@ class MetaTraining:
     def _validate(self, *, last: bool) -> float | None:
         if self.step % self.recipe.validation.every and not last:
             return None
-        return validate(self.in_use(self.average), self.validation_task, self.recipe)
+        return validate(self.in_use(self.average, **self.recipe.validation.use), self.validation_task, self.recipe)
 
-    def in_use(self, rule: AnyRule) -> AnyRule:
-        """Return a copy of a rule of this run as it will be used: with the options of the recipe's ``use``."""
+    def in_use(self, rule: AnyRule, **options: Any) -> AnyRule:
+        """Return a copy of a rule of this run as it will be used: with the options of the recipe's ``use``, or others."""
         with torch.random.fork_rng(devices=[]):
-            used = self.recipe.build_rule(in_use=True)
+            used = self.recipe.build_rule(**(self.recipe.use | options))
         used.load_state_dict(rule.state_dict())
         return used
 

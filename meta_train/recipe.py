@@ -107,12 +107,15 @@ class Validation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         optimizees: Fixed optimizees, of seeds never used elsewhere.
         horizon: Inner steps.
         task: Draw them from here; by default from the task that is trained on.
+        use: Options of the rule that differ from the recipe's ``use`` while it is validated: a clock that suits long
+            training may not suit this horizon.
     """
 
     every: Count
     optimizees: Count
     horizon: Count
     task: TaskRecipe | HeldOut | None = None
+    use: dict[str, Any] = {}
 
 
 class Imitation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -238,11 +241,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Outer steps of the whole run."""
         return sum(phase.outer.steps for phase in self.phases)
 
-    def build_rule(self, *, in_use: bool = False) -> AnyRule:
+    def build_rule(self, **options: Any) -> AnyRule:
         """Build the untrained rule, or the rules of all parts; the caller seeds torch's generator.
 
         Args:
-            in_use: With the options of ``use``, not those of meta-training.
+            **options: In place of those of meta-training; for use, those of ``use``.
 
         Returns:
             The rule, or :class:`~meta_train.parts.Parts`.
@@ -250,7 +253,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             ValueError: If the rule's family or an option is unknown.
         """
-        options = {**self.rule, **self.use} if in_use else dict(self.rule)
+        options = {**self.rule, **options}
         if "family" not in options:
             raise ValueError('the recipe\'s [rule] names no family; write, for example, family = "paper"')
         family = options.pop("family")
@@ -277,9 +280,11 @@ def parse_recipe(text: str) -> Recipe:
         raise ValueError(f"the recipe is not valid TOML: {error}") from error
     except msgspec.ValidationError as error:
         raise ValueError(f"the recipe does not fit: {error}") from error
-    trained, used = (recipe.build_rule(in_use=in_use).state_dict() for in_use in (False, True))
-    if {name: value.shape for name, value in trained.items()} != {name: value.shape for name, value in used.items()}:
-        raise ValueError(f"[use] must not change the shape of the meta-parameters, got {recipe.use}")
+    trained = recipe.build_rule().state_dict()
+    for options in (recipe.use, recipe.use | recipe.validation.use):
+        used = recipe.build_rule(**options).state_dict()
+        if {name: value.shape for name, value in trained.items()} != {name: value.shape for name, value in used.items()}:
+            raise ValueError(f"use must not change the shape of the meta-parameters, got {options}")
     for part in recipe.parts:
         part_of(recipe.parts, part)
     if recipe.start:

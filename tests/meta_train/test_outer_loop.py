@@ -157,6 +157,13 @@ def test_what_is_validated_and_kept_is_the_rule_in_use_and_what_is_trained_is_no
     assert plain.best.config.output_scale != 1e-12
 
 
+def test_options_of_the_validation_reach_what_is_validated_and_not_what_is_kept() -> None:
+    run = MetaTraining(parse_recipe(TINY + "[validation.use]\noutput_scale = 1e-12\n"))
+    validated = {record.validation for record in run} - {None}
+    assert len(validated) == 1, "a rule that does nothing is always as good"
+    assert run.best.config == run.rule.config
+
+
 class Exploding:
     """Every optimizee breaks after a few inner steps."""
 

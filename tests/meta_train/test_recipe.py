@@ -75,10 +75,14 @@ def test_a_mistake_is_named_with_its_place(old: str, new: str, message: str, tmp
 
 def test_a_rule_in_use_may_do_other_things_with_the_same_meta_parameters() -> None:
     recipe = parse_recipe(TINY + "[use]\noutput_scale = 7\n")
-    assert recipe.build_rule(in_use=True).config.output_scale == 7
+    assert recipe.build_rule(**recipe.use).config.output_scale == 7
     assert recipe.build_rule().config.output_scale != 7
+
+
+@pytest.mark.parametrize("table", ["use", "validation.use"])
+def test_options_that_change_the_shape_of_the_meta_parameters_are_refused(table: str) -> None:
     with pytest.raises(ValueError, match=r"shape of the meta-parameters.*hidden_size"):
-        parse_recipe(TINY + "[use]\nhidden_size = 4\n")
+        parse_recipe(TINY + f"[{table}]\nhidden_size = 4\n")
 
 
 def test_imitation_comes_first() -> None:
