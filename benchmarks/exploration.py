@@ -73,6 +73,8 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "no scale": {"rule": {"min_scale": 0.1, "max_scale": 0.1}},
     "mean objective": {"outer": {"objective": "mean"}},
     "log objective": {"outer": {"objective": "log"}},
+    "last objective": {"outer": {"objective": "last"}},
+    "Adam(0.01) imitated first": {"imitation": {"teacher": 0.01, "steps": 50, "lr": 4e-3}},
     "truncation 16, 16 episodes": {"inner": {"truncation": 16}, "outer": {"episodes": 16}},
     "truncation 128, 2 episodes": {"inner": {"truncation": 128}, "outer": {"episodes": 2}},
     "discount 0.97": {"outer": {"discount": 0.97}},
@@ -153,7 +155,7 @@ def vary(changes: Mapping[str, Any], steps: int, seed: int) -> Recipe:
     changes = {**changes, "validation": once}
     then = changes.pop("then", None)
     for name, change in changes.items():
-        recipe[name] = {**recipe[name], **change}
+        recipe[name] = {**(recipe[name] or {}), **change}
     recipe["outer"]["steps"] = steps // 2 if then else steps
     stages = [{**then, "steps": steps - steps // 2}] if then else []
     return msgspec.convert({**recipe, "stages": stages, "use": {}, "seed": seed}, Recipe)

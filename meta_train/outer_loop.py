@@ -306,7 +306,7 @@ def whole_episode(rule: AnyRule, optimizee: Optimizee, horizon: int, outer: Oute
 
     Returns:
         With the mean objective the mean loss. With the others the mean of ``log(loss / initial loss)`` around a fifth of the
-        horizon and at its end: a rule must be good early and late.
+        horizon and at its end, as a rule must be good early and late; with the last objective at its end alone.
     """
     carry = start_episode(rule, optimizee)
     record, _ = roll_out(rule, optimizee, carry, horizon, no_coordinate())
@@ -330,7 +330,7 @@ def meta_loss(outer: OuterLoop, losses: Tensor, initial: Tensor) -> float:
     """
     if outer.objective == "mean":
         return float(losses.mean())
-    ratio = losses / initial
+    ratio = (_last_tenth(losses) if outer.objective == "last" else losses) / initial
     return float(ratio.clamp(min=max(outer.loss_floor, 1e-12)).log().mean())
 
 
@@ -353,7 +353,22 @@ def _relative_objective(outer: OuterLoop) -> Objective:
     return weights
 
 
-OBJECTIVES = {"mean": _mean_objective, "log": _log_objective, "relative": _relative_objective}
+def _last_objective(outer: OuterLoop) -> Objective:
+    relative = _relative_objective(outer)
+
+    def weights(losses: Tensor, initial: Tensor) -> Tensor:
+        result = torch.zeros_like(losses)
+        _last_tenth(result).copy_(relative(_last_tenth(losses), initial))
+        return result
+
+    return weights
+
+
+def _last_tenth(losses: Tensor) -> Tensor:
+    return losses[-max(len(losses) // 10, 1) :]
+
+
+OBJECTIVES = {"mean": _mean_objective, "log": _log_objective, "relative": _relative_objective, "last": _last_objective}
 
 
 def cosine(progress: float, final: float) -> float:

@@ -21,6 +21,7 @@ else:
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
+Objective = Literal["mean", "log", "relative", "last"]
 PartName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][\w.]*$")]
 
 
@@ -66,7 +67,7 @@ class OuterLoop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         clip: Largest norm of the meta-gradient.
         episodes: Concurrent episodes.
         objective: Weights of the losses: ``"mean"`` of the losses, or ``"log"`` of each, or ``"relative"`` to their mean
-            over the truncation.
+            over the truncation, or ``"last"``, the same of the last tenth of the truncation alone.
         coordinates: Coordinates of each episode to backpropagate through; 0 for all.
         sampling: Which those are: any alike (``"uniform"``), or as many of each tensor, as far as it has them
             (``"tensors"``).
@@ -86,7 +87,7 @@ class OuterLoop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     final_lr: float = 0.02
     clip: Positive = 1.0
     episodes: Count = 1
-    objective: Literal["mean", "log", "relative"] = "mean"
+    objective: Objective = "mean"
     coordinates: Annotated[int, msgspec.Meta(ge=0)] = 0
     sampling: Literal["uniform", "tensors"] = "uniform"
     discount: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
@@ -160,6 +161,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         horizon: As in :class:`InnerLoop`.
         truncation: As in :class:`InnerLoop`.
         clip: As in :class:`OuterLoop`.
+        objective: As in :class:`OuterLoop`, whose own is still what rules are validated by.
         sampling: As in :class:`OuterLoop`.
         averaging: As in :class:`OuterLoop`.
         second_derivatives: As in :class:`OuterLoop`.
@@ -171,6 +173,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     horizon: tuple[Count, Count] | None = None
     truncation: Count | None = None
     clip: Positive | None = None
+    objective: Objective | None = None
     sampling: Literal["uniform", "tensors"] | None = None
     averaging: Annotated[float, msgspec.Meta(ge=0, lt=1)] | None = None
     second_derivatives: bool | None = None

@@ -39,6 +39,18 @@ def test_relative_weights_are_one_over_the_level_of_each_problem() -> None:
     torch.testing.assert_close(weights, torch.tensor([[1 / 8, 1 / 80], [1 / 8, 1 / 80]]))
 
 
+def test_last_weights_are_the_relative_ones_of_the_last_tenth() -> None:
+    last, relative = (
+        OBJECTIVES[name](OuterLoop(steps=1, lr=0.1, objective=name))  # type: ignore[arg-type]
+        for name in ("last", "relative")
+    )
+    losses, initial = torch.rand(20, 3, generator=seeded(0)), torch.ones(3)
+    weights = last(losses, initial)
+    assert not weights[:18].any()
+    torch.testing.assert_close(weights[18:], relative(losses[18:], initial))
+    assert last(losses[:4], initial).count_nonzero() == 3, "of a short truncation the last step alone"
+
+
 @pytest.mark.parametrize("objective", ["log", "relative"])
 def test_losses_below_the_floor_weigh_no_more_than_the_floor(objective: str) -> None:
     outer = OuterLoop(steps=1, lr=0.1, objective=objective, loss_floor=0.01)  # type: ignore[arg-type]
@@ -88,7 +100,7 @@ truncation = 8
 @pytest.mark.parametrize(
     "change", ["", "second_derivatives = true", "evolution = {noise = 0.1, pairs = 2}", "stages", "imitation"]
 )
-@pytest.mark.parametrize("objective", ["mean", "log", "relative"])
+@pytest.mark.parametrize("objective", ["mean", "log", "relative", "last"])
 def test_resuming_from_a_checkpoint_file_goes_on_bit_for_bit(objective: str, change: str, tmp_path) -> None:
     stages, change = (STAGE.replace("= 6", "= 3") + STAGE, "") if change == "stages" else ("", change)
     if change == "imitation":
