@@ -282,7 +282,7 @@ def _figures(options: argparse.Namespace) -> int:
     if training.exists():
         for ending in endings:
             figures.training_process(evaluate.read_rows(training), training.with_suffix(ending))
-    if options.runs and not (options.results / "curves.csv").exists():
+    if training.exists() and not (options.results / "curves.csv").exists():
         return 0
     drawn = _drawn(options.results)
     if "task" in drawn[0]:

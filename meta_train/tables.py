@@ -184,6 +184,39 @@ def suite(results: Path = RESULTS / "judge") -> str:
     return "\n".join([*lines, "", note])
 
 
+def seeds(results: Path = RESULTS / "default") -> str:
+    """Return how far apart rules are that differ in nothing but the seed of their meta-training, as Markdown.
+
+    Args:
+        results: Directory with ``training.csv`` of the runs ``default-SEED``, and in ``seeds`` what
+            ``python -m meta_train evaluate default RUNS --suite judge`` says of them; the published one is seed 0.
+
+    Returns:
+        A row for each seed and a line of where they come from.
+    """
+    opponent = "Adam, tuned"
+    rows = [row for row in read_rows(results / "seeds" / "summary.csv") if row["against"] == opponent]
+    found = {(row["rule"], int(row["horizon"])): row for row in rows}
+    horizons = sorted({horizon for _, horizon in found})
+    validated: dict[str, list[float]] = defaultdict(list)
+    for row in read_rows(results / "training.csv"):
+        if row["validation"]:
+            validated[row["run"]].append(float(row["validation"]))
+    lines = [f"| seed | validation | {' | '.join(f'{horizon:,} steps' for horizon in horizons)} |"]
+    lines.append("|---" * (len(horizons) + 2) + "|")
+    for run, values in validated.items():
+        rule = "LSTM (default)" if run == "default-0" else f"LSTM ({run})"
+        cells = (f"{float(found[rule, h]['ratio']):.2f} x, better on {found[rule, h]['wins']}" for h in horizons)
+        lines.append(f"| {run.removeprefix('default-')} | {min(values):.3f} | {' | '.join(cells)} |")
+    about = json.loads((results / "seeds" / "environment.json").read_text())
+    note = (
+        "Validation is the mean of log(loss / initial loss) on the held-out kinds; beside it the final training loss against "
+        f"{opponent}, on the {rows[0]['tasks']} real tasks, as a geometric mean. Seed 0 is published. "
+        f"{where(about)}. Command: `{about['command']}`."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def stress(results: Path = RESULTS / "stress") -> str:
     """Return what became of the default rule under stress as Markdown.
 
@@ -306,6 +339,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "neural-art": neural_art,
     "judge": suite,
     "judge-long": functools.partial(suite, RESULTS / "judge-long"),
+    "seeds": seeds,
     "stress": stress,
     "lr": step_sizes,
     "exploration": exploration,
