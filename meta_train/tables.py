@@ -210,7 +210,7 @@ def seeds(results: Path = RESULTS / "default") -> str:
         lines.append(f"| {run.removeprefix('default-')} | {min(values):.3f} | {' | '.join(cells)} |")
     about = json.loads((results / "seeds" / "environment.json").read_text())
     note = (
-        "Validation is the mean of log(loss / initial loss) on the held-out kinds; beside it the final training loss against "
+        "Validation is the mean of log(loss / initial loss) on held-out kinds; beside it the final training loss against "
         f"{opponent}, on the {rows[0]['tasks']} real tasks, as a geometric mean. Seed 0 is published. "
         f"{where(about)}. Command: `{about['command']}`."
     )
