@@ -21,8 +21,9 @@ Layers with a name end in a ReLU, and their output is a feature map of that name
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -158,19 +159,21 @@ def feature_extractor(network: Network, path: Path) -> Callable[[Tensor], Featur
     needed = [f"{part}.{kind}" for layer in layers for part in _convolutions(layer) for kind in ("weight", "bias")]
     if missing := [name for name in needed if name not in tensors]:
         raise ValueError(f"{path.name} lacks {', '.join(missing)}: the description does not fit it")
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (network.mean, network.std))
+    return functools.partial(_extract, network, layers, tensors)
 
-    def extract(pictures: Tensor) -> Features:
-        x = pictures.flip(1) if network.channels == "BGR" else pictures
-        x = (network.scale * x - mean.to(x)) / std.to(x)
-        found = {}
-        for layer in layers:
-            x = _run(layer, x, tensors)
-            if not isinstance(layer, Pool) and layer.name in wanted:
-                found[layer.name] = x
-        return found
 
-    return extract
+def _extract(
+    network: Network, layers: Sequence[Conv | Fire | Pool], tensors: Mapping[str, Tensor], pictures: Tensor
+) -> Features:
+    mean, std = (pictures.new_tensor(values).view(3, 1, 1) for values in (network.mean, network.std))
+    x = pictures.flip(1) if network.channels == "BGR" else pictures
+    x = (network.scale * x - mean) / std
+    found = {}
+    for layer in layers:
+        x = _run(layer, x, tensors)
+        if not isinstance(layer, Pool) and layer.name in {network.content, *network.style}:
+            found[layer.name] = x
+    return found
 
 
 def _convolutions(layer: Conv | Fire | Pool) -> tuple[str, ...]:

@@ -1,4 +1,5 @@
 import json
+import pickle
 import re
 import textwrap
 from dataclasses import replace
@@ -75,6 +76,13 @@ def test_the_gradient_of_a_pixel_is_the_same_at_every_resolution(tmp_path: Path)
         assert picture.grad is not None
         grads.append(picture.grad[..., ::scale, ::scale])
     torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_a_task_with_its_pictures_travels_to_another_process(data: Path) -> None:
+    task = TASK.on(data)
+    there = pickle.loads(pickle.dumps(task))
+    losses = [one.losses(one.params) for one in (task.sample(3), there.sample(3))]
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
 
 
 def test_the_seed_decides_contents_and_noise_and_nothing_else_is_random(data: Path) -> None:
