@@ -227,7 +227,7 @@ class MetaTraining:
         return validate(self.in_use(self.average, **self.recipe.validation.use), self.validation_task, self.recipe)
 
     def in_use(self, rule: AnyRule, **options: Any) -> AnyRule:
-        """Return a copy of a rule of this run as it will be used: with the options of the recipe's ``use``, or others."""
+        """Return a copy of a rule of this run as it will be used: with the recipe's ``use``, and these options over it."""
         with torch.random.fork_rng(devices=[]):
             used = self.recipe.build_rule(**(self.recipe.use | options))
         used.load_state_dict(rule.state_dict())

@@ -195,7 +195,8 @@ def seeds(results: Path = RESULTS / "default") -> str:
         A row for each seed and a line of where they come from.
     """
     opponent = "Adam, tuned"
-    rows = [row for row in read_rows(results / "seeds" / "summary.csv") if row["against"] == opponent]
+    summary, about = _evaluation(results / "seeds")
+    rows = [row for row in summary if row["against"] == opponent]
     found = {(row["rule"], int(row["horizon"])): row for row in rows}
     horizons = sorted({horizon for _, horizon in found})
     validated: dict[str, list[float]] = defaultdict(list)
@@ -208,7 +209,6 @@ def seeds(results: Path = RESULTS / "default") -> str:
         rule = "LSTM (default)" if run == "default-0" else f"LSTM ({run})"
         cells = (f"{float(found[rule, h]['ratio']):.2f} x, better on {found[rule, h]['wins']}" for h in horizons)
         lines.append(f"| {run.removeprefix('default-')} | {min(values):.3f} | {' | '.join(cells)} |")
-    about = json.loads((results / "seeds" / "environment.json").read_text())
     note = (
         "Validation is the mean of log(loss / initial loss) on held-out kinds; beside it the final training loss against "
         f"{opponent}, on the {rows[0]['tasks']} real tasks, as a geometric mean. Seed 0 is published. "

@@ -102,6 +102,11 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
+    @property
+    def wanted(self) -> frozenset[str]:
+        """Layers whose features tell content or style."""
+        return frozenset((self.content, *self.style))
+
 
 SQUEEZENET = Network(
     layers=(Conv("conv1", stride=2), Pool(3, 2), Fire("fire2"), Fire("fire3")),
@@ -151,7 +156,7 @@ def feature_extractor(network: Network, path: Path) -> Callable[[Tensor], Featur
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read a network from {path}: {error}") from error
-    wanted = {network.content, *network.style}
+    wanted = network.wanted
     named = [getattr(layer, "name", None) for layer in network.layers]
     if unknown := sorted(wanted.difference(named)):
         raise ValueError(f"content and style name layers that the description lacks: {', '.join(unknown)}")
@@ -171,7 +176,7 @@ def _extract(
     found = {}
     for layer in layers:
         x = _run(layer, x, tensors)
-        if not isinstance(layer, Pool) and layer.name in {network.content, *network.style}:
+        if not isinstance(layer, Pool) and layer.name in network.wanted:
             found[layer.name] = x
     return found
 
