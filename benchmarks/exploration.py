@@ -24,7 +24,7 @@ import msgspec
 import torch
 from tqdm import tqdm
 
-from benchmarks.parameter_value import ValueOptimizer, ValueRule, ValueSteps, build_value_rule
+from benchmarks.wider_rules import NotingSteps, WiderOptimizer, WiderRule, build_tensor_rule, build_value_rule
 from learned_optim import LearnedOptimizer
 from learned_optim.rules import UpdateRule
 from meta_train.evaluate import Rows, read_rows, write_rows
@@ -55,7 +55,8 @@ REPLACED: dict[str, dict[str, Any]] = {
     "one width and depth": {"tasks.mixture._hidden": lambda rng: [20, 20]},
     "initial weights as they come": {"tasks.mixture._gain": lambda rng: 1.0},
     "no label noise": {"tasks.mixture.digit_stream": lambda *args, **how: digit_stream(*args, **how | {"label_noise": 0.0})},
-    "the parameter's value": {"recipe.build_rule": build_value_rule, "meta_gradient.inner_steps": ValueSteps},
+    "the parameter's value": {"recipe.build_rule": build_value_rule, "meta_gradient.inner_steps": NotingSteps},
+    "the tensor's signal": {"recipe.build_rule": build_tensor_rule, "meta_gradient.inner_steps": NotingSteps},
 }
 """What of ``meta_train`` a variation replaces: a draw of the mixture, or the rule and its inner steps."""
 
@@ -187,7 +188,7 @@ def judge(rule: UpdateRule) -> Iterator[tuple[str, dict[int, float]]]:
     """Yield the smoothed final loss at each horizon on each held-out kind, one seed."""
 
     def make(params: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
-        return ValueOptimizer(params, rule) if isinstance(rule, ValueRule) else LearnedOptimizer(params, weights=rule)
+        return WiderOptimizer(params, rule) if isinstance(rule, WiderRule) else LearnedOptimizer(params, weights=rule)
 
     for task in HELD_OUT_KINDS:
         losses = train_case(task, make, HORIZONS[-1], 0).losses
