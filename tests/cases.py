@@ -25,6 +25,7 @@ RULE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "hidden_size": 4,
             "num_layers": 2,
             "time_scales": (5.0, 50.0),
+            "outlier_bound": 2.0,
             "step_size": 0.02,
             "min_scale": 0.02,
             "small_min_scale": 0.2,
@@ -87,13 +88,16 @@ def memories(optimizer: Optimizer, params: Iterable[Tensor]) -> list[dict[str, T
 
 
 def assert_stored_alike(got: Tensor, want: Tensor) -> None:
-    """Equal but for numbers that lay on a threshold, which may fall on its other side: few, and by one unit."""
+    """Equal but for numbers that lay on a threshold, which may fall on its other side: few, and by one unit.
+
+    Moments that all but cancel may differ by the round-off of what cancelled.
+    """
     if got.dtype == torch.float32:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     elif got.dtype == torch.int8:
         assert (got.int() - want.int()).abs().max() <= 1
     else:
-        torch.testing.assert_close(got, want, rtol=2**-7, atol=0)
+        torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-7 * float(want.abs().max()))
     if got.dtype != torch.float32:
         assert (got != want).double().mean() <= 0.005
 

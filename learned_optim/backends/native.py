@@ -47,7 +47,8 @@ class _Rule(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in _WHOLE_NUMBERS),
-        *((name, ctypes.c_float) for name in ("fast_decay", "slow_decay", "second_moment_decay", "step_size", "log_gain")),
+        *((name, ctypes.c_float) for name in ("fast_decay", "slow_decay", "second_moment_decay", "outlier_bound")),
+        *((name, ctypes.c_float) for name in ("step_size", "log_gain")),
         *((name, ctypes.c_float) for name in ("anneal_power", "anneal_steps", "anneal_start")),
         *((name, ctypes.c_float) for name in ("min_scale", "small_min_scale", "max_scale")),
         *((name, ctypes.c_float) for name in ("input_scale", "output_scale", "preprocess_p", "threshold")),
@@ -160,15 +161,15 @@ def describe(rule: UpdateRule) -> list[float]:
     config = rule.config
     sizes = [float(config.num_layers), float(config.hidden_size)]
     if isinstance(config, AdamModulationConfig):
-        decays = [config.fast_decay, config.slow_decay, config.second_moment_decay]
+        moments = [config.fast_decay, config.slow_decay, config.second_moment_decay, config.outlier_bound]
         times = list(config.time_scales)
         bounds = [config.step_size, config.log_gain, config.anneal_power, config.anneal_steps, config.anneal_start]
         bounds += [config.min_scale, config.small_min_scale, config.max_scale]
-        return [1.0, *sizes, 0.0, float(len(times)), *decays, *bounds, 0.0, 0.0, 0.0, 0.0, *times]
+        return [1.0, *sizes, 0.0, float(len(times)), *moments, *bounds, 0.0, 0.0, 0.0, 0.0, *times]
     assert isinstance(config, PaperRuleConfig)
     p = config.preprocess_p
     scales = [config.input_scale, config.output_scale, p, math.exp(-p)]
-    return [0.0, *sizes, float(config.inputs == "log_and_sign"), 0.0, *[0.0] * 11, *scales]
+    return [0.0, *sizes, float(config.inputs == "log_and_sign"), 0.0, *[0.0] * 12, *scales]
 
 
 def pack(rule: UpdateRule) -> Tensor:

@@ -199,6 +199,9 @@ def _encode_paper(grad, finite, settled, RULE: tl.constexpr):
 @triton.jit
 def _encode_adam(grad, finite, moments, values, RULE: tl.constexpr):
     """Return inputs, the mask of active coordinates and new moments; ``values`` are this tensor's, from CORRECTIONS."""
+    if RULE.outlier_bound:
+        bound = RULE.outlier_bound * tl.sqrt(moments[2] * values[2])
+        grad = tl.where(moments[2] > 0, tl.minimum(tl.maximum(grad, -bound), bound), grad)
     fast = _lerp(grad, moments[0], RULE.fast_decay, RULE.fast_complement)
     slow = _lerp(grad, moments[1], RULE.slow_decay, RULE.slow_complement)
     mean = _lerp(grad * grad, moments[2], RULE.square_decay, RULE.square_complement)

@@ -58,6 +58,7 @@ class AdamConstants(NamedTuple):
     fast_complement: float
     slow_complement: float
     square_complement: float
+    outlier_bound: float
     log_gain: float
     time_scales: int
     adam: bool = True
@@ -317,7 +318,7 @@ def _constants(rule: UpdateRule) -> PaperConstants | AdamConstants:
     if isinstance(config, AdamModulationConfig):
         decays = (config.fast_decay, config.slow_decay, config.second_moment_decay)
         fast, slow, square = (1 - torch.tensor(decays)).tolist()
-        return AdamConstants(*decays, fast, slow, square, config.log_gain, len(config.time_scales))
+        return AdamConstants(*decays, fast, slow, square, config.outlier_bound, config.log_gain, len(config.time_scales))
     assert isinstance(config, PaperRuleConfig)
     p = config.preprocess_p
     return PaperConstants(config.inputs == "log_and_sign", p, math.exp(-p), config.input_scale)

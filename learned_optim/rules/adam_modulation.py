@@ -24,6 +24,8 @@ class AdamModulationConfig(RuleConfig):
         fast_decay: Decay of the fast momentum, which is also the nominal direction.
         slow_decay: Decay of the slow momentum.
         second_moment_decay: Decay of the mean squared gradient.
+        outlier_bound: No gradient counts for more than so many times the root of the mean square before it, so that one bad
+            example does not stop the steps after it; 0: any counts in full.
         time_scales: Inner steps; each gives an input ``tanh(t / scale - 1)``. Empty: the rule sees no time.
         step_size: Size of a nominal step relative to the root mean square of the tensor.
         min_scale: Floor of that root mean square, for tensors that start at zero.
@@ -42,6 +44,7 @@ class AdamModulationConfig(RuleConfig):
     fast_decay: float = 0.9
     slow_decay: float = 0.99
     second_moment_decay: float = 0.999
+    outlier_bound: float = 0.0
     time_scales: tuple[float, ...] = ()
     step_size: float = 3e-3
     min_scale: float = 1e-2
@@ -57,7 +60,7 @@ class AdamModulationConfig(RuleConfig):
 
         Raises:
             ValueError: If a decay lies outside [0, 1), or a scale, step size or gain is not positive, or
-                ``small_min_scale``, ``anneal_power`` or ``anneal_start`` is negative.
+                ``outlier_bound``, ``small_min_scale``, ``anneal_power`` or ``anneal_start`` is negative.
         """
         super().__post_init__()
         object.__setattr__(self, "time_scales", tuple(float(scale) for scale in self.time_scales))
@@ -67,7 +70,7 @@ class AdamModulationConfig(RuleConfig):
         for name in ("step_size", "min_scale", "max_scale", "anneal_steps", "log_gain"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("small_min_scale", "anneal_power", "anneal_start"):
+        for name in ("outlier_bound", "small_min_scale", "anneal_power", "anneal_start"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if any(not scale > 0 for scale in self.time_scales):
@@ -77,7 +80,8 @@ class AdamModulationConfig(RuleConfig):
 class AdamModulationRule(UpdateRule):
     r"""A bounded, learned modulation of Adam's direction plus a bounded learned direction.
 
-    With ``m``, ``n`` the fast and slow momentum and ``v`` the mean squared gradient, all bias-corrected::
+    With ``m``, ``n`` the fast and slow momentum and ``v`` the mean squared gradient, all bias-corrected, of gradients ``g``
+    bounded by ``outlier_bound * sqrt(v)``, with the ``v`` of the step before::
 
         inputs  = (g, m, n) / sqrt(v),  log(g^2 / v),  tanh(t / tau - 1) for each time scale
         a, b    = linear(LSTM(inputs))
@@ -131,6 +135,11 @@ class AdamModulationRule(UpdateRule):
         config = self.config
         finite = (grad * grad).isfinite()  # A second moment of Inf would never recover.
         grad = torch.where(finite, grad, 0.0)
+        bias = 1 - config.second_moment_decay**step
+        if config.outlier_bound:
+            known = memory["exp_avg_sq"]
+            bound = config.outlier_bound * (known / bias).sqrt()
+            grad = torch.where(known > 0, grad.clamp(-bound, bound), grad)
         moments = {}
         for name, decay, value in (
             ("exp_avg", config.fast_decay, grad),
@@ -140,7 +149,7 @@ class AdamModulationRule(UpdateRule):
             moments[name] = torch.where(finite, torch.lerp(value, memory[name], decay), memory[name])
         active = finite & (moments["exp_avg_sq"] > 0)
 
-        second_moment = moments["exp_avg_sq"] / (1 - config.second_moment_decay**step)
+        second_moment = moments["exp_avg_sq"] / bias
         inverse_root = torch.where(active, second_moment, 1.0).rsqrt()
         normalised = grad * inverse_root
         fast = moments["exp_avg"] / (1 - config.fast_decay**step) * inverse_root

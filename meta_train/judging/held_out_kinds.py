@@ -5,11 +5,14 @@ Nothing here is downloaded, so whoever meta-trains can choose between rules with
 
 from __future__ import annotations
 
+import functools
 import random
+from collections.abc import Callable
 
 import msgspec
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
 from meta_train.judging.models import CharLSTM, CharTransformer, VisionTransformer, conv_net, mlp
@@ -115,6 +118,56 @@ def _digits_by_heart(seed: int) -> Case:
     return _case(mlp([64, 64, 64, 10], nn.ReLU), classification_loss, stream)
 
 
+def _outliers(seed: int) -> Case:
+    # The factor is in the gradient alone: what is judged is what is left of the net after such an image, not its loss.
+    case = _autoencoder(seed)
+
+    def next_batch(generator: torch.Generator) -> Batch:
+        images, _ = case.next_batch(generator)
+        return images, torch.where(torch.rand(len(images), generator=generator) < 5e-5, 1e5, 1.0)
+
+    def loss(module: nn.Module, batch: Batch) -> Tensor:
+        images, weights = batch
+        losses = (module(images) - images).square().mean(1)
+        return (losses * weights).mean() - (losses * (weights - 1)).mean().detach()
+
+    return Case(case.module, loss, next_batch)
+
+
+@functools.cache
+def _photos() -> Tensor:
+    """Return the two photos that come with scikit-learn, ``(2, 3, 427, 640)``, standardised."""
+    photos = torch.stack([torch.tensor(photo) for photo in load_sample_images().images]).permute(0, 3, 1, 2) / 255
+    return (photos - photos.mean()) / photos.std()
+
+
+def _places(seed: int, batch: int) -> Callable[[torch.Generator], Batch]:
+    # Squares of 16 pixels, mirrored half of the time, and in which of 30 fields of the photos they lie.
+    photos = _photos()
+    _, _, height, width = photos.shape
+    side, rows, columns = 16, 3, 5
+    names = torch.randperm(len(photos) * rows * columns, generator=seeded(seed))
+
+    def next_batch(generator: torch.Generator) -> Batch:
+        photo = torch.randint(len(photos), (batch,), generator=generator)
+        top = torch.randint(height - side, (batch,), generator=generator)
+        left = torch.randint(width - side, (batch,), generator=generator)
+        squares = torch.stack([photos[i, :, y : y + side, x : x + side] for i, y, x in zip(photo, top, left, strict=True)])
+        mirrored = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
+        field = (photo * rows + top * rows // (height - side)) * columns + left * columns // (width - side)
+        return torch.where(mirrored, squares.flip(-1), squares), names[field]
+
+    return next_batch
+
+
+def _photo_conv(seed: int) -> Case:
+    return Case(conv_net([3, 8, 16, 32], 16, 30, batch_norm=True), classification_loss, _places(seed, 32))
+
+
+def _photo_vit(seed: int) -> Case:
+    return Case(VisionTransformer(16, 3, 4, 48, 2, 30), classification_loss, _places(seed, 32))
+
+
 HELD_OUT_KINDS = tuple(
     JudgingTask(name, about, make, HORIZONS)
     for name, about, make in (
@@ -146,8 +199,16 @@ LONG_KINDS = (
         _digits_by_heart,
         (*HORIZONS, 5000, 20_000),
     ),
+    JudgingTask(
+        "outliers", "the autoencoder, and one image in 20,000 with 1e5 times the gradient", _outliers, (*HORIZONS, 5000)
+    ),
+    JudgingTask(
+        "photo-conv", "three convolutions with batch norm, from where in a photo a square is", _photo_conv, (*HORIZONS, 5000)
+    ),
+    JudgingTask("photo-vit", "a vision transformer, width 48, depth 2, on the same", _photo_vit, (*HORIZONS, 5000)),
 )
-"""What shows only after thousands of steps: where a gradient is nearly all signal, or all but gone, losses spike."""
+"""What shows only after thousands of steps: losses spike where a gradient is nearly all signal, all but gone, or an outlier;
+and where a loss falls for ever, steps must not shrink too soon."""
 
 
 class HeldOut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="name", tag="held-out"):

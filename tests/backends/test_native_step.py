@@ -44,7 +44,7 @@ def wide_rule(family: str, layers: int, hidden: int, seed: int = 0) -> UpdateRul
         config |= {"inputs": "log_and_sign" if hidden % 2 else "raw", "output_scale": 0.1}
     else:
         config |= {"time_scales": tuple(10.0**k for k in range(layers - 1)), "anneal_power": 0.3 * (hidden % 2)}
-        config |= {"anneal_start": 3.0 * (layers % 2)}
+        config |= {"anneal_start": 3.0 * (layers % 2), "outlier_bound": 1.5 * (hidden % 2)}
     rule = build_rule(family, **config)
     with torch.no_grad():
         for parameter in rule.lstm.parameters():

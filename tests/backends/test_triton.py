@@ -38,6 +38,7 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
             "fast_decay": 0.3,
             "anneal_power": 0.4,
             "anneal_start": 2.0,
+            "outlier_bound": 1.5,
         },
     ),
     "1x1": ("adam-modulation", {"hidden_size": 1}),

@@ -151,6 +151,9 @@ def test_adam_modulation_follows_its_documented_formula(case: str) -> None:
     fast = slow = second = torch.zeros(N, dtype=torch.float64)
     inputs, directions = [], []
     for step, gradient in enumerate(gradients, 1):
+        if config.outlier_bound and step > 1:
+            bound = config.outlier_bound * (second / (1 - config.second_moment_decay**step)).sqrt()
+            gradient = gradient.clamp(-bound, bound)
         fast = config.fast_decay * fast + (1 - config.fast_decay) * gradient
         slow = config.slow_decay * slow + (1 - config.slow_decay) * gradient
         second = config.second_moment_decay * second + (1 - config.second_moment_decay) * gradient**2
@@ -287,6 +290,31 @@ def test_adam_modulation_is_bounded_whatever_the_lstm_says(case: str) -> None:
     assert updates.abs().max() > bound / 50  # The test reached the neighbourhood of the bound.
 
 
+def test_an_outlier_neither_makes_a_big_step_nor_stops_the_next() -> None:
+    gradients = torch.randn(50, 200)
+    gradients[30] *= 1e4
+
+    def steps(**config: float) -> tuple[float, float, float]:
+        rule = build_rule("adam-modulation", second_moment_decay=0.99, fast_decay=0.0, **config)
+        sizes = unroll(rule, gradients, torch.tensor(1.0))[0].abs().median(1).values
+        return sizes[:30].median().item(), sizes[30].item(), sizes[31:].median().item()
+
+    usual, at_outlier, after = steps(outlier_bound=3.0)
+    assert at_outlier < 4 * usual
+    assert after == pytest.approx(usual, rel=0.2)
+    usual, at_outlier, after = steps()
+    assert at_outlier > 6 * usual
+    assert after < 0.01 * usual
+
+
+def test_a_coordinate_at_rest_wakes_up_in_full() -> None:
+    gradients = torch.zeros(3, 5)
+    gradients[2] = 7.0
+    bounded, free = (unroll(build_rule("adam-modulation", outlier_bound=bound), gradients)[0] for bound in (2.0, 0.0))
+    assert torch.equal(bounded, free)
+    assert (bounded[2] != 0).all()
+
+
 @pytest.mark.parametrize(("value", "expected"), [(0.0, 1e-2), (0.2, 0.2), (-0.2, 0.2), (50.0, 1.0)])
 def test_the_tensor_scale_is_a_clamped_root_mean_square(value: float, expected: float) -> None:
     rule = small_rule("adam-modulation")
@@ -356,6 +384,7 @@ def test_paper_rules_take_no_tensor_scale(case: str) -> None:
         ("adam-modulation", {"log_gain": -3.0}, "log_gain must be positive"),
         ("adam-modulation", {"anneal_power": -0.5}, "anneal_power must not be negative, got -0.5"),
         ("adam-modulation", {"small_min_scale": -0.1}, "small_min_scale must not be negative, got -0.1"),
+        ("adam-modulation", {"outlier_bound": -5.0}, "outlier_bound must not be negative, got -5"),
         ("adam-modulation", {"anneal_start": -1.0}, "anneal_start must not be negative, got -1"),
         ("adam-modulation", {"anneal_steps": 0.0}, "anneal_steps must be positive"),
         ("adam-modulation", {"time_scales": (10.0, 0.0)}, "time_scales must be positive"),

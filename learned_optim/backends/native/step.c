@@ -21,7 +21,7 @@ enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };
 /* What a rule is, apart from its meta-parameters. Mirrored by native.py. */
 struct rule {
   int32_t family, layers, hidden, log_and_sign, num_times;
-  float fast_decay, slow_decay, second_moment_decay, step_size, log_gain;
+  float fast_decay, slow_decay, second_moment_decay, outlier_bound, step_size, log_gain;
   float anneal_power, anneal_steps, anneal_start, min_scale, small_min_scale, max_scale;
   float input_scale, output_scale, preprocess_p, threshold;
   float time_scales[16];

@@ -331,10 +331,15 @@ INLINE void encode_adam(block_buffers *b, const struct rule *rule, const struct 
   vec new[3][W];
   for (int i = 0; i < 3; i++) old[i] = read_values(item->moments[i], item->moment_types[i], start, rows, staging[i]);
   for (int v = 0; v < W; v++) {
-    vec grad = b->grad[v], square = grad * grad;
-    ivec finite = square <= FLT_MAX; /* a second moment of Inf would never recover */
-    grad = select_vec(finite, grad, splat(0.0f));
     vec fast = load_vec(old[0] + v * LANES), slow = load_vec(old[1] + v * LANES), second = load_vec(old[2] + v * LANES);
+    vec grad = b->grad[v];
+    ivec finite = grad * grad <= FLT_MAX; /* a second moment of Inf would never recover */
+    grad = select_vec(finite, grad, splat(0.0f));
+    if (rule->outlier_bound != 0.0f) {
+      const vec bound = rule->outlier_bound * sqrt_vec(second * item->corrections[2]);
+      grad = select_vec(second > 0.0f, max_vec(-bound, min_vec(bound, grad)), grad);
+    }
+    const vec square = grad * grad;
     fast = new[0][v] = select_vec(finite, decay_moment(fast, grad, rule->fast_decay), fast);
     slow = new[1][v] = select_vec(finite, decay_moment(slow, grad, rule->slow_decay), slow);
     second = new[2][v] = select_vec(finite, decay_moment(second, square, rule->second_moment_decay), second);
