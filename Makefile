@@ -7,7 +7,7 @@ RESULTS := docs/results/quadratic
 
 OLDEST := .venv-oldest/bin/python
 
-.PHONY: help demo test test-integrations test-oldest check docs mutants package reproduce reproduce-mnist reproduce-neural-art bench clean
+.PHONY: help demo test test-integrations test-oldest check docs mutants package reproduce reproduce-mnist reproduce-cifar reproduce-neural-art bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 20
@@ -77,6 +77,25 @@ reproduce-mnist: .venv/ready ## the same for nets on MNIST, from the Hub or from
 	    --out $(RUNS)/results-mnist/$$net || exit 1; \
 	done
 	$(BIN)/python -m meta_train figures $(RUNS)/results-mnist --runs $(DIGITS)-0 $(DIGITS)-1 $(DIGITS)-2
+
+PHOTOS := $(RUNS)/cifar
+
+reproduce-cifar: .venv/ready ## the same for convolutional nets on CIFAR-10, from the Hub or from DATA=DIR
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[judge]"
+	for seed in 0 1 2; do \
+	  $(BIN)/python -m meta_train train learned_optim/weights/cifar.toml $(DATA:%=--data %) --out $(PHOTOS)-$$seed --seed $$seed || exit 1; \
+	done
+	$(BIN)/python -m meta_train train learned_optim/weights/cifar-sub.toml $(DATA:%=--data %) --out $(PHOTOS)-sub
+	$(BIN)/python -m meta_train publish $(PHOTOS)-0 --name cifar --to $(RUNS)
+	for name in cifar-1 cifar-2 cifar-sub; do \
+	  $(BIN)/python -m meta_train publish $(RUNS)/$$name --name $$name --to $(RUNS) || exit 1; \
+	done
+	for task in cifar cifar-5 cifar-2; do \
+	  $(BIN)/python -m meta_train evaluate $(PHOTOS)-conv.safetensors+$(PHOTOS)-dense.safetensors \
+	    $(PHOTOS)-sub-conv.safetensors+$(PHOTOS)-sub-dense.safetensors default --task $$task $(DATA:%=--data %) \
+	    --cache $(RUNS)/judging --workers 2 --out $(RUNS)/results-$$task || exit 1; \
+	done
+	$(BIN)/python -m meta_train figures $(RUNS)/results-cifar --runs $(PHOTOS)-0 $(PHOTOS)-1 $(PHOTOS)-2
 
 ART := $(RUNS)/art
 
