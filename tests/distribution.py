@@ -41,7 +41,8 @@ from learned_optim.backends.native_library import AVAILABLE
 
 assert "site-packages" in learned_optim.__file__, learned_optim.__file__
 assert (Path(learned_optim.__file__).parent / "py.typed").exists()
-assert {"cifar-conv", "cifar-dense", "default", "mnist-mlp", "neural-art", "quadratic"} <= set(available_weights()), available_weights()
+bundled = {"cifar-conv", "cifar-dense", "default", "mnist-mlp", "neural-art", "quadratic"}
+assert bundled <= set(available_weights()), available_weights()
 torch.manual_seed(0)
 for weights in available_weights():
     model = torch.nn.Linear(10, 1)
