@@ -472,3 +472,17 @@ def test_zero_grad_clears_or_zeroes() -> None:
     assert_identical(params[0].grad, torch.zeros(3))
     optimizer.zero_grad()
     assert params[0].grad is None
+
+
+def test_one_bad_gradient_neither_throws_default_off_nor_stops_it() -> None:
+    param = nn.Parameter(torch.randn(500))
+    optimizer = LearnedOptimizer([param])
+    sizes = []
+    for step in range(60):
+        before = param.detach().clone()
+        param.grad = torch.randn(500) * (1e4 if step == 40 else 1.0)
+        optimizer.step()
+        sizes.append((param.detach() - before).abs().median().item())
+    usual = sum(sizes[30:40]) / 10
+    assert max(sizes[40:]) < 2 * usual
+    assert sum(sizes[50:]) / 10 == pytest.approx(usual, rel=0.3)
