@@ -290,8 +290,10 @@ def validate(rule: AnyRule, task: Task, recipe: Recipe) -> float:
         Mean of :func:`whole_episode` over optimizees; infinite if any diverges. Lower is better.
     """
     total, horizon = 0.0, recipe.validation.horizon
+    horizons = horizon if isinstance(horizon, tuple) else (horizon,)
     for index in range(recipe.validation.optimizees):
-        total += whole_episode(rule, task.sample(derive_seed(0, "validation", index)), horizon, recipe.outer)
+        optimizee = task.sample(derive_seed(0, "validation", index))
+        total += whole_episode(rule, optimizee, horizons[index % len(horizons)], recipe.outer)
     return total / recipe.validation.optimizees if math.isfinite(total) else math.inf
 
 

@@ -106,7 +106,7 @@ class Validation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Args:
         every: Outer steps between validations.
         optimizees: Fixed optimizees, of seeds never used elsewhere.
-        horizon: Inner steps.
+        horizon: Inner steps; of several each optimizee has the next, so that long ones have a say at a part of their cost.
         task: Draw them from here; by default from the task that is trained on.
         use: Options of the rule that differ from the recipe's ``use`` while it is validated: a clock that suits long
             training may not suit this horizon.
@@ -114,7 +114,7 @@ class Validation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     every: Count
     optimizees: Count
-    horizon: Count
+    horizon: Count | Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)]
     task: TaskRecipe | HeldOut | None = None
     use: dict[str, Any] = {}
 

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -205,6 +206,28 @@ def test_validation_is_the_mean_loss_of_fixed_episodes() -> None:
             parameter.zero_()
     still = [float(one.losses(one.params).mean()) for one in map(recipe.task.sample, _validation_seeds())]
     assert validate(rule, recipe.task, recipe) == pytest.approx(sum(still) / 2, rel=1e-5)
+
+
+def test_each_optimizee_is_validated_to_the_next_of_several_horizons() -> None:
+    recipe, rule = parse_recipe(TINY), small_rule("paper-raw")
+
+    def validated(*horizons: int) -> float:
+        validation = msgspec.structs.replace(recipe.validation, optimizees=3, horizon=horizons)
+        return validate(rule, recipe.task, msgspec.structs.replace(recipe, validation=validation))
+
+    first, second, third = (recipe.task.sample(derive_seed(0, "validation", index)) for index in range(3))
+    ends = ((first, 5), (second, 9), (third, 5))
+    each = [whole_episode(rule, optimizee, end, recipe.outer) for optimizee, end in ends]
+    assert validated(5, 9) == pytest.approx(sum(each) / 3)
+    assert validated(9, 5) != pytest.approx(sum(each) / 3)
+
+
+def test_a_recipe_may_name_several_horizons_of_validation_but_not_none() -> None:
+    several = "optimizees = 2\nhorizon = [5, 9]\n"
+    text = TINY.replace("optimizees = 2\nhorizon = 8\n", several)
+    assert parse_recipe(text).validation.horizon == (5, 9)
+    with pytest.raises(ValueError, match="validation"):
+        parse_recipe(text.replace("[5, 9]", "[]"))
 
 
 def _validation_seeds() -> list[int]:
