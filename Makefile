@@ -87,10 +87,14 @@ reproduce-cifar: .venv/ready ## the same for convolutional nets on CIFAR-10, fro
 	done
 	$(BIN)/python -m meta_train train learned_optim/weights/cifar-sub.toml $(DATA:%=--data %) --out $(PHOTOS)-sub
 	$(BIN)/python -m meta_train publish $(PHOTOS)-0 --name cifar --to $(RUNS)
-	for name in cifar-1 cifar-2 cifar-sub; do \
-	  $(BIN)/python -m meta_train publish $(RUNS)/$$name --name $$name --to $(RUNS) || exit 1; \
+	for run in 1 2 sub; do \
+	  $(BIN)/python -m meta_train publish $(PHOTOS)-$$run --name cifar-$$run --to $(RUNS) || exit 1; \
 	done
-	for task in cifar cifar-5 cifar-2; do \
+	$(BIN)/python -m meta_train evaluate $(PHOTOS)-conv.safetensors+$(PHOTOS)-dense.safetensors \
+	  $(PHOTOS)-1-conv.safetensors+$(PHOTOS)-1-dense.safetensors $(PHOTOS)-2-conv.safetensors+$(PHOTOS)-2-dense.safetensors \
+	  $(PHOTOS)-sub-conv.safetensors+$(PHOTOS)-sub-dense.safetensors default --task cifar $(DATA:%=--data %) \
+	  --cache $(RUNS)/judging --workers 2 --out $(RUNS)/results-cifar
+	for task in cifar-5 cifar-2; do \
 	  $(BIN)/python -m meta_train evaluate $(PHOTOS)-conv.safetensors+$(PHOTOS)-dense.safetensors \
 	    $(PHOTOS)-sub-conv.safetensors+$(PHOTOS)-sub-dense.safetensors default --task $$task $(DATA:%=--data %) \
 	    --cache $(RUNS)/judging --workers 2 --out $(RUNS)/results-$$task || exit 1; \

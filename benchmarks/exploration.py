@@ -15,6 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from statistics import geometric_mean, stdev
 from typing import Any
@@ -24,7 +25,7 @@ import msgspec
 import torch
 from tqdm import tqdm
 
-from benchmarks.wider_rules import NotingSteps, WiderOptimizer, WiderRule, build_tensor_rule, build_value_rule
+from benchmarks.wider_rules import NotingSteps, TensorRule, ValueRule, WiderOptimizer, WiderRule, build_wider_rule
 from learned_optim import LearnedOptimizer
 from learned_optim.rules import UpdateRule
 from meta_train.evaluate import Rows, read_rows, write_rows
@@ -55,8 +56,14 @@ REPLACED: dict[str, dict[str, Any]] = {
     "one width and depth": {"tasks.mixture._hidden": lambda rng: [20, 20]},
     "initial weights as they come": {"tasks.mixture._gain": lambda rng: 1.0},
     "no label noise": {"tasks.mixture.digit_stream": lambda *args, **how: digit_stream(*args, **how | {"label_noise": 0.0})},
-    "the parameter's value": {"recipe.build_rule": build_value_rule, "meta_gradient.inner_steps": NotingSteps},
-    "the tensor's signal": {"recipe.build_rule": build_tensor_rule, "meta_gradient.inner_steps": NotingSteps},
+    "the parameter's value": {
+        "recipe.build_rule": partial(build_wider_rule, ValueRule),
+        "meta_gradient.inner_steps": NotingSteps,
+    },
+    "the tensor's signal": {
+        "recipe.build_rule": partial(build_wider_rule, TensorRule),
+        "meta_gradient.inner_steps": NotingSteps,
+    },
 }
 """What of ``meta_train`` a variation replaces: a draw of the mixture, or the rule and its inner steps."""
 

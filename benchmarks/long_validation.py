@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from learned_optim.weights import resolve_weights
 from meta_train.evaluate import Rows, read_rows, write_rows
-from meta_train.outer_loop import derive_seed, whole_episode
+from meta_train.outer_loop import validate
 from meta_train.publish import WEIGHTS_DIR
-from meta_train.recipe import read_recipe
+from meta_train.recipe import parse_recipe, read_recipe
 from meta_train.run_dir import environment
 
 TABLE = Path(__file__).parents[1] / "docs" / "results" / "default" / "long.csv"
@@ -36,21 +36,16 @@ def main() -> None:
     assert task is not None
     rows: Rows = [{**row} for row in read_rows(TABLE)] if TABLE.exists() else []
     done = {(row["fingerprint"], str(row["horizon"])) for row in rows}
-    for name in parser.parse_args().weights:
+    for name in tqdm(parser.parse_args().weights, unit="weights"):
         weights = resolve_weights(name)
         fingerprint = weights.fingerprint[:12]
         for horizon in HORIZONS:
             if (fingerprint, str(horizon)) in done:
                 continue
-            seeds = [derive_seed(0, "validation", index) for index in range(OPTIMIZEES)]
-            each = [
-                whole_episode(weights.rule, task.sample(seed), horizon, recipe.outer)
-                for seed in tqdm(seeds, f"{weights.title}, {horizon} steps")
-            ]
-            mean = f"{sum(each) / len(each):.4f}"
-            seed = msgspec.toml.decode(weights.recipe)["seed"]
-            row = {"seed": seed, "horizon": horizon, "validation": mean, "n": len(each), "fingerprint": fingerprint}
-            rows.append({**row, "commit": commit})
+            validation = msgspec.structs.replace(recipe.validation, optimizees=OPTIMIZEES, horizon=horizon)
+            found = validate(weights.rule, task, msgspec.structs.replace(recipe, validation=validation))
+            row = {"seed": parse_recipe(weights.recipe).seed, "horizon": horizon, "validation": f"{found:.4f}"}
+            rows.append({**row, "n": OPTIMIZEES, "fingerprint": fingerprint, "commit": commit})
             write_rows(TABLE, rows)
     for row in rows:
         print(f"seed {row['seed']}  {row['horizon']:>5} steps  {row['validation']}")

@@ -85,14 +85,9 @@ class TensorRule(WiderRule):
         return 0.5 * torch.log(noted + 1e-4)
 
 
-def build_value_rule(family: str, **options: object) -> ValueRule:
-    """Return the rule in the place of the family's."""
-    return ValueRule(AdamModulationConfig(**options))  # type: ignore[arg-type]
-
-
-def build_tensor_rule(family: str, **options: object) -> TensorRule:
-    """Return the rule in the place of the family's."""
-    return TensorRule(AdamModulationConfig(**options))  # type: ignore[arg-type]
+def build_wider_rule(wider: type[WiderRule], family: str, **options: object) -> WiderRule:
+    """Return a wider rule in the place of the family's."""
+    return wider(AdamModulationConfig(**options))  # type: ignore[arg-type]
 
 
 class NotingSteps(PlainSteps):

@@ -424,7 +424,7 @@ MUTANTS = (
         "numerics",
         "a coordinate at rest never wakes up",
         ADAM,
-        "torch.where(known > 0, grad.clamp(-bound, bound), grad)",
+        "torch.where(previous > 0, grad.clamp(-bound, bound), grad)",
         "grad.clamp(-bound, bound)",
         RULES,
         "at_rest",

@@ -97,7 +97,8 @@ class AdamModulationRule(UpdateRule):
     References:
         Inputs after RNNprop (Lv et al. 2017, arXiv:1703.03633); a nominal step under a magnitude head after STAR
         (Harrison et al. 2022, arXiv:2209.11208), here bounded; scale by the tensor's size after VeLO
-        (arXiv:2211.09760).
+        (arXiv:2211.09760). The bound on outliers is the spike-aware clipping of SPAM (Huang et al. 2025, arXiv:2501.06842),
+        here with bias correction and without its resets of the momenta.
     """
 
     family: ClassVar[str] = "adam-modulation"
@@ -135,11 +136,11 @@ class AdamModulationRule(UpdateRule):
         config = self.config
         finite = (grad * grad).isfinite()  # A second moment of Inf would never recover.
         grad = torch.where(finite, grad, 0.0)
-        bias = 1 - config.second_moment_decay**step
+        bias_correction = 1 - config.second_moment_decay**step
         if config.outlier_bound:
-            known = memory["exp_avg_sq"]
-            bound = config.outlier_bound * (known / bias).sqrt()
-            grad = torch.where(known > 0, grad.clamp(-bound, bound), grad)
+            previous = memory["exp_avg_sq"]
+            bound = config.outlier_bound * (previous / bias_correction).sqrt()
+            grad = torch.where(previous > 0, grad.clamp(-bound, bound), grad)
         moments = {}
         for name, decay, value in (
             ("exp_avg", config.fast_decay, grad),
@@ -149,7 +150,7 @@ class AdamModulationRule(UpdateRule):
             moments[name] = torch.where(finite, torch.lerp(value, memory[name], decay), memory[name])
         active = finite & (moments["exp_avg_sq"] > 0)
 
-        second_moment = moments["exp_avg_sq"] / bias
+        second_moment = moments["exp_avg_sq"] / bias_correction
         inverse_root = torch.where(active, second_moment, 1.0).rsqrt()
         normalised = grad * inverse_root
         fast = moments["exp_avg"] / (1 - config.fast_decay**step) * inverse_root
