@@ -58,25 +58,26 @@ reproduce: .venv/ready ## meta-train the quadratic weights with three seeds, jud
 	  $(RUNS)/quadratic-2.safetensors --out $(RUNS)/results
 	$(BIN)/python -m meta_train figures $(RUNS)/results --runs $(RUNS)/quadratic-0 $(RUNS)/quadratic-1 $(RUNS)/quadratic-2
 
-DIGITS := $(RUNS)/mnist-mlp
+DIGITS := mnist-mlp mnist-modulated
 NETS := 40x1 20x2 relu
 SIZES := 5x1 10x1 80x1 5x2 10x2 40x2 80x2
 
-reproduce-mnist: .venv/ready ## the same for nets on MNIST, from the Hub or from DATA=DIR
+reproduce-mnist: .venv/ready ## the same for nets on MNIST, two rules, from the Hub or from DATA=DIR
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[judge]"
-	for seed in 0 1 2; do \
-	  $(BIN)/python -m meta_train train learned_optim/weights/mnist-mlp.toml $(DATA:%=--data %) --out $(DIGITS)-$$seed --seed $$seed || exit 1; \
+	for rule in $(DIGITS); do \
+	  for seed in 0 1 2; do \
+	    $(BIN)/python -m meta_train train learned_optim/weights/$$rule.toml $(DATA:%=--data %) --out $(RUNS)/$$rule-$$seed --seed $$seed && \
+	    $(BIN)/python -m meta_train publish $(RUNS)/$$rule-$$seed --name $$rule-$$seed --to $(RUNS) || exit 1; \
+	  done; \
+	  $(BIN)/python -m meta_train publish $(RUNS)/$$rule-0 --name $$rule --to $(RUNS) && \
+	  $(BIN)/python -m meta_train evaluate $(RUNS)/$$rule.safetensors $(RUNS)/$$rule-1.safetensors $(RUNS)/$$rule-2.safetensors \
+	    default --task mnist $(DATA:%=--data %) --cache $(RUNS)/judging --workers 2 --out $(RUNS)/results-$$rule || exit 1; \
+	  for net in $(NETS) $(SIZES:%=sizes/%); do \
+	    $(BIN)/python -m meta_train evaluate $(RUNS)/$$rule.safetensors default --task mnist-$${net##*/} $(DATA:%=--data %) \
+	      --cache $(RUNS)/judging --workers 2 --out $(RUNS)/results-$$rule/$$net || exit 1; \
+	  done; \
+	  $(BIN)/python -m meta_train figures $(RUNS)/results-$$rule --runs $(RUNS)/$$rule-0 $(RUNS)/$$rule-1 $(RUNS)/$$rule-2 || exit 1; \
 	done
-	$(BIN)/python -m meta_train publish $(DIGITS)-0 --name mnist-mlp --to $(RUNS)
-	$(BIN)/python -m meta_train publish $(DIGITS)-1 --name mnist-mlp-1 --to $(RUNS)
-	$(BIN)/python -m meta_train publish $(DIGITS)-2 --name mnist-mlp-2 --to $(RUNS)
-	$(BIN)/python -m meta_train evaluate $(RUNS)/mnist-mlp.safetensors $(RUNS)/mnist-mlp-1.safetensors \
-	  $(RUNS)/mnist-mlp-2.safetensors default --task mnist $(DATA:%=--data %) --out $(RUNS)/results-mnist
-	for net in $(NETS) $(SIZES:%=sizes/%); do \
-	  $(BIN)/python -m meta_train evaluate $(RUNS)/mnist-mlp.safetensors default --task mnist-$${net##*/} $(DATA:%=--data %) \
-	    --out $(RUNS)/results-mnist/$$net || exit 1; \
-	done
-	$(BIN)/python -m meta_train figures $(RUNS)/results-mnist --runs $(DIGITS)-0 $(DIGITS)-1 $(DIGITS)-2
 
 PHOTOS := $(RUNS)/cifar
 
