@@ -7,7 +7,7 @@ RESULTS := docs/results/quadratic
 
 OLDEST := .venv-oldest/bin/python
 
-.PHONY: help demo test test-integrations test-oldest check docs mutants package reproduce reproduce-mnist reproduce-cifar reproduce-neural-art bench clean
+.PHONY: help demo test test-integrations test-oldest check docs mutants package reproduce reproduce-mnist reproduce-mnist-mlp reproduce-mnist-modulated reproduce-cifar reproduce-neural-art bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 20
@@ -61,23 +61,26 @@ reproduce: .venv/ready ## meta-train the quadratic weights with three seeds, jud
 DIGITS := mnist-mlp mnist-modulated
 NETS := 40x1 20x2 relu
 SIZES := 5x1 10x1 80x1 5x2 10x2 40x2 80x2
+# Of three seeds the first is the one with the best validation, which is bundled.
+reproduce-mnist-mlp: SEEDS := 0 1 2
+reproduce-mnist-modulated: SEEDS := 1 0 2
 
-reproduce-mnist: .venv/ready ## the same for nets on MNIST, two rules, from the Hub or from DATA=DIR
+reproduce-mnist: $(DIGITS:%=reproduce-%) ## the same for nets on MNIST, two rules, from the Hub or from DATA=DIR
+
+$(DIGITS:%=reproduce-%): reproduce-%: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[judge]"
-	for rule in $(DIGITS); do \
-	  for seed in 0 1 2; do \
-	    $(BIN)/python -m meta_train train learned_optim/weights/$$rule.toml $(DATA:%=--data %) --out $(RUNS)/$$rule-$$seed --seed $$seed && \
-	    $(BIN)/python -m meta_train publish $(RUNS)/$$rule-$$seed --name $$rule-$$seed --to $(RUNS) || exit 1; \
-	  done; \
-	  $(BIN)/python -m meta_train publish $(RUNS)/$$rule-0 --name $$rule --to $(RUNS) && \
-	  $(BIN)/python -m meta_train evaluate $(RUNS)/$$rule.safetensors $(RUNS)/$$rule-1.safetensors $(RUNS)/$$rule-2.safetensors \
-	    default --task mnist $(DATA:%=--data %) --cache $(RUNS)/judging --workers 2 --out $(RUNS)/results-$$rule || exit 1; \
-	  for net in $(NETS) $(SIZES:%=sizes/%); do \
-	    $(BIN)/python -m meta_train evaluate $(RUNS)/$$rule.safetensors default --task mnist-$${net##*/} $(DATA:%=--data %) \
-	      --cache $(RUNS)/judging --workers 2 --out $(RUNS)/results-$$rule/$$net || exit 1; \
-	  done; \
-	  $(BIN)/python -m meta_train figures $(RUNS)/results-$$rule --runs $(RUNS)/$$rule-0 $(RUNS)/$$rule-1 $(RUNS)/$$rule-2 || exit 1; \
+	for seed in $(SEEDS); do \
+	  $(BIN)/python -m meta_train train learned_optim/weights/$*.toml $(DATA:%=--data %) --out $(RUNS)/$*-$$seed --seed $$seed && \
+	  $(BIN)/python -m meta_train publish $(RUNS)/$*-$$seed --name $*-$$seed --to $(RUNS) || exit 1; \
 	done
+	$(BIN)/python -m meta_train publish $(RUNS)/$*-$(firstword $(SEEDS)) --name $* --to $(RUNS)
+	$(BIN)/python -m meta_train evaluate $(RUNS)/$*.safetensors $(patsubst %,$(RUNS)/$*-%.safetensors,$(wordlist 2,3,$(SEEDS))) \
+	  default --task mnist $(DATA:%=--data %) --cache $(RUNS)/judging --workers 2 --out $(RUNS)/results-$*
+	for net in $(NETS) $(SIZES:%=sizes/%); do \
+	  $(BIN)/python -m meta_train evaluate $(RUNS)/$*.safetensors default --task mnist-$${net##*/} $(DATA:%=--data %) \
+	    --cache $(RUNS)/judging --workers 2 --out $(RUNS)/results-$*/$$net || exit 1; \
+	done
+	$(BIN)/python -m meta_train figures $(RUNS)/results-$* --runs $(SEEDS:%=$(RUNS)/$*-%)
 
 PHOTOS := $(RUNS)/cifar
 

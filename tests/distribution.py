@@ -41,7 +41,7 @@ from learned_optim.backends.native_library import AVAILABLE
 
 assert "site-packages" in learned_optim.__file__, learned_optim.__file__
 assert (Path(learned_optim.__file__).parent / "py.typed").exists()
-bundled = {"cifar-conv", "cifar-dense", "default", "mnist-mlp", "neural-art", "quadratic"}
+bundled = {"cifar-conv", "cifar-dense", "default", "mnist-mlp", "mnist-modulated", "neural-art", "quadratic"}
 assert bundled <= set(available_weights()), available_weights()
 torch.manual_seed(0)
 for weights in available_weights():
@@ -191,7 +191,8 @@ def check_command_line(python: Path, work: Path) -> None:
     """See that it lists, informs and counts."""
     with tempfile.TemporaryDirectory(dir=work) as empty:
         names = [line.split()[0] for line in call([python, "-m", "learned_optim", "list"], empty).splitlines()]
-        assert {"cifar-conv", "cifar-dense", "default", "mnist-mlp", "neural-art", "quadratic"} <= set(names), names
+        bundled = {"cifar-conv", "cifar-dense", "default", "mnist-mlp", "mnist-modulated", "neural-art", "quadratic"}
+        assert bundled <= set(names), names
         for name in names:
             assert "fingerprint" in call([python, "-m", "learned_optim", "info", name], empty)
         assert "Adam" in call([python, "-m", "learned_optim", "bytes", "7B"], empty)

@@ -42,7 +42,8 @@ def test_every_bundled_file_loads_and_lies_beside_its_recipe(name: str) -> None:
 
 
 def test_the_promised_names_are_bundled() -> None:
-    assert {"cifar-conv", "cifar-dense", "default", "mnist-mlp", "neural-art", "quadratic"} <= set(available_weights())
+    promised = {"cifar-conv", "cifar-dense", "default", "mnist-mlp", "mnist-modulated", "neural-art", "quadratic"}
+    assert promised <= set(available_weights())
     assert list(available_weights()) == sorted(available_weights())
 
 
