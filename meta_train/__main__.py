@@ -140,12 +140,12 @@ def _train(options: argparse.Namespace) -> int:
         validation = "none yet"
         for record in run.train():
             if record.validation is not None:
-                validation = f"{record.validation:.4g} (best {run.run.best_validation:.4g})"
+                validation = f"{record.validation:.4g} (best {run.run.best.validation:.4g})"
             bar.set_postfix_str(f"meta-loss {record.meta_loss:.4g}, validation {validation}", refresh=False)
             bar.update()
     if not all(path.exists() for path in run.best_files):
         raise ValueError(f"no validation of {run.path} was finite: there are no weights worth keeping; lower outer.lr")
-    print(f"best weights: {', '.join(map(str, run.best_files))} (validation {run.run.best_validation:.4g})")
+    print(f"best weights: {', '.join(map(str, run.best_files))} (validation {run.run.best.validation:.4g})")
     return 0
 
 

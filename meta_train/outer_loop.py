@@ -28,7 +28,7 @@ from meta_train.meta_gradient import (
     unroll,
 )
 from meta_train.parts import AnyRule, members
-from meta_train.recipe import Evolution, OuterLoop, Phase, Recipe
+from meta_train.recipe import Evolution, Horizons, OuterLoop, Phase, Recipe
 from meta_train.tasks import Optimizee, Task, seeded, with_data
 
 
@@ -44,6 +44,7 @@ class OuterStep:
         lr: Rate used.
         validation: Validation figure, where this step validated; lower is better.
         is_best: Whether that figure is the best so far.
+        final: Validation figure over the final horizons of the best so far, where a phase ends and the recipe has any.
     """
 
     step: int
@@ -52,6 +53,24 @@ class OuterStep:
     lr: float
     validation: float | None = None
     is_best: bool = False
+    final: float | None = None
+
+
+@dataclass(eq=False)
+class Best:
+    """The best meta-parameters so far.
+
+    Args:
+        rule: As it will be used.
+        validation: Its figure; infinite before the first.
+        step: Outer steps it took.
+        final: Its figure over the recipe's final horizons, once a phase has ended with it.
+    """
+
+    rule: AnyRule
+    validation: float = math.inf
+    step: int = 0
+    final: float | None = None
 
 
 @dataclass
@@ -102,8 +121,8 @@ class MetaTraining:
         self.step = 0
         self.episodes_started = 0
         self.episodes: list[Episode | None] = [None] * recipe.outer.episodes
-        self.best_validation = math.inf
-        self.best: AnyRule = self.in_use(self.rule)
+        self.best = Best(self.in_use(self.rule))
+        self.finalists: list[Best] = []
 
     def __iter__(self) -> Iterator[OuterStep]:
         """Take outer steps until the recipe's number is reached, from wherever this run stands.
@@ -125,7 +144,7 @@ class MetaTraining:
 
     def _start_stage(self) -> None:
         for rule in (self.rule, self.average):
-            rule.load_state_dict(self.best.state_dict())
+            rule.load_state_dict(self.best.rule.state_dict())
         self.outer_optimizer = torch.optim.AdamW(self.rule.parameters(), weight_decay=self.recipe.outer.weight_decay)
         self.episodes = [None] * len(self.episodes)
 
@@ -153,12 +172,13 @@ class MetaTraining:
         with torch.no_grad():
             for average, parameter in zip(self.average.parameters(), self.rule.parameters(), strict=True):
                 average.lerp_(parameter, 1 - outer.averaging)
-        validation = self._validate(last=done + 1 == outer.steps)
-        is_best = validation is not None and validation <= self.best_validation
+        last = done + 1 == outer.steps
+        validation = self._validate(last=last)
+        is_best = validation is not None and validation <= self.best.validation
         if is_best and validation is not None:
-            self.best_validation = validation
-            self.best = self.in_use(self.average)
-        return OuterStep(self.step, sum(meta_losses) / len(meta_losses), float(norm), lr, validation, is_best)
+            self.best = Best(self.in_use(self.average), validation, self.step)
+        final = self._end_phase() if last and self.recipe.validation.final_horizon else None
+        return OuterStep(self.step, sum(meta_losses) / len(meta_losses), float(norm), lr, validation, is_best, final)
 
     def _truncation(self, slot: int, phase: Phase, objective: Objective) -> float:
         """Advance one episode by a truncation, adding its meta-gradient; return its meta-loss."""
@@ -226,6 +246,18 @@ class MetaTraining:
             return None
         return validate(self.in_use(self.average, **self.recipe.validation.use), self.validation_task, self.recipe)
 
+    def _end_phase(self) -> float:
+        """Give the best so far its figure over the final horizons; after the last phase, keep the best by that figure."""
+        final = self.best.final
+        if final is None:
+            validation = self.recipe.validation
+            rule = self.in_use(self.best.rule, **validation.use)
+            final = self.best.final = validate(rule, self.validation_task, self.recipe, validation.final_horizon)
+            self.finalists.append(self.best)
+        if self.step == self.recipe.steps:
+            self.best = min(reversed(self.finalists), key=lambda one: math.inf if one.final is None else one.final)
+        return final
+
     def in_use(self, rule: AnyRule, **options: Any) -> AnyRule:
         """Return a copy of a rule of this run as it will be used: with the recipe's ``use``, and these options over it."""
         with torch.random.fork_rng(devices=[]):
@@ -238,11 +270,11 @@ class MetaTraining:
         return {
             "rule": self.rule.state_dict(),
             "average": self.average.state_dict(),
-            "best": self.best.state_dict(),
+            "best": self._packed(self.best),
+            "finalists": [self._packed(one) for one in self.finalists],
             "outer_optimizer": self.outer_optimizer.state_dict(),
             "step": self.step,
             "episodes_started": self.episodes_started,
-            "best_validation": self.best_validation,
             "episodes": [
                 None
                 if episode is None
@@ -264,11 +296,11 @@ class MetaTraining:
         """
         self.rule.load_state_dict(state["rule"])
         self.average.load_state_dict(state["average"])
-        self.best.load_state_dict(state["best"])
+        self.best = self._unpacked(state["best"])
+        self.finalists = [self._unpacked(one) for one in state["finalists"]]
         self.outer_optimizer.load_state_dict(state["outer_optimizer"])
         self.step = state["step"]
         self.episodes_started = state["episodes_started"]
-        self.best_validation = state["best_validation"]
         for slot, saved in enumerate(state["episodes"]):
             if saved is None:
                 self.episodes[slot] = None
@@ -277,19 +309,28 @@ class MetaTraining:
             optimizee.generator.set_state(saved["generator"])
             self.episodes[slot] = Episode(saved["seed"], saved["horizon"], optimizee, Carry(**saved["carry"]))
 
+    def _packed(self, best: Best) -> dict[str, Any]:
+        return vars(best) | {"rule": best.rule.state_dict()}
 
-def validate(rule: AnyRule, task: Task, recipe: Recipe) -> float:
+    def _unpacked(self, saved: dict[str, Any]) -> Best:
+        rule = self.in_use(self.rule)
+        rule.load_state_dict(saved["rule"])
+        return Best(**(saved | {"rule": rule}))
+
+
+def validate(rule: AnyRule, task: Task, recipe: Recipe, horizon: Horizons | None = None) -> float:
     """Return the recipe's validation figure over whole episodes of fixed optimizees.
 
     Args:
         rule: The rule to judge.
         task: Where optimizees come from.
         recipe: Says how many, for how long, and what the objective is.
+        horizon: For how long instead.
 
     Returns:
         Mean of :func:`whole_episode` over optimizees; infinite if any diverges. Lower is better.
     """
-    total, horizon = 0.0, recipe.validation.horizon
+    total, horizon = 0.0, horizon or recipe.validation.horizon
     horizons = horizon if isinstance(horizon, tuple) else (horizon,)
     for index in range(recipe.validation.optimizees):
         optimizee = task.sample(derive_seed(0, "validation", index))

@@ -20,6 +20,7 @@ else:
     import tomli as tomllib
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
+Horizons = Count | Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Objective = Literal["mean", "log", "relative", "last"]
 PartName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][\w.]*$")]
@@ -110,13 +111,16 @@ class Validation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         task: Draw them from here; by default from the task that is trained on.
         use: Options of the rule that differ from the recipe's ``use`` while it is validated: a clock that suits long
             training may not suit this horizon.
+        final_horizon: As ``horizon``, for the best so far whenever a phase ends: episodes too long for every validation. In
+            the end the best by these is kept; without any, the best by ``horizon``.
     """
 
     every: Count
     optimizees: Count
-    horizon: Count | Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)]
+    horizon: Horizons
     task: TaskRecipe | HeldOut | None = None
     use: dict[str, Any] = {}
+    final_horizon: Horizons | None = None
 
 
 class Imitation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -99,11 +99,13 @@ class RunDir:
         before, now = json.loads((self.path / ENVIRONMENT).read_text()), environment()
         return [f"{k} {before[k]} -> {now[k]}" for k in ("torch", "processor", "threads") if before[k] != now[k]]
 
-    def _write(self, file: str, rule: AnyRule, name: str, step: int, validation: float) -> None:
+    def _write(self, file: str, rule: AnyRule, name: str, step: int, validation: float, final: float | None = None) -> None:
         """Write a rule of this run, or each of its parts, with recipe and provenance."""
         kept = json.loads((self.path / ENVIRONMENT).read_text())
         provenance = {"commit": kept["commit"], "torch": kept["torch"], "outer_steps": str(step)}
         provenance["validation"] = f"{validation:.6g}"
+        if final is not None:
+            provenance["final_validation"] = f"{final:.6g}"
         if start := self.run.recipe.start:
             provenance["start"] = resolve_weights(start).fingerprint
         for part, one in members(rule).items():
@@ -112,9 +114,9 @@ class RunDir:
 
     def _checkpoint(self) -> None:
         # Weights first: if the run is killed in between, the older checkpoint makes them again.
-        best = [record for record in self._validations if record["is_best"]]
-        if best and math.isfinite(best[-1]["validation"]):
-            self._write(BEST, self.run.best, "best", best[-1]["step"], best[-1]["validation"])
+        best = self.run.best
+        if math.isfinite(best.validation):
+            self._write(BEST, best.rule, "best", best.step, best.validation, best.final)
         if self.run.step == self.run.recipe.steps:
             validation = self._validations[-1]["validation"]
             self._write(LAST, self.run.in_use(self.run.average), "last", self.run.step, validation)

@@ -99,17 +99,17 @@ truncation = 8
 
 
 @pytest.mark.parametrize(
-    "change", ["", "second_derivatives = true", "evolution = {noise = 0.1, pairs = 2}", "stages", "imitation"]
+    "change", ["", "second_derivatives = true", "evolution = {noise = 0.1, pairs = 2}", "stages", "finalists", "imitation"]
 )
 @pytest.mark.parametrize("objective", ["mean", "log", "relative", "last"])
 def test_resuming_from_a_checkpoint_file_goes_on_bit_for_bit(objective: str, change: str, tmp_path) -> None:
-    stages, change = (STAGE.replace("= 6", "= 3") + STAGE, "") if change == "stages" else ("", change)
+    final = "final_horizon = [3, 12]\n" if change == "finalists" else ""
+    stages, change = (STAGE.replace("= 6", "= 3") + STAGE, "") if change in ("stages", "finalists") else ("", change)
     if change == "imitation":
         stages, change = '[imitation]\nteacher = "default"\nsteps = 7\nlr = 0.1\n', ""
     outer = f'[outer]\nobjective = "{objective}"\nloss_floor = 1e-3\n{change}'
-    recipe = parse_recipe(
-        TINY.replace("[outer]", outer).replace("steps = 12", "steps = 4" if stages else "steps = 12") + stages
-    )
+    text = TINY.replace("horizon = 8\n", f"horizon = 8\n{final}").replace("[outer]", outer)
+    recipe = parse_recipe(text.replace("steps = 12", "steps = 4" if stages else "steps = 12") + stages)
     whole = MetaTraining(recipe)
     records = list(whole)
     stopped = MetaTraining(recipe)
@@ -120,8 +120,10 @@ def test_resuming_from_a_checkpoint_file_goes_on_bit_for_bit(objective: str, cha
     resumed = MetaTraining(recipe)
     resumed.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
     assert list(resumed) == records[5:]
-    for name, value in whole.best.state_dict().items():
-        assert torch.equal(value, resumed.best.state_dict()[name]), name
+    for name, value in whole.best.rule.state_dict().items():
+        assert torch.equal(value, resumed.best.rule.state_dict()[name]), name
+    assert [one.final for one in whole.finalists] == [one.final for one in resumed.finalists]
+    assert len(whole.finalists) > 0 or not final
 
 
 def test_evolution_strategies_estimate_the_gradient_of_whole_episodes() -> None:
@@ -166,15 +168,15 @@ def test_what_is_validated_and_kept_is_the_rule_in_use_and_what_is_trained_is_no
         validated.append(records[1].validation)
     assert all(one == other for one, other in trained)
     assert len({value for value in validated if value is not None}) == 1, "a rule that does nothing is always as good"
-    assert asleep.best.config.output_scale == 1e-12
-    assert plain.best.config.output_scale != 1e-12
+    assert asleep.best.rule.config.output_scale == 1e-12
+    assert plain.best.rule.config.output_scale != 1e-12
 
 
 def test_options_of_the_validation_reach_what_is_validated_and_not_what_is_kept() -> None:
     run = MetaTraining(parse_recipe(TINY + "[validation.use]\noutput_scale = 1e-12\n"))
     validated = {record.validation for record in run} - {None}
     assert len(validated) == 1, "a rule that does nothing is always as good"
-    assert run.best.config == run.rule.config
+    assert run.best.rule.config == run.rule.config
 
 
 class Exploding:
@@ -230,6 +232,37 @@ def test_a_recipe_may_name_several_horizons_of_validation_but_not_none() -> None
         parse_recipe(text.replace("[5, 9]", "[]"))
 
 
+def test_the_best_of_each_phase_meet_over_the_final_horizons(monkeypatch: pytest.MonkeyPatch) -> None:
+    finals, asked = iter([-3.0, -5.0, -4.0]), []
+
+    def scripted(rule: object, task: object, recipe: object, horizon: object = None) -> float:
+        asked.append(horizon)
+        return -float(len(asked)) if horizon is None else next(finals)
+
+    monkeypatch.setattr(outer_loop, "validate", scripted)
+    text = TINY.replace("steps = 12", "steps = 7").replace("horizon = 8\n", "horizon = 8\nfinal_horizon = [5, 9]\n")
+    run = MetaTraining(parse_recipe(text + STAGE + STAGE))
+    kept, finals_at = {}, {}
+    for record in run:
+        if record.final is not None:
+            finals_at[record.step] = record.final
+            kept[record.step] = run.finalists[-1].rule
+    assert finals_at == {7: -3.0, 13: -5.0, 19: -4.0}
+    assert asked.count((5, 9)) == 3
+    assert run.best.rule is kept[13], "not the last, although every validation was better than the one before"
+    assert (run.best.step, run.best.final) == (13, -5.0)
+
+
+def test_a_phase_that_finds_nothing_better_is_no_finalist_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    rising = iter(range(100))
+    monkeypatch.setattr(outer_loop, "validate", lambda *arguments: float(next(rising)))
+    text = TINY.replace("steps = 12", "steps = 7").replace("horizon = 8\n", "horizon = 8\nfinal_horizon = 9\n")
+    run = MetaTraining(parse_recipe(text + STAGE))
+    finals = [record.final for record in run if record.final is not None]
+    assert finals == [2.0, 2.0], "validations at 4 and 7 came before; the second phase asks no more"
+    assert (len(run.finalists), run.best.step) == (1, 4)
+
+
 def _validation_seeds() -> list[int]:
     from meta_train.outer_loop import derive_seed
 
@@ -242,7 +275,7 @@ def test_a_stage_goes_on_from_the_best_with_a_rate_and_episodes_of_its_own() -> 
     for record in run:
         records.append(record)
         if record.step == 7:
-            best = copy.deepcopy(run.best.state_dict())
+            best = copy.deepcopy(run.best.rule.state_dict())
             with torch.no_grad():
                 for parameter in run.rule.parameters():
                     parameter.fill_(torch.nan)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from learned_optim.weights import read_weights
 from meta_train.outer_loop import MetaTraining, derive_seed
 from meta_train.recipe import parse_recipe
 from meta_train.run_dir import BEST, LAST, METRICS, RunDir
@@ -41,7 +42,7 @@ def test_resuming_goes_on_bit_for_bit(recipe: str) -> None:
         assert list(second) == records[stop:]
         for name, value in whole.rule.state_dict().items():
             assert torch.equal(value, second.rule.state_dict()[name]), name
-    assert whole.best_validation < float("inf")
+    assert whole.best.validation < float("inf")
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -74,6 +75,16 @@ def test_killed_at_any_point_it_ends_with_the_same_bits(seed: int, tmp_path: Pat
     assert len((tmp_path / "whole" / METRICS).read_text().splitlines()) == 12
 
 
+def test_weights_say_what_they_were_chosen_by(tmp_path: Path) -> None:
+    recipe = TINY.replace("horizon = 8\n", "horizon = 8\nfinal_horizon = 12\n")
+    opened = RunDir(tmp_path, recipe)
+    *_, last = opened.train()
+    about = read_weights(tmp_path / BEST).metadata
+    assert about["final_validation"] == f"{last.final:.6g}"
+    assert about["outer_steps"] == str(opened.run.best.step)
+    assert "final_validation" not in read_weights(tmp_path / LAST).metadata
+
+
 def test_another_recipe_is_refused(tmp_path: Path) -> None:
     RunDir(tmp_path, TINY)
     with pytest.raises(ValueError, match="holds a run of another recipe"):
@@ -90,7 +101,7 @@ def test_meta_training_lowers_the_loss_of_quadratics() -> None:
     validations = [record.validation for record in run if record.validation is not None]
     untrained = 3.0  # E ||y||^2 in three dimensions: what a rule that does not move is left with.
     assert validations[-1] < 0.75 * untrained
-    assert run.best_validation == min(validations)
+    assert run.best.validation == min(validations)
 
 
 def test_seeds_never_meet() -> None:
