@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 from learned_optim.rules import AdamModulationRule
+from learned_optim.weights import resolve_weights
 from meta_train.recipe import Phase, parse_recipe, read_recipe
 
 WEIGHTS = Path(__file__).parent.parent.parent / "learned_optim" / "weights"
@@ -114,3 +115,10 @@ def test_a_stage_changes_what_it_names_for_itself_and_all_that_follow() -> None:
     assert outer.second_derivatives
     assert (outer.episodes, outer.coordinates) == (2, 7)
     assert third == Phase(inner, msgspec.structs.replace(outer, steps=6, lr=0.3))
+
+
+def test_long_episodes_had_a_say_in_which_weights_are_the_default() -> None:
+    weights = resolve_weights("default")
+    validation = parse_recipe(weights.recipe).validation
+    assert validation.final_horizon == (600, 4000)
+    assert float(weights.metadata["final_validation"]) < float(weights.metadata["validation"]), "longer is lower"
