@@ -100,8 +100,10 @@ def cifar(results: Path = RESULTS / "cifar") -> str:
     note = (
         f"Mean ± standard error over n = {rows[0]['n']} fresh nets on the half of CIFAR-10 that was not meta-trained on; "
         "the loss at a step is the mean of the twenty minibatches up to it. In brackets the ratio to the best baseline of "
-        "the column. Baselines are tuned over half-decades on another net; every setting is in "
-        f"[sweep.csv](docs/results/{results.name}/sweep.csv). {where(about)}. Command: `{about['command']}`."
+        "the column. One row for each meta-training seed, of which the one with the best validation is bundled, and one for "
+        "rules that were meta-trained on five of the ten classes (`cifar-sub`). Baselines are tuned over half-decades on "
+        f"another net; every setting is in [sweep.csv](docs/results/{results.name}/sweep.csv). {where(about)}. "
+        "Command: `make reproduce-cifar`."
     )
     return "\n".join([*comparison(rows), "", note])
 
