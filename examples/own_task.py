@@ -49,7 +49,7 @@ if __name__ == "__main__":
     for record in run:
         if record.validation is not None:
             print(f"outer step {record.step}: validation {record.validation:.3f} (mean log of loss / first loss)")
-    weights = Weights(run.best, "sines")
+    weights = Weights(run.best.rule, "sines")
     optimizer = LearnedOptimizer(
         nn.Linear(1, 1).parameters(), weights=weights
     )  # use it, or weights.save("sines.safetensors")
