@@ -244,19 +244,31 @@ class MetaTraining:
     def _validate(self, *, last: bool) -> float | None:
         if self.step % self.recipe.validation.every and not last:
             return None
-        return validate(self.in_use(self.average, **self.recipe.validation.use), self.validation_task, self.recipe)
+        return self.validation_figure(self.average)
 
     def _end_phase(self) -> float:
         """Give the best so far its figure over the final horizons; after the last phase, keep the best by that figure."""
         final = self.best.final
         if final is None:
-            validation = self.recipe.validation
-            rule = self.in_use(self.best.rule, **validation.use)
-            final = self.best.final = validate(rule, self.validation_task, self.recipe, validation.final_horizon)
+            final = self.best.final = self.validation_figure(self.best.rule, final=True)
             self.finalists.append(self.best)
         if self.step == self.recipe.steps:
             self.best = min(reversed(self.finalists), key=lambda one: math.inf if one.final is None else one.final)
         return final
+
+    def validation_figure(self, rule: AnyRule, *, final: bool = False) -> float:
+        """Return the figure by which this run compares meta-parameters.
+
+        Args:
+            rule: Whose they are.
+            final: Over the recipe's final horizons instead of those of every validation.
+
+        Returns:
+            As :func:`validate`, with the options that the recipe validates with.
+        """
+        validation = self.recipe.validation
+        used = self.in_use(rule, **validation.use)
+        return validate(used, self.validation_task, self.recipe, validation.final_horizon if final else None)
 
     def in_use(self, rule: AnyRule, **options: Any) -> AnyRule:
         """Return a copy of a rule of this run as it will be used: with the recipe's ``use``, and these options over it."""

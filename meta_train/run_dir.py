@@ -65,7 +65,13 @@ class RunDir:
             write_atomically(kept, recipe_text.encode())
         self.run = MetaTraining(recipe, data=data)
         if (self.path / CHECKPOINT).exists():
-            self.run.load_state_dict(torch.load(self.path / CHECKPOINT, weights_only=True))
+            try:
+                self.run.load_state_dict(torch.load(self.path / CHECKPOINT, weights_only=True))
+            except KeyError as error:
+                raise ValueError(
+                    f"{self.path / CHECKPOINT} lacks {error}: another version of meta_train wrote it; "
+                    "go on with that version, or begin again in another --out"
+                ) from error
         self._validations = self._keep_metrics_up_to(self.run.step)
         self._clock = time.perf_counter()
 

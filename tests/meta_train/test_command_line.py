@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from learned_optim import Weights, available_weights
+from learned_optim.weights import write_weights
 from meta_train import __main__ as command_line
 from meta_train import evaluate
 from meta_train.__main__ import main
 from meta_train.baselines import Setting, settings
+from meta_train.publish import publish
 from meta_train.recipe import parse_recipe
 from meta_train.run_dir import RunDir, training_table
 from meta_train.tasks import Quadratic
@@ -123,6 +125,32 @@ def test_verify_never_passes_on_tables_of_something_else(
         (tmp_path / path.name).write_text(path.read_text().replace("tiny-0", name))
     monkeypatch.setattr(command_line, "RESULTS", tmp_path.parent)
     assert main(["verify", name, "--results", str(tmp_path)]) == 1
+
+
+def test_validate_repeats_what_weights_were_chosen_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = TINY.replace("horizon = 8\n", "horizon = 8\nfinal_horizon = 12\n")
+    assert list(RunDir(tmp_path / "run", recipe).train())
+    (path,) = publish(tmp_path / "run", "tiny", tmp_path)
+    capsys.readouterr()
+    assert main(["validate", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["validation", "final validation"]
+    assert all(line.endswith(": equal") for line in lines)
+    assert lines[0].split("now")[1] != lines[1].split("now")[1], "of other horizons"
+
+
+def test_validate_finds_weights_that_are_not_what_they_say(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = Weights.from_pretrained(place / "tiny-0.safetensors")
+    for factor, verdict, status in ((1.02, "agrees within 3%", 0), (1.04, "DIFFERS by more than 3%", 1)):
+        about = {**kept.metadata, "validation": f"{factor * float(kept.metadata['validation']):.6g}"}
+        write_weights(tmp_path / "other.safetensors", Weights(kept.rule, "other", kept.recipe, about))
+        assert main(["validate", str(tmp_path / "other.safetensors")]) == status
+        assert verdict in capsys.readouterr().out
+    Weights(kept.rule, "bare").save(tmp_path / "bare.safetensors")
+    assert main(["validate", str(tmp_path / "bare.safetensors")]) == 2
+    assert "bare does not say how it was validated" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden"])

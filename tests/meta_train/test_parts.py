@@ -141,6 +141,16 @@ def test_a_run_of_parts_resumes_and_publishes_a_file_for_each(place: Path) -> No
         assert Weights.from_pretrained(path).fingerprint == Weights.from_pretrained(again).fingerprint
 
 
+def test_parts_are_validated_together(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = map(str, publish(place / "run", "both", place))
+    capsys.readouterr()
+    for together in (f"{first}+{second}", f"{second}+{first}"):
+        assert main(["validate", together]) == 0
+        assert capsys.readouterr().out.endswith(": equal\n")
+    assert main(["validate", first]) == 2
+    assert "both-first was validated together with second" in capsys.readouterr().err
+
+
 def test_parts_are_judged_together(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = [Setting("Adam", lr) for lr in (1e-6, 0.1, 1e6)]
     monkeypatch.setitem(evaluate.ARENAS, "digits", evaluate.Arena(Two(), sweep, tuning=1, fresh=2, horizons=(6, 3)))

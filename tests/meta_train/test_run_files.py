@@ -6,6 +6,7 @@ import platform
 from pathlib import Path
 
 import pytest
+import torch
 
 from learned_optim import Weights
 from learned_optim.weights import resolve_weights
@@ -128,6 +129,16 @@ def test_a_kill_between_the_first_files_is_no_harm(missing: tuple[str, ...], tmp
         (tmp_path / name).unlink()
     assert list(RunDir(tmp_path, TINY).train())
     assert (tmp_path / BEST).read_bytes() == (finished / BEST).read_bytes()
+
+
+def test_a_checkpoint_of_another_version_says_so(tmp_path: Path) -> None:
+    start(tmp_path, 5)
+    checkpoint = tmp_path / CHECKPOINT
+    state = torch.load(checkpoint, weights_only=True)
+    del state["finalists"]
+    torch.save(state, checkpoint)
+    with pytest.raises(ValueError, match="lacks 'finalists': another version of meta_train wrote it"):
+        RunDir(tmp_path, TINY)
 
 
 def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
