@@ -104,10 +104,10 @@ ANIMALS = (2, 3, 4, 5, 7)
 """Classes of CIFAR-5, and the first two of CIFAR-2; the others can be meta-trained on alone."""
 
 
-def _cifar(*labels: int) -> Arena:
+def _cifar(*labels: int, fresh: int = 20) -> Arena:
     """Judge on the half of CIFAR-10 that nothing was meta-trained on, some classes of it or all; minutes a run."""
     task = Cifar("second", labels or tuple(range(10)))
-    return Arena(task, CIFAR, tuning=1, last=20, horizons=(1000, 100), criteria=("final",))
+    return Arena(task, CIFAR, tuning=1, fresh=fresh, last=20, horizons=(1000, 100), criteria=("final",))
 
 
 ARENAS = {
@@ -118,7 +118,7 @@ ARENAS = {
     "mnist-relu": _mnist(20, activation="relu"),
     **{f"mnist-{size}x{depth}": _mnist(*[size] * depth) for size in (5, 10, 20, 40, 80) for depth in (1, 2)},
     "cifar": _cifar(),
-    "cifar-5": _cifar(*ANIMALS),
+    "cifar-5": _cifar(*ANIMALS, fresh=10),
     "cifar-2": _cifar(*ANIMALS[:2]),
     "neural-art": _neural_art(),
     "neural-art-style": _neural_art(style="the_scream"),
