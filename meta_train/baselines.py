@@ -164,6 +164,9 @@ CIFAR = [
 ]
 """The sweep for small convolutional nets on CIFAR-10, in half-decades."""
 
+CIFAR_FEW = [*settings("SGD", rates(3.16e-3, 0.01)), *CIFAR]
+"""The same with smaller rates of SGD, which is best at 0.0316 where there are two classes."""
+
 PICTURES = [
     *settings("SGD", rates(3.16e-3, 0.1)),
     *settings("NAG", (*rates(3.16e-3, 0.1), 0.0178, 0.0562), (0.9, 0.95, 0.98, 0.99)),

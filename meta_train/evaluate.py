@@ -29,6 +29,7 @@ from learned_optim import LearnedOptimizer
 from learned_optim.weights import Weights
 from meta_train.baselines import (
     CIFAR,
+    CIFAR_FEW,
     CLASSIFICATION,
     FIXED,
     LBFGS_STEPS,
@@ -107,7 +108,8 @@ ANIMALS = (2, 3, 4, 5, 7)
 def _cifar(*labels: int, fresh: int = 20) -> Arena:
     """Judge on the half of CIFAR-10 that nothing was meta-trained on, some classes of it or all; minutes a run."""
     task = Cifar("second", labels or tuple(range(10)))
-    return Arena(task, CIFAR, tuning=1, fresh=fresh, last=20, horizons=(1000, 100), criteria=("final",))
+    sweep = CIFAR_FEW if len(labels) == 2 else CIFAR
+    return Arena(task, sweep, tuning=1, fresh=fresh, last=20, horizons=(1000, 100), criteria=("final",))
 
 
 ARENAS = {
