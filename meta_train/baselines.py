@@ -164,8 +164,13 @@ CIFAR = [
 ]
 """The sweep for small convolutional nets on CIFAR-10, in half-decades."""
 
-CIFAR_FEW = [*settings("SGD", rates(3.16e-3, 0.01)), *CIFAR]
-"""The same with smaller rates of SGD, which is best at 0.0316 where there are two classes."""
+CIFAR_FEW = [
+    *settings("SGD", rates(3.16e-3, 0.01)),
+    *settings("NAG", rates(1e-3, 3.16e-3), (0.9, 0.95, 0.98)),
+    *settings("Adam", rates(1e-4, 3.16e-4)),
+    *CIFAR,
+]
+"""The same with smaller rates too: where there are two classes the best of some are at the lower edge."""
 
 PICTURES = [
     *settings("SGD", rates(3.16e-3, 0.1)),
