@@ -98,10 +98,10 @@ reproduce-cifar: .venv/ready ## the same for convolutional nets on CIFAR-10, fro
 	  $(PHOTOS)-0-conv.safetensors+$(PHOTOS)-0-dense.safetensors $(PHOTOS)-1-conv.safetensors+$(PHOTOS)-1-dense.safetensors \
 	  $(PHOTOS)-sub-conv.safetensors+$(PHOTOS)-sub-dense.safetensors default --task cifar $(DATA:%=--data %) \
 	  --cache $(RUNS)/judging --workers 2 --out $(RUNS)/results-cifar
-	for task in cifar-5 cifar-2; do \
+	for few in 5 2; do \
 	  $(BIN)/python -m meta_train evaluate $(PHOTOS)-conv.safetensors+$(PHOTOS)-dense.safetensors \
-	    $(PHOTOS)-sub-conv.safetensors+$(PHOTOS)-sub-dense.safetensors default --task $$task $(DATA:%=--data %) \
-	    --cache $(RUNS)/judging --workers 2 --out $(RUNS)/results-$$task || exit 1; \
+	    $(PHOTOS)-sub-conv.safetensors+$(PHOTOS)-sub-dense.safetensors default --task cifar-$$few $(DATA:%=--data %) \
+	    --cache $(RUNS)/judging --workers 2 --out $(RUNS)/results-cifar/$$few-classes || exit 1; \
 	done
 	$(BIN)/python -m meta_train figures $(RUNS)/results-cifar --runs $(PHOTOS)-2 $(PHOTOS)-0 $(PHOTOS)-1
 

@@ -55,7 +55,7 @@ def comparison(rows: Sequence[Mapping[str, str]], last: int = 1) -> list[str]:
     head = _line("", *(heads[criterion].format(horizon) for criterion, horizon in columns))
     lines = [head, "|---" * (len(columns) + 1) + "|"]
     for name in names:
-        shown = [_cell(cells[name, criterion, horizon]) for criterion, horizon in columns]
+        shown = [cell(cells[name, criterion, horizon]) for criterion, horizon in columns]
         label = f"**{name}**, not tuned" if name.startswith(LEARNED) else f"{name}, tuned for each column"
         lines.append(_line(label, *shown))
     return lines
@@ -97,7 +97,8 @@ def _section(title: str, lines: Sequence[str], note: str, about: Mapping[str, An
     return "\n".join([f"### {title}", "", *lines, "", f"{note} {where(about)}. Command: `{about['command']}`."])
 
 
-def _cell(row: Mapping[str, str]) -> str:
+def cell(row: Mapping[str, str]) -> str:
+    """Return a mean with its standard error, and the ratio to the best baseline where there is one."""
     shown = f"{float(row['mean']):.3g} ± {float(row['standard_error']):.2g}"
     return f"{shown} ({float(ratio):.2f} x)" if (ratio := row["ratio_to_best_baseline"]) else shown
 

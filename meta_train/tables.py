@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from meta_train.evaluate import read_rows
-from meta_train.evidence import RESULTS, comparison, where
+from meta_train.evaluate import LEARNED, read_rows
+from meta_train.evidence import RESULTS, cell, comparison, where
 from meta_train.run_dir import write_atomically
 
 ROOT = Path(__file__).parent.parent
@@ -97,15 +97,37 @@ def cifar(results: Path = RESULTS / "cifar") -> str:
         A table and a line of where it comes from.
     """
     rows, about = _evaluation(results)
+    lines = [*comparison(rows), "", CLASSES_HEAD, "|---" * 6 + "|"]
+    places = []
+    for folder, label in CLASSES.items():
+        few, where_few = _evaluation(results / folder)
+        lines.extend(_of_classes(few, label, horizon) for horizon in ("100", "1000"))
+        places.append(f"n = {few[0]['n']} for {label} ({where(where_few)})")
     note = (
         f"Mean ± standard error over n = {rows[0]['n']} fresh nets on the half of CIFAR-10 that was not meta-trained on; "
         "the loss at a step is the mean of the twenty minibatches up to it. In brackets the ratio to the best baseline of "
         "the column. One row for each meta-training seed, of which the one with the best validation is bundled, and one for "
         "rules that were meta-trained on five of the ten classes (`cifar-sub`). Baselines are tuned over half-decades on "
         f"another net; every setting is in [sweep.csv](docs/results/{results.name}/sweep.csv). {where(about)}. "
+        f"Below, baselines are tuned anew, and in brackets is the ratio to the best of them; {', '.join(places)}. "
         "Command: `make reproduce-cifar`."
     )
-    return "\n".join([*comparison(rows), "", note])
+    return "\n".join([*lines, "", note])
+
+
+CLASSES = {"5-classes": "CIFAR-5", "2-classes": "CIFAR-2"}
+"""What rules for photos are judged on besides, by folder: some of the classes, none of which ``cifar-sub`` saw."""
+
+CLASSES_HEAD = "| loss at step | | cifar | cifar-sub, which saw the other classes | default | the best baseline |"
+
+
+def _of_classes(rows: list[dict[str, str]], label: str, horizon: str) -> str:
+    """Set three rules against the best baseline on nets with fewer outputs, as a row."""
+    finals = {row["optimizer"]: row for row in rows if row["horizon"] == horizon}
+    best = min((row for name, row in finals.items() if not name.startswith(LEARNED)), key=lambda row: float(row["mean"]))
+    learned = [cell(finals[f"{LEARNED} ({rule})"]) for rule in ("cifar", "cifar-sub", "default")]
+    opponent = f"{float(best['mean']):.3g} ({best['optimizer']}, {best['setting']})"
+    return f"| {horizon} | {label} | {' | '.join(learned)} | {opponent} |"
 
 
 ART = {"": "new contents, 64 x 64", "style": "and a new style", "double": "double resolution, 128 x 128"}
