@@ -22,21 +22,15 @@ from meta_train import evaluate, figures
 from meta_train.evidence import RESULTS, evidence
 from meta_train.judging.report import judge_suite, read_baselines
 from meta_train.judging.suite import SEEDS, SUITES, TUNING_SEED, Runner, learned
-from meta_train.outer_loop import MetaTraining
-from meta_train.parts import Parts, members
 from meta_train.publish import publish
 from meta_train.recipe import parse_recipe, read_recipe
 from meta_train.responses import responses
 from meta_train.run_dir import RunDir, training_table
+from meta_train.validation import repeat_validation
 
 HONESTY = """\
 The optimizees are those of the committed tables. With the same torch, processor and threads the figures are equal to the
 last digit; elsewhere rounding differs, and agreement within two standard errors is all that can be promised."""
-
-
-VALIDATION_TOLERANCE = 0.03
-"""Share of a validation figure that rounding may change: optimizees are the same everywhere, their last digits are not, and
-thousands of steps magnify those. Between two processors the figures of ``default`` differed by 0.3 and 1.0 per cent."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -373,28 +367,10 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _validate(options: argparse.Namespace) -> int:
     (weights,) = _labelled([options.weights])
-    one = evaluate.of_all_parts(weights)[0]
-    if not one.recipe or "validation" not in one.metadata:
-        raise ValueError(
-            f"{weights.name} does not say how it was validated: only what `publish` wrote holds recipe and figure"
-        )
-    run = MetaTraining(parse_recipe(one.recipe), data=options.data)
-    parts = {part.metadata.get("part", ""): part.rule for part in evaluate.of_all_parts(weights)}
-    if missing := set(members(run.rule)) - set(parts):
-        raise ValueError(
-            f"{weights.name} was validated together with {', '.join(sorted(missing))}; name all parts, joined by +"
-        )
-    rule = Parts({part: parts[part] for part in members(run.rule)}) if "part" in one.metadata else one.rule
     agrees = True
-    for name in ("validation", "final_validation"):
-        if name in one.metadata:
-            kept, now = one.metadata[name], run.validation_figure(rule, final=name == "final_validation")
-            within = abs(now - float(kept)) <= VALIDATION_TOLERANCE * abs(float(kept))
-            agrees &= within
-            share = f"{VALIDATION_TOLERANCE:.0%}"
-            verdict = f"agrees within {share}" if within else f"DIFFERS by more than {share}"
-            verdict = "equal" if f"{now:.6g}" == kept else verdict
-            print(f"{name.replace('_', ' '):<16}  kept {kept}, now {now:.6g}: {verdict}")
+    for figure in repeat_validation(weights, options.data):
+        agrees &= figure.agrees
+        print(f"{figure.name.replace('_', ' '):<16}  kept {figure.kept}, now {figure.now:.6g}: {figure.verdict}", flush=True)
     return 0 if agrees else 1
 
 

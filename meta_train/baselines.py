@@ -164,13 +164,13 @@ CIFAR = [
 ]
 """The sweep for small convolutional nets on CIFAR-10, in half-decades."""
 
-CIFAR_FEW = [
+CIFAR_TWO = [
     *settings("SGD", rates(3.16e-3, 0.01)),
     *settings("NAG", rates(1e-3, 3.16e-3), (0.9, 0.95, 0.98)),
     *settings("Adam", rates(1e-4, 3.16e-4)),
     *CIFAR,
 ]
-"""The same with smaller rates too: where there are two classes the best of some are at the lower edge."""
+"""The same for two classes, where smaller rates are the best of some at step 100."""
 
 PICTURES = [
     *settings("SGD", rates(3.16e-3, 0.1)),

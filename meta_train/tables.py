@@ -51,12 +51,11 @@ def _against_best(results: Path, label: str, ours: str) -> str:
     """Set a rule's final loss at the first horizon against those of the default and of the best baseline, as a row."""
     rows = [row for row in read_rows(results / "summary.csv") if row["criterion"] == "final"]
     finals = {row["optimizer"]: row for row in rows if row["horizon"] == rows[0]["horizon"]}
-    best = min((row for name, row in finals.items() if not name.startswith("LSTM")), key=lambda row: float(row["mean"]))
     learned = [
         f"{float(row['mean']):.3g} ({float(row['ratio_to_best_baseline']):.2f} x)"
         for row in (finals[f"LSTM ({ours})"], finals["LSTM (default)"])
     ]
-    return f"| {label} | {' | '.join(learned)} | {float(best['mean']):.3g} ({best['optimizer']}, {best['setting']}) |"
+    return f"| {label} | {' | '.join(learned)} | {_best_baseline(finals)} |"
 
 
 MNIST = {"40x1": "40 units", "20x2": "two layers of 20", "relu": "ReLU"}
@@ -124,10 +123,14 @@ CLASSES_HEAD = "| loss at step | | cifar | cifar-sub, which saw the other classe
 def _of_classes(rows: list[dict[str, str]], label: str, horizon: str) -> str:
     """Set three rules against the best baseline on nets with fewer outputs, as a row."""
     finals = {row["optimizer"]: row for row in rows if row["horizon"] == horizon}
-    best = min((row for name, row in finals.items() if not name.startswith(LEARNED)), key=lambda row: float(row["mean"]))
     learned = [cell(finals[f"{LEARNED} ({rule})"]) for rule in ("cifar", "cifar-sub", "default")]
-    opponent = f"{float(best['mean']):.3g} ({best['optimizer']}, {best['setting']})"
-    return f"| {horizon} | {label} | {' | '.join(learned)} | {opponent} |"
+    return f"| {horizon} | {label} | {' | '.join(learned)} | {_best_baseline(finals)} |"
+
+
+def _best_baseline(finals: dict[str, dict[str, str]]) -> str:
+    """Return the loss of the best of those that were tuned, and who it is."""
+    best = min((row for name, row in finals.items() if not name.startswith(LEARNED)), key=lambda row: float(row["mean"]))
+    return f"{float(best['mean']):.3g} ({best['optimizer']}, {best['setting']})"
 
 
 ART = {"": "new contents, 64 x 64", "style": "and a new style", "double": "double resolution, 128 x 128"}
