@@ -44,6 +44,8 @@
 #define sum_of_squares NAME(sum_of_squares)
 #define evaluate NAME(evaluate)
 #define fetch NAME(fetch)
+#define fetch_share NAME(fetch_share)
+#define look_ahead NAME(look_ahead)
 #define fetch_item NAME(fetch_item)
 #define share_start NAME(share_start)
 
@@ -203,7 +205,15 @@ typedef struct {
   vec grad[W], context[2][W], update[W];
   ivec active[W];
   uvec noise[W];
+  struct { /* the memory of the block after this one */
+    const char *hidden, *cell;
+    size_t share; /* bytes of either for each unit */
+  } ahead;
 } block_buffers;
+
+INLINE void fetch(const void *from, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) FETCH((const char *)from + i);
+}
 
 /* Whether memory is taken as it lies; see step_rows. */
 INLINE int in_rows(const struct rule *rule, int memory_type) {
@@ -345,7 +355,7 @@ INLINE void encode_adam(block_buffers *b, const struct rule *rule, const struct 
     second = new[2][v] = select_vec(finite, decay_moment(second, square, rule->second_moment_decay), second);
     ivec active = b->active[v] = finite & (second > 0.0f);
 
-    vec inverse_root = 1.0f / sqrt_vec(select_vec(active, second * item->corrections[2], splat(1.0f)));
+    vec inverse_root = inverse_sqrt_vec(select_vec(active, second * item->corrections[2], splat(1.0f)));
     vec normalised = grad * inverse_root;
     fast = fast * item->corrections[0] * inverse_root;
     b->inputs[v] = clamp_vec(normalised, -5.0f, 5.0f);
@@ -401,7 +411,7 @@ INLINE void squash_cells(vec *const gates[4], const float *old, vec *fresh, vec 
       const vec cell = load_vec(old + i * LANES);
       vec denominator, candidate = tanh_parts(gates[CANDIDATE][i], &denominator);
       denominator *= gates[WRITE][i];
-      fresh[i] = (cell * denominator + candidate * gates[FORGET][i]) / (gates[FORGET][i] * denominator);
+      fresh[i] = quotient_vec(cell * denominator + candidate * gates[FORGET][i], gates[FORGET][i] * denominator);
       kept[i] = mask ? select_vec(mask[v], fresh[i], cell) : fresh[i];
     }
 }
@@ -410,8 +420,15 @@ INLINE void squash_cells(vec *const gates[4], const float *old, vec *fresh, vec 
 INLINE void squash_hiddens(vec *const gates[4], vec *next, int count) {
   for (int i = 0; i < count; i++) {
     vec denominator, squashed = tanh_parts(next[i], &denominator);
-    next[i] = squashed / (gates[READ][i] * denominator);
+    next[i] = quotient_vec(squashed, gates[READ][i] * denominator);
   }
+}
+
+/* Ask for memory of the next block while there is arithmetic to do, a share with each unit: all at once would be more than a
+ * core can have on its way. */
+INLINE void fetch_share(const block_buffers *b, int unit) {
+  fetch(b->ahead.hidden + unit * b->ahead.share, b->ahead.share);
+  fetch(b->ahead.cell + unit * b->ahead.share, b->ahead.share);
 }
 
 /* Every layer: from inputs, hidden and cell to next (the hidden state as it would be) and cell, held where not active. */
@@ -424,7 +441,8 @@ INLINE void run_lstm(block_buffers *b, const struct rule *rule, const float *wei
     const vec *hidden = b->hidden + layer * H * W;
     vec *cell = b->cell + layer * H * W, *next = b->next + layer * H * W;
     vec *const gates[4] = {b->gates, b->gates + H * W, b->gates + 2 * H * W, b->gates + 3 * H * W};
-    for (int unit = 0; unit < H; unit++, bias += 4, row += 4 * (below_size + H))
+    for (int unit = 0; unit < H; unit++, bias += 4, row += 4 * (below_size + H)) {
+      fetch_share(b, layer * H + unit);
       for (int first = 0; first < W; first += GROUP) {
         vec acc[4][GROUP];
         UNROLL for (int g = 0; g < 4; g++)
@@ -433,6 +451,7 @@ INLINE void run_lstm(block_buffers *b, const struct rule *rule, const float *wei
         UNROLL for (int g = 0; g < 4; g++)
           UNROLL for (int v = 0; v < GROUP; v++) gates[g][unit * W + first + v] = acc[g][v];
       }
+    }
     for (int i = 0; i < 3 * H * W; i++) gates[0][i] = 1.0f + exp2_vec(gates[0][i]);
     squash_cells(gates, (const float *)cell, next, cell, b->active, H * W);
     squash_hiddens(gates, next, H * W);
@@ -462,7 +481,8 @@ INLINE void decode_block(block_buffers *b, const struct rule *rule, const float 
       magnitude[v] += readout[k] * top[k * W + v];
       direction[v] += readout[H + 1 + k] * top[k * W + v];
     }
-  UNROLL for (int v = 0; v < W; v++) magnitude[v] = rule->log_gain * tanh_vec(magnitude[v] / rule->log_gain);
+  const float inverse_gain = 1.0f / rule->log_gain;
+  UNROLL for (int v = 0; v < W; v++) magnitude[v] = rule->log_gain * tanh_vec(magnitude[v] * inverse_gain);
   UNROLL for (int v = 0; v < W; v++) direction[v] = b->context[0][v] + tanh_vec(direction[v]);
   UNROLL for (int v = 0; v < W; v++) b->update[v] = b->context[1][v] * exp_vec(magnitude[v]) * direction[v];
 }
@@ -534,7 +554,10 @@ INLINE void step_rows(block_buffers *b, const struct rule *rule, const float *we
   const float *hidden = read_rows(b->hidden, item->hidden, type, start, rows), *inputs = (const float *)b->inputs;
   const float *cell = read_rows(b->cell, item->cell, type, start, rows);
   vec *const gates[4] = {b->gates, b->gates + BLOCK, b->gates + 2 * BLOCK, b->gates + 3 * BLOCK};
-  for (int r = 0; r < BLOCK; r += PAIR) multiply_pair(b->turned, inputs + r, hidden + r * LANES, gates, r);
+  for (int r = 0; r < BLOCK; r += PAIR) {
+    multiply_pair(b->turned, inputs + r, hidden + r * LANES, gates, r);
+    if (r % W == 0) fetch_share(b, r / W);
+  }
   const ivec *mask = all_active ? NULL : b->active;
   squash_cells(gates, cell, b->next, b->cell, NULL, BLOCK);
   squash_hiddens(gates, b->next, BLOCK);
@@ -588,31 +611,37 @@ INLINE void step_block(block_buffers *b, const struct rule *rule, const float *w
 }
 
 /* Ask for the first block of the next item: processors follow along one tensor, but do not guess where the next one lies. */
-INLINE void fetch(const void *from, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 64) FETCH((const char *)from + i);
-}
-
 INLINE void fetch_item(const struct rule *rule, const struct columns *columns, int64_t i) {
-  const size_t rows = columns->sizes[i] < BLOCK ? (size_t)columns->sizes[i] : BLOCK, width = rule->layers * rule->hidden;
-  const size_t memory = rows * width * bytes_of(columns->memory_types[i]);
+  const size_t size = (size_t)columns->sizes[i], rows = size < BLOCK ? size : BLOCK;
   fetch(columns->grads[i], rows * bytes_of(columns->grad_types[i]));
-  fetch(columns->params[i], (measured_alone(columns->sizes[i]) ? (size_t)columns->sizes[i] : rows) *
-                                bytes_of(columns->param_types[i]));
+  fetch(columns->params[i], (measured_alone(columns->sizes[i]) ? size : rows) * bytes_of(columns->param_types[i]));
   if (rule->family == ADAM_MODULATION)
     for (int k = 0; k < 3; k++) fetch(columns->moments[k][i], rows * bytes_of(columns->moment_types[k][i]));
-  fetch(columns->hidden[i], memory);
-  fetch(columns->cell[i], memory);
+}
+
+/* Say where the memory of the block after `block` lies: in the same item, in the next, or nowhere. */
+INLINE void look_ahead(block_buffers *b, const struct rule *rule, const struct columns *columns, int64_t i, int64_t block) {
+  int64_t start = (block + 1) * BLOCK;
+  if (start >= columns->sizes[i]) start = 0, i++;
+  b->ahead.hidden = b->ahead.cell = NULL, b->ahead.share = 0;
+  if (i == columns->count) return;
+  const int64_t left = columns->sizes[i] - start;
+  const size_t row = (size_t)(rule->layers * rule->hidden) * bytes_of(columns->memory_types[i]);
+  b->ahead.hidden = (const char *)columns->hidden[i] + start * row;
+  b->ahead.cell = (const char *)columns->cell[i] + start * row;
+  b->ahead.share = (left < BLOCK ? (size_t)left : BLOCK) * bytes_of(columns->memory_types[i]);
 }
 
 static double sum_of_squares(const void *values, int type, int64_t start, int64_t count) {
-  double sums[BLOCK] = {0}, total = 0.0;
+  double sums[BLOCK] = {0};
   float staging[BLOCK] __attribute__((aligned(64)));
   for (int64_t i = 0; i < count; i += BLOCK) {
     const float *x = read_values(values, type, start + i, count - i < BLOCK ? (int)(count - i) : BLOCK, staging);
     for (int j = 0; j < BLOCK; j++) sums[j] += (double)x[j] * (double)x[j];
   }
-  for (int j = 0; j < BLOCK; j++) total += sums[j];
-  return total;
+  for (int half = BLOCK / 2; half; half /= 2)
+    for (int j = 0; j < half; j++) sums[j] += sums[j + half];
+  return sums[0];
 }
 
 /* The blocks `first` to `last`, counted over all items in order; 1 when out of memory. */
@@ -640,6 +669,7 @@ static int step_items(const struct rule *rule, const float *weights, const struc
       for (int64_t block = first; block < blocks && block < last; block++) {
         int64_t start = block * BLOCK;
         if (block + 1 == blocks && i + 1 < columns->count) fetch_item(rule, columns, i + 1);
+        look_ahead(&buffers, rule, columns, i, block);
         step_block(&buffers, rule, weights, &item, start, size - start < BLOCK ? (int)(size - start) : BLOCK);
       }
     }

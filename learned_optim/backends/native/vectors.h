@@ -33,7 +33,9 @@
 #define clamp_vec NAME(clamp_vec)
 #define abs_vec NAME(abs_vec)
 #define sqrt_vec NAME(sqrt_vec)
+#define inverse_sqrt_vec NAME(inverse_sqrt_vec)
 #define floor_vec NAME(floor_vec)
+#define quotient_vec NAME(quotient_vec)
 #define any_lane NAME(any_lane)
 #define all_lanes NAME(all_lanes)
 #define exp2_vec NAME(exp2_vec)
@@ -118,10 +120,31 @@ INLINE vec sqrt_vec(vec x) {
 #endif
 }
 
+/* 1 / sqrt(x) of a positive number, to two units in the last place. */
+INLINE vec inverse_sqrt_vec(vec x) {
+#if defined(ISA_AVX512)
+  vec guess = (vec)_mm512_rsqrt14_ps((__m512)x);
+  return guess + 0.5f * guess * (1.0f - x * guess * guess);
+#else
+  return 1.0f / sqrt_vec(x);
+#endif
+}
+
 /* Of numbers that fit in an integer. */
 INLINE vec floor_vec(vec x) {
   vec cut = __builtin_convertvector(__builtin_convertvector(x, ivec), vec);
   return cut - select_vec(cut > x, splat(1.0f), splat(0.0f));
+}
+
+/* a / b to two units in the last place, where 1 / b is an ordinary number. With AVX-512 a first guess and a step of Newton's
+ * cost a fraction of a division. */
+INLINE vec quotient_vec(vec a, vec b) {
+#if defined(ISA_AVX512)
+  vec guess = (vec)_mm512_rcp14_ps((__m512)b);
+  return a * (guess + guess * (1.0f - b * guess));
+#else
+  return a / b;
+#endif
 }
 
 INLINE int any_lane(ivec mask) {
@@ -142,8 +165,18 @@ INLINE int all_lanes(ivec mask) { return !any_lane(~mask); }
 
 /* ---- functions: polynomials and rationals fitted to the float32 range, a few units in the last place ------------------ */
 
-/* 2^x, x clamped to [-126, 58]: for sigmoids, which divide by 1 + 2^x and multiply two such denominators. */
+/* 2^x, x at most 58: for sigmoids, which divide by 1 + 2^x and multiply two such denominators. */
 INLINE vec exp2_vec(vec x) {
+#if defined(ISA_AVX512)
+  x = min_vec(splat(58.0f), x);
+  vec f = (vec)_mm512_reduce_ps((__m512)x, 1); /* x - floor(x) */
+  vec p = f * 1.87757769e-3f + 8.98934063e-3f;
+  p = p * f + 5.58263175e-2f;
+  p = p * f + 2.40153611e-1f;
+  p = p * f + 6.93153083e-1f;
+  p = p * f + 9.99999940e-1f;
+  return (vec)_mm512_scalef_ps((__m512)p, (__m512)x); /* times 2^floor(x) */
+#else
   const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, which then lies in the low bits */
   x = clamp_vec(x, -126.0f, 58.0f);
   vec rounded = x + magic;
@@ -154,6 +187,7 @@ INLINE vec exp2_vec(vec x) {
   p = p * f + 6.93146967e-1f;
   p = p * f + 1.00000007f;
   return (vec)((ivec)p + ((ivec)rounded << 23));
+#endif
 }
 
 /* e^x; 0 below -87.3 (where floats lose digits) and Inf above the largest float's logarithm. */
@@ -197,7 +231,11 @@ INLINE vec log_vec(vec x) {
 
 /* tanh as a fraction, which callers merge with the denominators of sigmoids; relative error 3e-7, near 0 too. */
 INLINE vec tanh_parts(vec x, vec *denominator) {
+#if defined(ISA_AVX512)
+  x = (vec)_mm512_range_ps((__m512)x, (__m512)splat(8.5f), 2); /* the smaller size, with the sign of x */
+#else
   x = clamp_vec(x, -8.5f, 8.5f);
+#endif
   vec s = x * x;
   vec p = s * 1.4269175589e-8f + 2.1251003527e-5f;
   vec q = s * 8.1451010918e-7f + 3.3488606337e-4f;
@@ -213,17 +251,13 @@ INLINE vec tanh_parts(vec x, vec *denominator) {
 
 INLINE vec tanh_vec(vec x) {
   vec denominator, numerator = tanh_parts(x, &denominator);
-  return numerator / denominator;
+  return quotient_vec(numerator, denominator);
 }
 
 /* ---- transposition: TILE coordinates by four numbers ----------------------------------------------------------------- */
 
-/* Each 128-bit part of a vector holds four numbers of one coordinate; the parts of vector j are coordinates j, j + 4. */
-#if LANES >= 8
-#define TILE 8
-#else
-#define TILE 4
-#endif
+/* Each 128-bit part of a vector holds four numbers of one coordinate; the parts of vector j are coordinates j, j + 4, ... */
+#define TILE LANES
 typedef float tile __attribute__((vector_size(4 * TILE), aligned(4), may_alias));
 typedef uint32_t tile_bits __attribute__((vector_size(4 * TILE)));
 typedef uint16_t tile_halves __attribute__((vector_size(2 * TILE)));
@@ -232,38 +266,51 @@ typedef uint16_t tile_halves __attribute__((vector_size(2 * TILE)));
 typedef float loose_floats __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint16_t loose_halves __attribute__((vector_size(8), aligned(2), may_alias));
 
-/* Registers, not a buffer: reading back what was just written in two halves would stall. */
-#if TILE == 8
+/* Rows `apart`, to the parts of a vector and back. Registers, not a buffer: reading back what was just written in parts would
+ * stall. */
+#define JOIN_TWO(type, row, apart) \
+  __builtin_shufflevector(*(const type *)(row), *(const type *)((row) + (apart)), 0, 1, 2, 3, 4, 5, 6, 7)
+#define PUT_PART(type, vector, part, row) \
+  (*(type *)(row) = __builtin_shufflevector(vector, vector, 4 * (part), 4 * (part) + 1, 4 * (part) + 2, 4 * (part) + 3))
+#if TILE == 16
+#define SHUFFLE_PARTS(a, b, i, j, k, l)                                                                     \
+  __builtin_shufflevector(a, b, i, j, k + 12, l + 12, i + 4, j + 4, k + 16, l + 16, i + 8, j + 8, k + 20, \
+                          l + 20, i + 12, j + 12, k + 24, l + 24)
+#define JOIN_ROWS(type, row, apart)                                                                \
+  __builtin_shufflevector(JOIN_TWO(type, row, apart), JOIN_TWO(type, (row) + 2 * (apart), apart), \
+                          0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+#define SPLIT_ROWS(type, vector, row, apart)                                                \
+  (PUT_PART(type, vector, 0, row), PUT_PART(type, vector, 1, (row) + (apart)),              \
+   PUT_PART(type, vector, 2, (row) + 2 * (apart)), PUT_PART(type, vector, 3, (row) + 3 * (apart)))
+#elif TILE == 8
 #define SHUFFLE_PARTS(a, b, i, j, k, l) \
   __builtin_shufflevector(a, b, i, j, k + 4, l + 4, i + 4, j + 4, k + 8, l + 8)
-#define JOIN_ROWS(type, low, high) __builtin_shufflevector(*(const type *)(low), *(const type *)(high), 0, 1, 2, 3, 4, 5, 6, 7)
-#define SPLIT_ROWS(type, row, low, high)                      \
-  (*(type *)(low) = __builtin_shufflevector(row, row, 0, 1, 2, 3), \
-   *(type *)(high) = __builtin_shufflevector(row, row, 4, 5, 6, 7))
+#define JOIN_ROWS JOIN_TWO
+#define SPLIT_ROWS(type, vector, row, apart) (PUT_PART(type, vector, 0, row), PUT_PART(type, vector, 1, (row) + (apart)))
 #else
 #define SHUFFLE_PARTS(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#define JOIN_ROWS(type, low, high) (*(const type *)(low))
-#define SPLIT_ROWS(type, row, low, high) (*(type *)(low) = (type)(row))
+#define JOIN_ROWS(type, row, apart) (*(const type *)(row))
+#define SPLIT_ROWS(type, vector, row, apart) (*(type *)(row) = (type)(vector))
 #endif
 
 /* Transpose the 4 x 4 matrix in each part; its own inverse. */
 INLINE void transpose_tile(tile m[4]) {
-  /* Indices 0-3 name the first vector's part, 4-7 the second's; with eight lanes the macro adds what is missing. */
+  /* Indices 0-3 name the first vector's part, 4-7 the second's; with more lanes the macro adds what is missing. */
   tile a = SHUFFLE_PARTS(m[0], m[1], 0, 1, 4, 5), b = SHUFFLE_PARTS(m[0], m[1], 2, 3, 6, 7);
   tile c = SHUFFLE_PARTS(m[2], m[3], 0, 1, 4, 5), d = SHUFFLE_PARTS(m[2], m[3], 2, 3, 6, 7);
   m[0] = SHUFFLE_PARTS(a, c, 0, 2, 4, 6), m[1] = SHUFFLE_PARTS(a, c, 1, 3, 5, 7);
   m[2] = SHUFFLE_PARTS(b, d, 0, 2, 4, 6), m[3] = SHUFFLE_PARTS(b, d, 1, 3, 5, 7);
 }
 
-/* Rows of four numbers at `stride`, coordinates j and j + 4 to the parts of m[j]. */
+/* Rows of four numbers at `stride`, coordinates j, j + 4, ... to the parts of m[j]. */
 INLINE void load_tile(tile m[4], const void *from, size_t stride, int bfloat16) {
   UNROLL for (int j = 0; j < 4; j++) {
     if (bfloat16) {
       const uint16_t *row = (const uint16_t *)from + j * stride;
-      m[j] = (tile)(__builtin_convertvector(JOIN_ROWS(loose_halves, row, row + 4 * stride), tile_bits) << 16);
+      m[j] = (tile)(__builtin_convertvector(JOIN_ROWS(loose_halves, row, 4 * stride), tile_bits) << 16);
     } else {
       const float *row = (const float *)from + j * stride;
-      m[j] = JOIN_ROWS(loose_floats, row, row + 4 * stride);
+      m[j] = JOIN_ROWS(loose_floats, row, 4 * stride);
     }
   }
 }
@@ -276,10 +323,10 @@ INLINE void store_tile(const tile m[4], void *to, size_t stride, int bfloat16) {
       tile_bits is_nan = (tile_bits)((bits & 0x7fffffff) > 0x7f800000);
       tile_halves halves = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), tile_halves);
       uint16_t *row = (uint16_t *)to + j * stride;
-      SPLIT_ROWS(loose_halves, halves, row, row + 4 * stride);
+      SPLIT_ROWS(loose_halves, halves, row, 4 * stride);
     } else {
       float *row = (float *)to + j * stride;
-      SPLIT_ROWS(loose_floats, m[j], row, row + 4 * stride);
+      SPLIT_ROWS(loose_floats, m[j], row, 4 * stride);
     }
   }
 }
