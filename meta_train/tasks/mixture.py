@@ -88,7 +88,7 @@ def _optimizee(
 
     def all_losses(params: Params) -> Tensor:
         batch = stream(generator)
-        return losses(functional_call(module, params, (batch[0],)), batch)
+        return losses(functional_call(module, params, (batch[0],), tie_weights=False), batch)
 
     return Optimizee(dict(module.named_parameters()), all_losses, generator)
 

@@ -58,12 +58,16 @@ class Norm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(problems, 1, size))
         self.bias = nn.Parameter(torch.zeros(problems, 1, size))
-        self.dim = 1 if over_batch else 2
+        self.over_batch = over_batch
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``(P, B, size)``."""
-        variance, mean = torch.var_mean(x, self.dim, keepdim=True, unbiased=False)
-        return torch.addcmul(self.bias, (x - mean) * torch.rsqrt(variance + 1e-5), self.weight)
+        if self.over_batch:
+            side_by_side = x.transpose(0, 1).flatten(1)
+            normalised = F.batch_norm(side_by_side, None, None, training=True).unflatten(1, (len(x), -1)).transpose(0, 1)
+        else:
+            normalised = F.layer_norm(x, x.shape[-1:])
+        return torch.addcmul(self.bias, normalised, self.weight)
 
 
 def _norm(kind: str, problems: int, size: int) -> nn.Module:

@@ -7,6 +7,7 @@ from meta_train.judging.task import train_case
 from meta_train.meta_gradient import loss_and_grad
 from meta_train.tasks import Mixture, Optimizee, Quadratic, Quartic, module_optimizee
 from meta_train.tasks.mixture import KINDS, rescale
+from meta_train.tasks.models import Norm
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,3 +94,14 @@ def test_a_module_alone_and_side_by_side() -> None:
     torch.testing.assert_close(
         loss_and_grad(alone, alone.flat_params())[1][0], loss_and_grad(three, three.flat_params())[1][0]
     )
+
+
+@pytest.mark.parametrize("over_batch", [False, True])
+def test_norm_normalises_each_problem_by_itself(over_batch: bool) -> None:
+    norm = Norm(3, 5, over_batch).double()
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = 7 + 2 * torch.randn(3, 6, 5, dtype=torch.float64)
+    centred = x - x.mean(1 if over_batch else 2, keepdim=True)
+    deviation = (centred.square().mean(1 if over_batch else 2, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(norm(x), centred / deviation * norm.weight + norm.bias)
