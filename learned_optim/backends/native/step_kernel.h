@@ -54,8 +54,10 @@
 #define W 4
 #if defined(ISA_AVX512) || defined(__aarch64__)
 #define GROUP 4
+#define SQUASH_AT_ONCE 1 /* exponentials beside the products of the next unit; with fewer registers they are in their way */
 #else
 #define GROUP 2
+#define SQUASH_AT_ONCE 0
 #endif
 #define BLOCK (W * LANES)
 
@@ -394,9 +396,9 @@ INLINE void encode_paper(block_buffers *b, const struct rule *rule) {
 
 /* Sums of one unit's four gates, for GROUP vectors of coordinates. */
 INLINE const float *add_products(vec acc[4][GROUP], const vec *x, int count, const float *w) {
-  for (int k = 0; k < count; k++, w += 4)
+  for (const float *end = w + 4 * count; w < end; w += 4, x += W)
     UNROLL for (int g = 0; g < 4; g++)
-      UNROLL for (int v = 0; v < GROUP; v++) acc[g][v] += w[g] * x[k * W + v];
+      UNROLL for (int v = 0; v < GROUP; v++) acc[g][v] += w[g] * x[v];
   return w;
 }
 
@@ -449,10 +451,12 @@ INLINE void run_lstm(block_buffers *b, const struct rule *rule, const float *wei
           UNROLL for (int v = 0; v < GROUP; v++) acc[g][v] = splat(bias[g]);
         add_products(acc, hidden + first, H, add_products(acc, below + first, below_size, row));
         UNROLL for (int g = 0; g < 4; g++)
-          UNROLL for (int v = 0; v < GROUP; v++) gates[g][unit * W + first + v] = acc[g][v];
+          UNROLL for (int v = 0; v < GROUP; v++)
+            gates[g][unit * W + first + v] = SQUASH_AT_ONCE && g < CANDIDATE ? 1.0f + exp2_vec(acc[g][v]) : acc[g][v];
       }
     }
-    for (int i = 0; i < 3 * H * W; i++) gates[0][i] = 1.0f + exp2_vec(gates[0][i]);
+    if (!SQUASH_AT_ONCE)
+      for (int i = 0; i < 3 * H * W; i++) gates[0][i] = 1.0f + exp2_vec(gates[0][i]);
     squash_cells(gates, (const float *)cell, next, cell, b->active, H * W);
     squash_hiddens(gates, next, H * W);
     weights = row;
@@ -727,6 +731,7 @@ static void evaluate(int function, int64_t count, const float *x, float *y) {
 #undef BLOCK
 #undef W
 #undef GROUP
+#undef SQUASH_AT_ONCE
 #undef PAIR
 #undef TILE
 #undef SHUFFLE_PARTS
