@@ -1,6 +1,7 @@
 """The fused CPU step against the reference, coordinate for coordinate."""
 
 import copy
+import math
 import subprocess
 import sys
 import weakref
@@ -340,6 +341,14 @@ def test_functions_to_a_millionth() -> None:
         got = torch.empty_like(x)
         native_library.LIBRARY.learned_optim_evaluate(number, x.numel(), x.data_ptr(), got.data_ptr())  # type: ignore[union-attr]
         torch.testing.assert_close(got, exact(x.double()).float(), rtol=1e-6, atol=1e-17)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("number", range(3))
+def test_functions_pass_nan_on(number: int) -> None:
+    x, got = torch.full((20,), math.nan), torch.zeros(20)
+    native_library.LIBRARY.learned_optim_evaluate(number, x.numel(), x.data_ptr(), got.data_ptr())  # type: ignore[union-attr]
+    assert got.isnan().all()
 
 
 # The optimizer's step, planned

@@ -231,11 +231,7 @@ INLINE vec log_vec(vec x) {
 
 /* tanh as a fraction, which callers merge with the denominators of sigmoids; relative error 3e-7, near 0 too. */
 INLINE vec tanh_parts(vec x, vec *denominator) {
-#if defined(ISA_AVX512)
-  x = (vec)_mm512_range_ps((__m512)x, (__m512)splat(8.5f), 2); /* the smaller size, with the sign of x */
-#else
-  x = clamp_vec(x, -8.5f, 8.5f);
-#endif
+  x = clamp_vec(x, -8.5f, 8.5f); /* not vrange, which swallows NaN */
   vec s = x * x;
   vec p = s * 1.4269175589e-8f + 2.1251003527e-5f;
   vec q = s * 8.1451010918e-7f + 3.3488606337e-4f;
