@@ -55,6 +55,7 @@ def train_sharded(rank: int, folder: str) -> None:
     dcp.save({"model": weights, "optimizer": memory}, checkpoint_id=f"{folder}/checkpoint")
     if rank == 0:
         print(f"sharded: loss {losses[0]:.3f} to {losses[-1]:.3f}")
+    dist.barrier()  # whoever leaves first takes the connection with it
     dist.destroy_process_group()
 
 
