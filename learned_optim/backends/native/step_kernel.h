@@ -560,7 +560,7 @@ INLINE void step_rows(block_buffers *b, const struct rule *rule, const float *we
   vec *const gates[4] = {b->gates, b->gates + BLOCK, b->gates + 2 * BLOCK, b->gates + 3 * BLOCK};
   for (int r = 0; r < BLOCK; r += PAIR) {
     multiply_pair(b->turned, inputs + r, hidden + r * LANES, gates, r);
-    if (r % W == 0) fetch_share(b, r / W);
+    if (r % W == 0) fetch_share(b, r / W); /* there are W coordinates for each unit */
   }
   const ivec *mask = all_active ? NULL : b->active;
   squash_cells(gates, cell, b->next, b->cell, NULL, BLOCK);
