@@ -105,10 +105,10 @@ ANIMALS = (2, 3, 4, 5, 7)
 """Classes of CIFAR-5, and the first two of CIFAR-2; the others can be meta-trained on alone."""
 
 
-def _cifar(*labels: int, sweep: Sequence[Setting] = CIFAR, fresh: int = 20) -> Arena:
+def _cifar(*labels: int, sweep: Sequence[Setting] = CIFAR) -> Arena:
     """Judge on the half of CIFAR-10 that nothing was meta-trained on, some classes of it or all; minutes a run."""
     task = Cifar("second", labels or tuple(range(10)))
-    return Arena(task, sweep, tuning=1, fresh=fresh, last=20, horizons=(1000, 100), criteria=("final",))
+    return Arena(task, sweep, tuning=1, last=20, horizons=(1000, 100), criteria=("final",))
 
 
 ARENAS = {
@@ -119,7 +119,7 @@ ARENAS = {
     "mnist-relu": _mnist(20, activation="relu"),
     **{f"mnist-{size}x{depth}": _mnist(*[size] * depth) for size in (5, 10, 20, 40, 80) for depth in (1, 2)},
     "cifar": _cifar(),
-    "cifar-5": _cifar(*ANIMALS, fresh=10),
+    "cifar-5": _cifar(*ANIMALS),
     "cifar-2": _cifar(*ANIMALS[:2], sweep=CIFAR_TWO),
     "neural-art": _neural_art(),
     "neural-art-style": _neural_art(style="the_scream"),
