@@ -223,24 +223,32 @@ def roll_out(
     chosen, share = every_coordinate(carry) if coordinates is None else coordinates
     problem, tensor = chosen // size, optimizee.tensor_index[chosen % size]
     shared, bounds = first(rule), scale_bounds(rule, optimizee)
-    losses, grads, memories, scales_seen = [], [grad.flatten()[chosen]], [], []
-    for step in range(carry.step + 1, carry.step + truncation + 1):
-        memories.append({name: values[chosen] for name, values in shared.read_by_encode(inner.memory).items()})
+    # One piece of memory for all inner steps: what each of them kept would lie between blocks of the size of activations,
+    # which the allocator could not join again, and megabytes would be lost in every step.
+    losses = loss.new_empty(truncation, *loss.shape)
+    grads = grad.new_empty(truncation + 1, chosen.numel())
+    scale = None if bounds is None else grads.new_empty(truncation, chosen.numel())
+    memory = {
+        name: values.new_empty(truncation, chosen.numel(), *values.shape[1:])
+        for name, values in shared.read_by_encode(inner.memory).items()
+    }
+    grads[0] = grad.flatten()[chosen]
+    for k in range(truncation):
+        for name, values in shared.read_by_encode(inner.memory).items():
+            memory[name][k] = values[chosen]
         scales = tensor_scales(bounds, optimizee, inner.params)
-        if scales is not None:
-            scales_seen.append(scales[problem, tensor])
-        inner.take(grad, step, scales)
+        if scale is not None and scales is not None:
+            scale[k] = scales[problem, tensor]
+        inner.take(grad, carry.step + k + 1, scales)
         loss, grad = loss_and_grad(optimizee, inner.params)
-        losses.append(loss)
-        grads.append(grad.flatten()[chosen])
+        losses[k], grads[k + 1] = loss, grad.flatten()[chosen]
     # What the rule saw, for all inner steps at once.
-    memory = {name: torch.cat([memory[name] for memory in memories]) for name in memories[0]}
     steps = torch.arange(carry.step + 1, carry.step + truncation + 1).to(grad).repeat_interleave(chosen.numel())
-    scale = torch.cat(scales_seen) if scales_seen else None
-    seen = shared.encode(torch.cat(grads[:-1]), memory, steps, scale)
+    memory = {name: values.flatten(0, 1) for name, values in memory.items()}
+    seen = shared.encode(grads[:-1].flatten(), memory, steps, None if scale is None else scale.flatten())
     record = RollOut(
-        losses=torch.stack(losses),
-        grads=torch.stack(grads[1:]),
+        losses=losses,
+        grads=grads[1:],
         inputs=seen.inputs.unflatten(0, (truncation, chosen.numel())),
         contexts=seen.context.unflatten(0, (truncation, chosen.numel())),
         active=seen.active.unflatten(0, (truncation, chosen.numel())),
