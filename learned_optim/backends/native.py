@@ -200,15 +200,19 @@ def pack(rule: UpdateRule) -> Tensor:
     return torch.cat((*parts, readout)).detach().contiguous()
 
 
-_packed: weakref.WeakKeyDictionary[UpdateRule, tuple[list[int], Tensor]] = weakref.WeakKeyDictionary()
+_packed: weakref.WeakKeyDictionary[UpdateRule, tuple[list[Tensor], list[int], Tensor]] = weakref.WeakKeyDictionary()
 
 
 def packed(rule: UpdateRule) -> Tensor:
     """Return :func:`pack` of a rule, packed once, and again if its weights were written since."""
-    versions = [x for weight in rule.parameters() for x in (weight._version, weight.data_ptr())]
-    if rule not in _packed or _packed[rule][0] != versions:
-        _packed[rule] = (versions, pack(rule))
-    return _packed[rule][1]
+    if rule not in _packed or _packed[rule][1] != _versions(_packed[rule][0]):
+        weights: list[Tensor] = list(rule.parameters())  # Kept: walking through modules takes longer.
+        _packed[rule] = weights, _versions(weights), pack(rule)
+    return _packed[rule][2]
+
+
+def _versions(weights: Sequence[Tensor]) -> list[int]:
+    return [x for weight in weights for x in (weight._version, weight.data_ptr())]
 
 
 def struct(description: Sequence[float]) -> ctypes.Structure:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 from array import array
 from collections.abc import Sequence
 from operator import attrgetter
@@ -91,9 +92,11 @@ class _Look:
         places = (words.index(word) for word, words in wanted)
         self._words = _Words(*places, (pointer * 2)(*map(id, PLAIN_TENSORS)), absent)
 
-    def holds(self, state: dict[Tensor, Any], objects: array[int]) -> bool:
-        """Return whether a dict of dicts holds these objects, in this order."""
-        return bool(self._library.learned_optim_holds(self._functions, pointer(id(state)), *_sized(objects)))
+    def holds(self, state: dict[Tensor, Any], dicts: array[int], ends: array[int], objects: array[int]) -> bool:
+        """Return whether the state holds these dicts, and each its objects up to its end, in this order."""
+        where = (pointer(values.buffer_info()[0]) for values in (dicts, ends, objects))
+        count, threads = ctypes.c_int64(len(dicts)), torch.get_num_threads()
+        return bool(self._library.learned_optim_holds(self._functions, pointer(id(state)), count, *where, threads))
 
     def find(self, found: _Found, params: list[Tensor]) -> bool:
         """Return whether all is where it was found, and write where parameters and gradients lie."""
@@ -102,15 +105,11 @@ class _Look:
 
     def touch(self, found: _Found) -> None:
         """Tell autograd that the parameters that were found are about to be written."""
-        self._library.learned_optim_touch(self._functions, ctypes.byref(found))
+        self._library.learned_optim_touch(self._functions, ctypes.byref(found), torch.get_num_threads())
 
 
 def _words_at(address: int, size: int) -> list[int]:
     return list((ctypes.c_size_t * (size // ctypes.sizeof(ctypes.c_size_t))).from_address(address))
-
-
-def _sized(values: array[int]) -> tuple[ctypes.c_int64, ctypes.c_void_p]:
-    return ctypes.c_int64(len(values)), pointer(values.buffer_info()[0])
 
 
 @functools.cache
@@ -134,8 +133,9 @@ class Plan:
 
     def __init__(self, look: _Look, groups: Sequence[Group], rules: Sequence[UpdateRule], state: dict[Tensor, Any]) -> None:
         self._look = look
-        self._objects = [value for memory in state.values() for value in memory.values()]
-        self._ids = array("Q", map(id, self._objects))
+        self._objects = [value for memory in state.values() for value in memory.values()]  # Kept, lest an address return.
+        ends = array("q", itertools.accumulate(map(len, state.values())))
+        self._held = array("Q", map(id, state.values())), ends, array("Q", map(id, self._objects))
         self._groups = [_PlannedGroup(look, *each, state) for each in zip(groups, rules, strict=True)]
 
     def renew(self, groups: Sequence[Group], rules: Sequence[UpdateRule], state: dict[Tensor, Any]) -> bool:
@@ -151,7 +151,7 @@ class Plan:
         """
         return (
             len(groups) == len(self._groups)
-            and self._look.holds(state, self._ids)
+            and self._look.holds(state, *self._held)
             and all(planned.renew(group, rule) for planned, group, rule in zip(self._groups, groups, rules, strict=True))
         )
 

@@ -493,7 +493,14 @@ def test_threads_that_look_for_tensors_find_what_has_changed() -> None:
         optimizer = stepper("paper-raw", params)
         take_steps(optimizer, params, 2)
         for index in (0, 700, 1499):
+            versions = [param._version for param in params]
             assert optimizer._repeat_step()
+            assert [param._version for param in params] == [version + 1 for version in versions]
+            memory = optimizer.state[params[index]]
+            for other in (dict(reversed(memory.items())), memory | {"more": memory["step"]}, {"step": memory["step"]}, None):
+                optimizer.state[params[index]] = other
+                assert not optimizer._repeat_step()
+            optimizer.state[params[index]] = memory
             moved = optimizer.state[params[index]]["cell"]
             kept, moved.data = moved.detach(), moved.clone()
             assert not optimizer._repeat_step()

@@ -121,8 +121,9 @@ HELPER float scale_of(const struct rule *rule, double mean_square, int64_t size)
   return (float)(root > rule->max_scale ? rule->max_scale : root);
 }
 
-/* Whether a tensor is so small that its scale is taken when it is stepped, by one thread, while it is in the caches. */
-HELPER int measured_alone(int64_t size) { return size <= 1024; }
+/* Whether a tensor is so small that one thread takes all of it, and counts its step and measures its scale just before:
+ * what another thread wrote a moment ago would have to come from that one's cache. */
+HELPER int taken_whole(int64_t size) { return size <= 1024; }
 
 HELPER size_t bytes_of(int type) { return type == FLOAT32 ? 4 : type == INT8 ? 1 : 2; }
 
@@ -240,14 +241,14 @@ int learned_optim_isa(void) {
 
 /* ---- what native.py calls ------------------------------------------------------------------------------------------------- */
 
-/* Scales of all but the small tensors. Squares are summed in float64 by pieces of fixed size: threads do not change the
+/* Scales of all tensors that threads may share. Squares are summed in float64 by pieces of fixed size: threads do not change the
  * result. */
 static int measure_scales(const struct rule *rule, const struct columns *columns, int threads) {
   enum { PIECE = 32768 };
   const int64_t *sizes = columns->sizes;
   int64_t pieces = 0, coordinates = 0;
   for (int64_t i = 0; i < columns->count; i++)
-    if (!measured_alone(sizes[i])) pieces += (sizes[i] + PIECE - 1) / PIECE, coordinates += sizes[i];
+    if (!taken_whole(sizes[i])) pieces += (sizes[i] + PIECE - 1) / PIECE, coordinates += sizes[i];
   if (!pieces) return 0;
   double *sums = malloc(sizeof(double) * (size_t)pieces);
   if (!sums) return 1;
@@ -256,14 +257,14 @@ static int measure_scales(const struct rule *rule, const struct columns *columns
   for (int share = 0; share < threads; share++) {
     int64_t first = pieces * share / threads, last = pieces * (share + 1) / threads, piece = 0;
     for (int64_t i = 0; i < columns->count && piece < last; i++)
-      for (int64_t start = 0; start < sizes[i] && !measured_alone(sizes[i]); start += PIECE, piece++)
+      for (int64_t start = 0; start < sizes[i] && !taken_whole(sizes[i]); start += PIECE, piece++)
         if (piece >= first && piece < last) {
           int64_t size = sizes[i] - start < PIECE ? sizes[i] - start : PIECE;
           sums[piece] = DISPATCH(sum_of_squares, columns->params[i], columns->param_types[i], start, size);
         }
   }
   for (int64_t i = 0, piece = 0; i < columns->count; i++) {
-    if (measured_alone(sizes[i])) continue;
+    if (taken_whole(sizes[i])) continue;
     double total = 0.0;
     for (int64_t start = 0; start < sizes[i]; start += PIECE) total += sums[piece++];
     *columns->scales[i] = scale_of(rule, total / (double)sizes[i], sizes[i]);
@@ -276,7 +277,8 @@ static int measure_scales(const struct rule *rule, const struct columns *columns
 int learned_optim_step(const struct rule *rule, const float *weights, const struct columns *columns, int threads) {
   if (columns->measure && measure_scales(rule, columns, threads)) return 1;
   if (columns->count_step)
-    for (int64_t i = 0; i < columns->count; i++) *columns->steps[i] += 1.0f;
+    for (int64_t i = 0; i < columns->count; i++)
+      if (!columns->sizes[i] || !taken_whole(columns->sizes[i])) *columns->steps[i] += 1.0f;
   return DISPATCH(step_all, rule, weights, columns, threads);
 }
 

@@ -42,6 +42,7 @@
 #define step_items NAME(step_items)
 #define step_all NAME(step_all)
 #define sum_of_squares NAME(sum_of_squares)
+#define count_and_measure NAME(count_and_measure)
 #define evaluate NAME(evaluate)
 #define fetch NAME(fetch)
 #define fetch_share NAME(fetch_share)
@@ -617,8 +618,9 @@ INLINE void step_block(block_buffers *b, const struct rule *rule, const float *w
 /* Ask for the first block of the next item: processors follow along one tensor, but do not guess where the next one lies. */
 INLINE void fetch_item(const struct rule *rule, const struct columns *columns, int64_t i) {
   const size_t size = (size_t)columns->sizes[i], rows = size < BLOCK ? size : BLOCK;
+  FETCH(columns->steps[i]);
   fetch(columns->grads[i], rows * bytes_of(columns->grad_types[i]));
-  fetch(columns->params[i], (measured_alone(columns->sizes[i]) ? size : rows) * bytes_of(columns->param_types[i]));
+  fetch(columns->params[i], (taken_whole(columns->sizes[i]) ? size : rows) * bytes_of(columns->param_types[i]));
   if (rule->family == ADAM_MODULATION)
     for (int k = 0; k < 3; k++) fetch(columns->moments[k][i], rows * bytes_of(columns->moment_types[k][i]));
 }
@@ -648,6 +650,15 @@ static double sum_of_squares(const void *values, int type, int64_t start, int64_
   return sums[0];
 }
 
+/* What comes before the step of an item that this thread takes whole. */
+static void count_and_measure(const struct rule *rule, const struct columns *columns, int64_t i) {
+  const int64_t size = columns->sizes[i];
+  if (columns->count_step) *columns->steps[i] += 1.0f;
+  if (!columns->measure) return;
+  double sum = sum_of_squares(columns->params[i], columns->param_types[i], 0, size);
+  *columns->scales[i] = scale_of(rule, sum / (double)size, size);
+}
+
 /* The blocks `first` to `last`, counted over all items in order; 1 when out of memory. */
 static int step_items(const struct rule *rule, const float *weights, const struct columns *columns, int64_t first,
                       int64_t last) {
@@ -661,10 +672,7 @@ static int step_items(const struct rule *rule, const float *weights, const struc
     int64_t size = columns->sizes[i], blocks = (size + BLOCK - 1) / BLOCK;
     if (first < blocks) {
       float step = item.step;
-      if (columns->measure && measured_alone(size)) {
-        double sum = sum_of_squares(columns->params[i], columns->param_types[i], 0, size);
-        *columns->scales[i] = scale_of(rule, sum / (double)size, size);
-      }
+      if (taken_whole(size)) count_and_measure(rule, columns, i);
       prepare_item(&item, rule, columns, i);
       if (item.step != step) {
         fold_time(buffers.bias, rule, weights, item.step);
@@ -685,12 +693,12 @@ static int step_items(const struct rule *rule, const float *weights, const struc
   return 0;
 }
 
-/* Where a share begins: at `block`, or before the small item that this would cut, which one thread measures and steps. */
+/* Where a share begins: at `block`, or before the small item that this would cut. */
 static int64_t share_start(const struct columns *columns, int64_t block) {
   int64_t start = 0;
   for (int64_t i = 0; i < columns->count; i++) {
     int64_t blocks = (columns->sizes[i] + BLOCK - 1) / BLOCK;
-    if (block < start + blocks) return measured_alone(columns->sizes[i]) ? start : block;
+    if (block < start + blocks) return taken_whole(columns->sizes[i]) ? start : block;
     start += blocks;
   }
   return start;

@@ -45,14 +45,45 @@ struct found {
   void *const *kept_storages; /* only to fetch them ahead of use */
 };
 
-/* Whether a dict of dicts holds these very objects, in this order. */
-int learned_optim_holds(const struct functions *call, void *outer, int64_t count, void *const *objects) {
+/* Thousands of tensors lie in as many pages: waiting for one after the other is most of the time it takes to look at them. */
+#ifdef __GNUC__
+#define FETCH(address) __builtin_prefetch(address)
+#else
+#define FETCH(address) ((void)0)
+#endif
+enum { AHEAD = 8 };
+
+static void fetch(const char *tensor) {
+  for (int line = 0; line < 4; line++) FETCH(tensor + 64 * line);
+}
+
+/* Waking a thread must be worth its microseconds. */
+static int useful_threads(int threads, int64_t looks) {
+  int64_t worth = 1 + looks / 2048;
+  return threads < 1 ? 1 : threads < worth ? threads : (int)worth;
+}
+
+static int holds_all(const struct functions *call, void *dict, int64_t count, void *const *objects) {
   int64_t found = 0;
-  void *key, *inner, *object;
-  for (ptrdiff_t i = 0; call->dict_next(outer, &i, &key, &inner);)
-    for (ptrdiff_t j = 0; call->dict_next(inner, &j, &key, &object); found++)
-      if (found == count || objects[found] != object) return 0;
+  void *key, *object;
+  for (ptrdiff_t i = 0; call->dict_next(dict, &i, &key, &object); found++)
+    if (found == count || objects[found] != object) return 0;
   return found == count;
+}
+
+/* Whether a dict holds these dicts, and each of them its part of these objects, up to its entry of `ends`; in this order. */
+int learned_optim_holds(const struct functions *call, void *outer, int64_t count, void *const *dicts, const int64_t *ends,
+                        void *const *objects, int threads) {
+  if (!holds_all(call, outer, count, dicts)) return 0;
+  int other = 0;
+  threads = useful_threads(threads, count ? ends[count - 1] : 0);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static) reduction(| : other)
+  for (int64_t i = 0; i < count; i++) {
+    int64_t start = i ? ends[i - 1] : 0;
+    if (i + AHEAD < count) FETCH(dicts[i + AHEAD]);
+    other |= !holds_all(call, dicts[i], ends[i] - start, objects + start);
+  }
+  return !other;
 }
 
 /* Whether a tensor is plain memory of this size and dtype, and where. */
@@ -73,18 +104,6 @@ static int is_plain(const struct words *words, void *tensor) {
   uintptr_t object = ((const uintptr_t *)tensor)[words->object_of_tensor] & ~(uintptr_t)7;
   void *type = object ? ((void *const *)object)[words->type_of_object] : words->plain[0];
   return type == words->plain[0] || type == words->plain[1];
-}
-
-/* Thousands of tensors lie in as many pages: waiting for one after the other is most of the time it takes to look at them. */
-#ifdef __GNUC__
-#define FETCH(address) __builtin_prefetch(address)
-#else
-#define FETCH(address) ((void)0)
-#endif
-enum { AHEAD = 8 };
-
-static void fetch(const char *tensor) {
-  for (int line = 0; line < 4; line++) FETCH(tensor + 64 * line);
 }
 
 static int find_param(const struct functions *call, const struct words *words, const struct found *found, void *list,
@@ -116,9 +135,8 @@ static int still_there(const struct functions *call, const struct found *found, 
  * is plain memory, the optimizer's where it was. */
 int learned_optim_find(const struct functions *call, const struct words *words, const struct found *found, void *list,
                        int threads) {
-  int64_t worth = 1 + (found->params * 4 + found->kept) / 2048;
   int missing = 0;
-  threads = threads < 1 ? 1 : threads < worth ? threads : (int)worth;
+  threads = useful_threads(threads, found->params * 4 + found->kept);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static, 1) reduction(| : missing)
   for (int share = 0; share < threads; share++) {
     int64_t first = found->params * share / threads, last = found->params * (share + 1) / threads;
@@ -130,7 +148,11 @@ int learned_optim_find(const struct functions *call, const struct words *words, 
 }
 
 /* Tell autograd that the parameters with a gradient are about to be written. */
-void learned_optim_touch(const struct functions *call, const struct found *found) {
-  for (int64_t i = 0; i < found->params; i++)
+void learned_optim_touch(const struct functions *call, const struct found *found, int threads) {
+  threads = useful_threads(threads, found->params * 2);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t i = 0; i < found->params; i++) {
+    if (i + AHEAD < found->params) FETCH(found->tensors[i + AHEAD]);
     if (found->rows[i] >= 0) call->bump_version(found->tensors + i);
+  }
 }
