@@ -23,6 +23,8 @@
 #define write_hiddens NAME(write_hiddens)
 #define read_memory NAME(read_memory)
 #define write_memory NAME(write_memory)
+#define read_eights NAME(read_eights)
+#define write_eights NAME(write_eights)
 #define decay_moment NAME(decay_moment)
 #define encode_adam NAME(encode_adam)
 #define encode_paper NAME(encode_paper)
@@ -144,12 +146,40 @@ INLINE void write_bytes(int8_t *memory, int64_t start, int rows, int width, cons
   }
 }
 
+/* LANES rows of memory to [unit][coordinate] and back, where a row is some eights of numbers: whether it is. */
+INLINE int read_eights(float *to, const void *memory, int bfloat16, int64_t row, int width) {
+#if LANES == 16
+  const size_t bytes = bfloat16 ? 2 : 4;
+  const char *from = (const char *)memory + (size_t)row * width * bytes;
+  if (width == 8) return load_eights(to, BLOCK, from, 8, bfloat16), 1;
+  for (int c = 0; c < width && width % 8 == 0; c += 8)
+    load_eights(to + (size_t)c * BLOCK, BLOCK, from + c * bytes, width, bfloat16);
+  return width % 8 == 0;
+#else
+  return 0;
+#endif
+}
+
+INLINE int write_eights(void *memory, int bfloat16, int64_t row, int width, const float *from) {
+#if LANES == 16
+  const size_t bytes = bfloat16 ? 2 : 4;
+  char *to = (char *)memory + (size_t)row * width * bytes;
+  if (width == 8) return store_eights(to, 8, bfloat16, from, BLOCK), 1;
+  for (int c = 0; c < width && width % 8 == 0; c += 8)
+    store_eights(to + c * bytes, width, bfloat16, from + (size_t)c * BLOCK, BLOCK);
+  return width % 8 == 0;
+#else
+  return 0;
+#endif
+}
+
 /* Floats and bfloat16 to [unit][coordinate]. */
 INLINE void read_memory(vec *block, const void *memory, int type, int64_t start, int rows, int width) {
   float *to = (float *)block;
   int bfloat16 = type == BFLOAT16, tiled = width >= 4 ? rows / TILE * TILE : 0;
   if (rows < BLOCK) memset(to, 0, sizeof(float) * (size_t)width * BLOCK);
   for (int r = 0; r < tiled; r += TILE) {
+    if (read_eights(to + r, memory, bfloat16, start + r, width)) continue;
     for (int next = 0; next < width; next += 4) {
       int c = next + 4 > width ? width - 4 : next; /* the last tile overlaps the one before */
       size_t at = (size_t)(start + r) * width + c;
@@ -173,6 +203,7 @@ INLINE void write_memory(void *memory, int type, int64_t start, int rows, int wi
   const float *from = (const float *)block;
   int bfloat16 = type == BFLOAT16, tiled = width >= 4 ? rows / TILE * TILE : 0;
   for (int r = 0; r < tiled; r += TILE) {
+    if (write_eights(memory, bfloat16, start + r, width, from + r)) continue;
     for (int next = 0; next < width; next += 4) {
       int c = next + 4 > width ? width - 4 : next;
       size_t at = (size_t)(start + r) * width + c;
@@ -341,7 +372,7 @@ INLINE vec decay_moment(vec moment, vec value, float decay) {
 INLINE void encode_adam(block_buffers *b, const struct rule *rule, const struct item *item, int64_t start, int rows) {
   float staging[3][BLOCK] __attribute__((aligned(64)));
   const float *old[3];
-  vec new[3][W];
+  vec new[3][W], squared[W];
   for (int i = 0; i < 3; i++) old[i] = read_values(item->moments[i], item->moment_types[i], start, rows, staging[i]);
   for (int v = 0; v < W; v++) {
     vec fast = load_vec(old[0] + v * LANES), slow = load_vec(old[1] + v * LANES), second = load_vec(old[2] + v * LANES);
@@ -364,10 +395,12 @@ INLINE void encode_adam(block_buffers *b, const struct rule *rule, const struct 
     b->inputs[v] = clamp_vec(normalised, -5.0f, 5.0f);
     b->inputs[W + v] = fast;
     b->inputs[2 * W + v] = slow * item->corrections[1] * inverse_root;
-    b->inputs[3 * W + v] = 0.1f * log_vec(normalised * normalised + 1e-8f);
+    squared[v] = normalised * normalised + 1e-8f;
     b->context[0][v] = fast;
     b->context[1][v] = select_vec(active, splat(-rule->step_size * item->scale), splat(0.0f));
   }
+  /* On its own: the long chains of the vectors run side by side. */
+  UNROLL for (int v = 0; v < W; v++) b->inputs[3 * W + v] = 0.1f * log_normal_vec(squared[v]);
   for (int i = 0; i < 3; i++) {
     if (item->moment_types[i] == BFLOAT16)
       for (int v = 0; v < W; v++) new[i][v] = round_moment(b, new[i][v], rule->layers * rule->hidden + i, v);

@@ -40,12 +40,21 @@
 #define all_lanes NAME(all_lanes)
 #define exp2_vec NAME(exp2_vec)
 #define exp_vec NAME(exp_vec)
+#define log_normal_vec NAME(log_normal_vec)
 #define log_vec NAME(log_vec)
 #define tanh_parts NAME(tanh_parts)
 #define tanh_vec NAME(tanh_vec)
 #define transpose_tile NAME(transpose_tile)
 #define load_tile NAME(load_tile)
 #define store_tile NAME(store_tile)
+#define turn_bit NAME(turn_bit)
+#define turn_bit_back NAME(turn_bit_back)
+#define load_two_rows NAME(load_two_rows)
+#define store_two_rows NAME(store_two_rows)
+#define loose_eight NAME(loose_eight)
+#define loose_eight_halves NAME(loose_eight_halves)
+#define load_eights NAME(load_eights)
+#define store_eights NAME(store_eights)
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
@@ -208,13 +217,11 @@ INLINE vec exp_vec(vec x) {
   return select_vec(x > 88.7228f, splat(INFINITY), p);
 }
 
-/* Natural logarithm of a positive finite float, denormal ones included. */
-INLINE vec log_vec(vec x) {
-  ivec tiny = x < 1.17549435e-38f;
-  x = select_vec(tiny, x * 8388608.0f, x);
+/* Natural logarithm of a positive, finite, normal float. */
+INLINE vec log_normal_vec(vec x) {
   /* Split into 2^n times a mantissa in [sqrt(1/2), sqrt(2)), so that logarithms near 0 keep their digits. */
   ivec shifted = (ivec)x - 0x3f3504f3;
-  vec n = __builtin_convertvector(shifted >> 23, vec) - select_vec(tiny, splat(23.0f), splat(0.0f));
+  vec n = __builtin_convertvector(shifted >> 23, vec);
   vec f = (vec)((shifted & 0x7fffff) + 0x3f3504f3) - 1.0f;
   vec p = f * 7.037678e-2f - 1.1514613e-1f;
   p = p * f + 1.1677002e-1f;
@@ -224,9 +231,15 @@ INLINE vec log_vec(vec x) {
   p = p * f + 2.0000715e-1f;
   p = p * f - 2.4999994e-1f;
   p = p * f + 3.3333331e-1f;
-  vec square = f * f;
-  p = p * f * square - 0.5f * square + n * -2.12194440e-4f;
-  return p + f + n * 0.693359375f;
+  p = p * f - 0.5f;
+  return f * f * p + f + n * 6.93147181e-1f;
+}
+
+/* The same of denormal floats too. */
+INLINE vec log_vec(vec x) {
+  ivec tiny = x < FLT_MIN;
+  x = select_vec(tiny, x * 8388608.0f, x); /* times 2^23 */
+  return log_normal_vec(x) - select_vec(tiny, splat(15.9423851f), splat(0.0f));
 }
 
 /* tanh as a fraction, which callers merge with the denominators of sigmoids; relative error 3e-7, near 0 too. */
@@ -326,3 +339,77 @@ INLINE void store_tile(const tile m[4], void *to, size_t stride, int bfloat16) {
     }
   }
 }
+
+/* ---- the same for eight numbers, where two rows fill a vector -------------------------------------------------------- */
+
+#if LANES == 16
+/* Every other number of two vectors, from the first or from the second one on; and the first or second halves of two, in
+ * turns. Done to all vectors, either turns the place of an element, counted through them, by one bit: three times brings
+ * the three bits that say which number of a row it is to the front, or back. */
+#define EVERY_OTHER(a, b, first)                                                                                    \
+  __builtin_shufflevector(a, b, first, first + 2, first + 4, first + 6, first + 8, first + 10, first + 12, first + 14, \
+                          first + 16, first + 18, first + 20, first + 22, first + 24, first + 26, first + 28, first + 30)
+#define IN_TURNS(a, b, half)                                                                                    \
+  __builtin_shufflevector(a, b, half, half + 16, half + 1, half + 17, half + 2, half + 18, half + 3, half + 19, \
+                          half + 4, half + 20, half + 5, half + 21, half + 6, half + 22, half + 7, half + 23)
+
+INLINE void turn_bit(vec to[8], const vec from[8]) {
+  UNROLL for (int j = 0; j < 4; j++) {
+    to[j] = EVERY_OTHER(from[2 * j], from[2 * j + 1], 0);
+    to[j + 4] = EVERY_OTHER(from[2 * j], from[2 * j + 1], 1);
+  }
+}
+
+INLINE void turn_bit_back(vec to[8], const vec from[8]) {
+  UNROLL for (int j = 0; j < 4; j++) {
+    to[2 * j] = IN_TURNS(from[j], from[j + 4], 0);
+    to[2 * j + 1] = IN_TURNS(from[j], from[j + 4], 8);
+  }
+}
+
+typedef float loose_eight __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint16_t loose_eight_halves __attribute__((vector_size(16), aligned(2), may_alias));
+
+/* Two rows at `stride`, a vector as one piece where they follow one another. */
+#define JOIN_EIGHTS(type, row, stride)                                                                        \
+  __builtin_shufflevector(*(const type *)(row), *(const type *)((row) + (stride)), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \
+                          10, 11, 12, 13, 14, 15)
+#define SPLIT_EIGHTS(type, vector, row, stride)                                      \
+  (*(type *)(row) = __builtin_shufflevector(vector, vector, 0, 1, 2, 3, 4, 5, 6, 7), \
+   *(type *)((row) + (stride)) = __builtin_shufflevector(vector, vector, 8, 9, 10, 11, 12, 13, 14, 15))
+
+INLINE vec load_two_rows(const void *from, size_t stride, int bfloat16) {
+  if (stride == 8) return bfloat16 ? widen(from) : load_vec(from);
+  if (!bfloat16) return JOIN_EIGHTS(loose_eight, (const float *)from, stride);
+  return (vec)(__builtin_convertvector(JOIN_EIGHTS(loose_eight_halves, (const uint16_t *)from, stride), uvec) << 16);
+}
+
+INLINE void store_two_rows(void *to, size_t stride, int bfloat16, vec x) {
+  if (stride == 8) {
+    bfloat16 ? narrow(to, x) : store_vec(to, x);
+  } else if (bfloat16) {
+    hvec halves;
+    narrow((uint16_t *)&halves, x);
+    SPLIT_EIGHTS(loose_eight_halves, halves, (uint16_t *)to, stride);
+  } else {
+    SPLIT_EIGHTS(loose_eight, x, (float *)to, stride);
+  }
+}
+
+/* LANES rows at `stride` to eight vectors of coordinates, `apart` from one another, and back. */
+INLINE void load_eights(float *to, size_t apart, const void *rows, size_t stride, int bfloat16) {
+  const size_t bytes = 2 * stride * (bfloat16 ? 2 : 4);
+  vec a[8], b[8];
+  UNROLL for (int j = 0; j < 8; j++) a[j] = load_two_rows((const char *)rows + j * bytes, stride, bfloat16);
+  turn_bit(b, a), turn_bit(a, b), turn_bit(b, a);
+  UNROLL for (int j = 0; j < 8; j++) store_vec(to + j * apart, b[j]);
+}
+
+INLINE void store_eights(void *rows, size_t stride, int bfloat16, const float *from, size_t apart) {
+  const size_t bytes = 2 * stride * (bfloat16 ? 2 : 4);
+  vec a[8], b[8];
+  UNROLL for (int j = 0; j < 8; j++) a[j] = load_vec(from + j * apart);
+  turn_bit_back(b, a), turn_bit_back(a, b), turn_bit_back(b, a);
+  UNROLL for (int j = 0; j < 8; j++) store_two_rows((char *)rows + j * bytes, stride, bfloat16, b[j]);
+}
+#endif
