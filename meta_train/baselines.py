@@ -158,7 +158,7 @@ MNIST = [
 
 CIFAR = [
     *settings("SGD", rates(0.0316, 3.16)),
-    *settings("NAG", rates(3.16e-3, 1.0), (0.9, 0.95, 0.98)),
+    *settings("NAG", (3.16e-3, *rates(0.01, 1.0)), (0.9, 0.95, 0.98)),
     *settings("RMSprop", rates(1e-4, 0.1)),
     *settings("Adam", rates(1e-3, 0.1)),
 ]
