@@ -26,8 +26,9 @@ class LSTMTensors(NamedTuple):
 def lstm_step(lstm: nn.LSTM | LSTMTensors, inputs: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
     """Advance every coordinate's LSTM by one inner step, with plain matmuls.
 
-    ``nn.LSTM`` would break ``torch.compile(fullgraph=True)``; two matmuls and some pointwise operations do not. The biases
-    are added apart: a compiler could not fuse an ``addmm`` with what follows.
+    ``nn.LSTM`` would break ``torch.compile(fullgraph=True)``; a matmul a layer and some pointwise operations do not. It is
+    one because of two that are added a compiler makes an ``addmm``, for which it copies all gates. The biases are added
+    apart: what follows could not be fused with an ``addmm``.
 
     Args:
         lstm: Holds the weights; its ``forward`` is not called.
@@ -43,7 +44,7 @@ def lstm_step(lstm: nn.LSTM | LSTMTensors, inputs: Tensor, carry: Carry) -> tupl
         zip(carry[0].split(lstm.hidden_size, -1), carry[1].split(lstm.hidden_size, -1), strict=True)
     ):
         weight_ih, weight_hh, bias_ih, bias_hh = lstm.all_weights[layer]
-        gates = below @ weight_ih.t() + hidden @ weight_hh.t() + (bias_ih + bias_hh)
+        gates = torch.cat((below, hidden), -1) @ torch.cat((weight_ih, weight_hh), 1).t() + (bias_ih + bias_hh)
         write, forget, candidate, read = gates.chunk(4, -1)
         cell = torch.sigmoid(forget) * cell + torch.sigmoid(write) * torch.tanh(candidate)
         below = torch.sigmoid(read) * torch.tanh(cell)
