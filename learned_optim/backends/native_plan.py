@@ -63,6 +63,12 @@ class _Found(ctypes.Structure):
     )
 
 
+class _Held(ctypes.Structure):
+    """``struct held`` of unchanged.c."""
+
+    _fields_ = (("count", ctypes.c_int64), *((name, pointer) for name in ("dicts", "ends", "objects")))
+
+
 class _Look:
     """The functions of ``unchanged.c``, which hold the interpreter's lock, and what they must know of torch and Python.
 
@@ -92,11 +98,10 @@ class _Look:
         places = (words.index(word) for word, words in wanted)
         self._words = _Words(*places, (pointer * 2)(*map(id, PLAIN_TENSORS)), absent)
 
-    def holds(self, state: dict[Tensor, Any], dicts: array[int], ends: array[int], objects: array[int]) -> bool:
-        """Return whether the state holds these dicts, and each its objects up to its end, in this order."""
-        where = (pointer(values.buffer_info()[0]) for values in (dicts, ends, objects))
-        count, threads = ctypes.c_int64(len(dicts)), torch.get_num_threads()
-        return bool(self._library.learned_optim_holds(self._functions, pointer(id(state)), count, *where, threads))
+    def holds(self, state: dict[Tensor, Any], held: _Held) -> bool:
+        """Return whether the state holds the dicts and objects that it held, in this order."""
+        where, threads = ctypes.byref(held), torch.get_num_threads()
+        return bool(self._library.learned_optim_holds(self._functions, where, pointer(id(state)), threads))
 
     def find(self, found: _Found, params: list[Tensor]) -> bool:
         """Return whether all is where it was found, and write where parameters and gradients lie."""
@@ -135,7 +140,8 @@ class Plan:
         self._look = look
         self._objects = [value for memory in state.values() for value in memory.values()]  # Kept, lest an address return.
         ends = array("q", itertools.accumulate(map(len, state.values())))
-        self._held = array("Q", map(id, state.values())), ends, array("Q", map(id, self._objects))
+        self._arrays = array("Q", map(id, state.values())), ends, array("Q", map(id, self._objects))
+        self._held = _Held(len(ends), *(values.buffer_info()[0] for values in self._arrays))
         self._groups = [_PlannedGroup(look, *each, state) for each in zip(groups, rules, strict=True)]
 
     def renew(self, groups: Sequence[Group], rules: Sequence[UpdateRule], state: dict[Tensor, Any]) -> bool:
@@ -151,7 +157,7 @@ class Plan:
         """
         return (
             len(groups) == len(self._groups)
-            and self._look.holds(state, *self._held)
+            and self._look.holds(state, self._held)
             and all(planned.renew(group, rule) for planned, group, rule in zip(self._groups, groups, rules, strict=True))
         )
 

@@ -45,6 +45,14 @@ struct found {
   void *const *kept_storages; /* only to fetch them ahead of use */
 };
 
+/* What the optimizer's state, a dict of dicts, held at the last step. Mirrored by native_plan.py. */
+struct held {
+  int64_t count;
+  void *const *dicts;
+  const int64_t *ends; /* of each dict's part of the objects */
+  void *const *objects;
+};
+
 /* Thousands of tensors lie in as many pages: waiting for one after the other is most of the time it takes to look at them. */
 #ifdef __GNUC__
 #define FETCH(address) __builtin_prefetch(address)
@@ -71,17 +79,16 @@ static int holds_all(const struct functions *call, void *dict, int64_t count, vo
   return found == count;
 }
 
-/* Whether a dict holds these dicts, and each of them its part of these objects, up to its entry of `ends`; in this order. */
-int learned_optim_holds(const struct functions *call, void *outer, int64_t count, void *const *dicts, const int64_t *ends,
-                        void *const *objects, int threads) {
-  if (!holds_all(call, outer, count, dicts)) return 0;
+/* Whether a dict holds the same dicts, and each of them the same objects, in this order. */
+int learned_optim_holds(const struct functions *call, const struct held *held, void *outer, int threads) {
+  if (!holds_all(call, outer, held->count, held->dicts)) return 0;
   int other = 0;
-  threads = useful_threads(threads, count ? ends[count - 1] : 0);
+  threads = useful_threads(threads, held->count ? held->ends[held->count - 1] : 0);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static) reduction(| : other)
-  for (int64_t i = 0; i < count; i++) {
-    int64_t start = i ? ends[i - 1] : 0;
-    if (i + AHEAD < count) FETCH(dicts[i + AHEAD]);
-    other |= !holds_all(call, dicts[i], ends[i] - start, objects + start);
+  for (int64_t i = 0; i < held->count; i++) {
+    int64_t start = i ? held->ends[i - 1] : 0;
+    if (i + AHEAD < held->count) FETCH(held->dicts[i + AHEAD]);
+    other |= !holds_all(call, held->dicts[i], held->ends[i] - start, held->objects + start);
   }
   return !other;
 }
