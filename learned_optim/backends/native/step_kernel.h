@@ -671,19 +671,13 @@ INLINE void look_ahead(block_buffers *b, const struct rule *rule, const struct c
   b->ahead.share = (left < BLOCK ? (size_t)left : BLOCK) * bytes_of(columns->memory_types[i]);
 }
 
-/* In float64, but for sixteen squares each of which is added in float32 first: a scale needs no more digits, and where squares
- * leave the range of float32 it is at its bounds. */
+/* In float64, as the reference has it: whichever of them measures a tensor, the scale is the same to the last bit. */
 static double sum_of_squares(const void *values, int type, int64_t start, int64_t count) {
   double sums[BLOCK] = {0};
   float staging[BLOCK] __attribute__((aligned(64)));
-  for (int64_t first = 0; first < count; first += 16 * BLOCK) {
-    const int64_t end = first + 16 * BLOCK < count ? first + 16 * BLOCK : count;
-    vec some[W] = {{0}};
-    for (int64_t i = first; i < end; i += BLOCK) {
-      const float *x = read_values(values, type, start + i, end - i < BLOCK ? (int)(end - i) : BLOCK, staging);
-      UNROLL for (int v = 0; v < W; v++) some[v] += load_vec(x + v * LANES) * load_vec(x + v * LANES);
-    }
-    for (int j = 0; j < BLOCK; j++) sums[j] += (double)((const float *)some)[j];
+  for (int64_t i = 0; i < count; i += BLOCK) {
+    const float *x = read_values(values, type, start + i, count - i < BLOCK ? (int)(count - i) : BLOCK, staging);
+    for (int j = 0; j < BLOCK; j++) sums[j] += (double)x[j] * (double)x[j];
   }
   for (int half = BLOCK / 2; half; half /= 2)
     for (int j = 0; j < half; j++) sums[j] += sums[j + half];
