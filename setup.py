@@ -31,7 +31,7 @@ setup(
         Extension(
             "learned_optim.backends._native",
             sources=[f"{NATIVE}/lstm.c", f"{NATIVE}/step.c", f"{NATIVE}/unchanged.c"],
-            depends=[f"{NATIVE}/{name}" for name in ("lstm_kernel.h", "step_kernel.h", "vectors.h")],
+            depends=[f"{NATIVE}/{name}" for name in ("lstm_kernel.h", "step_kernel.h", "threads.h", "vectors.h")],
             optional=True,
         )
     ],

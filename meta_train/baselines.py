@@ -166,7 +166,7 @@ CIFAR = [
 
 CIFAR_TWO = [
     *settings("SGD", rates(3.16e-3, 0.01)),
-    *settings("NAG", rates(1e-3, 1e-3), (0.9, 0.95, 0.98)),
+    *settings("NAG", (1e-3,), (0.9, 0.95, 0.98)),
     *settings("Adam", rates(1e-4, 3.16e-4)),
     *CIFAR,
 ]

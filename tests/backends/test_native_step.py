@@ -236,7 +236,7 @@ def test_rounding_is_to_nearest_even_and_special_values_survive() -> None:
 @pytest.mark.parametrize(
     "options", [{"maximize": True}, {"weight_decay": 3.0}, {"lr": torch.tensor(0.3)}, {"lr": 0.0}], ids=str
 )
-@pytest.mark.parametrize("size", [("paper", 2, 3), ("paper", 2, 20), ("adam-modulation", 1, 8)], ids=str)
+@pytest.mark.parametrize("size", [("paper", 2, 3), ("adam-modulation", 1, 8)], ids=str)
 def test_options_act_as_in_the_reference(size: tuple[str, int, int], options: dict[str, Any]) -> None:
     rule = wide_rule(*size)
     compare(rule, draw_items(rule), 20, rtol=1e-5, atol=1e-5, **options)

@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "threads.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -133,12 +135,6 @@ HELPER size_t bytes_of(int type) { return type == FLOAT32 ? 4 : type == INT8 ? 1
 #define FETCH(address) ((void)0)
 #endif
 
-/* Waking a thread must be worth its microseconds. */
-static int useful_threads(int threads, int64_t coordinates) {
-  int64_t worth = 1 + coordinates / 2048;
-  return threads < 1 ? 1 : threads < worth ? threads : (int)worth;
-}
-
 /* ---- 16-bit floats, in integers so that every compiler can vectorise them ----------------------------------------------- */
 
 HELPER float bits_to_float(uint32_t bits) {
@@ -241,8 +237,8 @@ int learned_optim_isa(void) {
 
 /* ---- what native.py calls ------------------------------------------------------------------------------------------------- */
 
-/* Scales of all tensors that threads may share. Squares are summed in float64 by pieces of fixed size: threads do not change the
- * result. */
+/* Scales of all tensors that threads may share. Squares are summed in float64 by pieces of fixed size: threads do not change
+ * the result. */
 static int measure_scales(const struct rule *rule, const struct columns *columns, int threads) {
   enum { PIECE = 32768 };
   const int64_t *sizes = columns->sizes;

@@ -146,15 +146,15 @@ INLINE void write_bytes(int8_t *memory, int64_t start, int rows, int width, cons
   }
 }
 
-/* LANES rows of memory to [unit][coordinate] and back, where a row is some eights of numbers: whether it is. */
+/* LANES rows of memory to [unit][coordinate] and back, where a row is a multiple of eight numbers; else return 0. */
 INLINE int read_eights(float *to, const void *memory, int bfloat16, int64_t row, int width) {
 #if LANES == 16
   const size_t bytes = bfloat16 ? 2 : 4;
   const char *from = (const char *)memory + (size_t)row * width * bytes;
-  if (width == 8) return load_eights(to, BLOCK, from, 8, bfloat16), 1;
-  for (int c = 0; c < width && width % 8 == 0; c += 8)
-    load_eights(to + (size_t)c * BLOCK, BLOCK, from + c * bytes, width, bfloat16);
-  return width % 8 == 0;
+  if (width % 8) return 0;
+  if (width == 8) return load_eights(to, BLOCK, from, 8, bfloat16), 1; /* a constant: two rows in one load */
+  for (int c = 0; c < width; c += 8) load_eights(to + (size_t)c * BLOCK, BLOCK, from + c * bytes, width, bfloat16);
+  return 1;
 #else
   return 0;
 #endif
@@ -164,10 +164,10 @@ INLINE int write_eights(void *memory, int bfloat16, int64_t row, int width, cons
 #if LANES == 16
   const size_t bytes = bfloat16 ? 2 : 4;
   char *to = (char *)memory + (size_t)row * width * bytes;
+  if (width % 8) return 0;
   if (width == 8) return store_eights(to, 8, bfloat16, from, BLOCK), 1;
-  for (int c = 0; c < width && width % 8 == 0; c += 8)
-    store_eights(to + c * bytes, width, bfloat16, from + (size_t)c * BLOCK, BLOCK);
-  return width % 8 == 0;
+  for (int c = 0; c < width; c += 8) store_eights(to + c * bytes, width, bfloat16, from + (size_t)c * BLOCK, BLOCK);
+  return 1;
 #else
   return 0;
 #endif

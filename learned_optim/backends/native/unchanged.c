@@ -8,6 +8,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "threads.h"
+
 /* A handle points to a tensor, which is one pointer. The functions of torch's C interface return 0 unless they fail. */
 struct functions {
   int32_t (*get_layout)(void *const *tensor, int32_t *layout);
@@ -63,12 +65,6 @@ enum { AHEAD = 8 };
 
 static void fetch(const char *tensor) {
   for (int line = 0; line < 4; line++) FETCH(tensor + 64 * line);
-}
-
-/* Waking a thread must be worth its microseconds. */
-static int useful_threads(int threads, int64_t looks) {
-  int64_t worth = 1 + looks / 2048;
-  return threads < 1 ? 1 : threads < worth ? threads : (int)worth;
 }
 
 static int holds_all(const struct functions *call, void *dict, int64_t count, void *const *objects) {

@@ -47,8 +47,8 @@
 #define transpose_tile NAME(transpose_tile)
 #define load_tile NAME(load_tile)
 #define store_tile NAME(store_tile)
-#define turn_bit NAME(turn_bit)
-#define turn_bit_back NAME(turn_bit_back)
+#define unzip_vectors NAME(unzip_vectors)
+#define zip_vectors NAME(zip_vectors)
 #define load_two_rows NAME(load_two_rows)
 #define store_two_rows NAME(store_two_rows)
 #define loose_eight NAME(loose_eight)
@@ -346,24 +346,24 @@ INLINE void store_tile(const tile m[4], void *to, size_t stride, int bfloat16) {
 /* Every other number of two vectors, from the first or from the second one on; and the first or second halves of two, in
  * turns. Done to all vectors, either turns the place of an element, counted through them, by one bit: three times brings
  * the three bits that say which number of a row it is to the front, or back. */
-#define EVERY_OTHER(a, b, first)                                                                                    \
+#define UNZIP(a, b, first)                                                                                    \
   __builtin_shufflevector(a, b, first, first + 2, first + 4, first + 6, first + 8, first + 10, first + 12, first + 14, \
                           first + 16, first + 18, first + 20, first + 22, first + 24, first + 26, first + 28, first + 30)
-#define IN_TURNS(a, b, half)                                                                                    \
+#define ZIP(a, b, half)                                                                                    \
   __builtin_shufflevector(a, b, half, half + 16, half + 1, half + 17, half + 2, half + 18, half + 3, half + 19, \
                           half + 4, half + 20, half + 5, half + 21, half + 6, half + 22, half + 7, half + 23)
 
-INLINE void turn_bit(vec to[8], const vec from[8]) {
+INLINE void unzip_vectors(vec to[8], const vec from[8]) {
   UNROLL for (int j = 0; j < 4; j++) {
-    to[j] = EVERY_OTHER(from[2 * j], from[2 * j + 1], 0);
-    to[j + 4] = EVERY_OTHER(from[2 * j], from[2 * j + 1], 1);
+    to[j] = UNZIP(from[2 * j], from[2 * j + 1], 0);
+    to[j + 4] = UNZIP(from[2 * j], from[2 * j + 1], 1);
   }
 }
 
-INLINE void turn_bit_back(vec to[8], const vec from[8]) {
+INLINE void zip_vectors(vec to[8], const vec from[8]) {
   UNROLL for (int j = 0; j < 4; j++) {
-    to[2 * j] = IN_TURNS(from[j], from[j + 4], 0);
-    to[2 * j + 1] = IN_TURNS(from[j], from[j + 4], 8);
+    to[2 * j] = ZIP(from[j], from[j + 4], 0);
+    to[2 * j + 1] = ZIP(from[j], from[j + 4], 8);
   }
 }
 
@@ -401,7 +401,7 @@ INLINE void load_eights(float *to, size_t apart, const void *rows, size_t stride
   const size_t bytes = 2 * stride * (bfloat16 ? 2 : 4);
   vec a[8], b[8];
   UNROLL for (int j = 0; j < 8; j++) a[j] = load_two_rows((const char *)rows + j * bytes, stride, bfloat16);
-  turn_bit(b, a), turn_bit(a, b), turn_bit(b, a);
+  unzip_vectors(b, a), unzip_vectors(a, b), unzip_vectors(b, a);
   UNROLL for (int j = 0; j < 8; j++) store_vec(to + j * apart, b[j]);
 }
 
@@ -409,7 +409,7 @@ INLINE void store_eights(void *rows, size_t stride, int bfloat16, const float *f
   const size_t bytes = 2 * stride * (bfloat16 ? 2 : 4);
   vec a[8], b[8];
   UNROLL for (int j = 0; j < 8; j++) a[j] = load_vec(from + j * apart);
-  turn_bit_back(b, a), turn_bit_back(a, b), turn_bit_back(b, a);
+  zip_vectors(b, a), zip_vectors(a, b), zip_vectors(b, a);
   UNROLL for (int j = 0; j < 8; j++) store_two_rows((char *)rows + j * bytes, stride, bfloat16, b[j]);
 }
 #endif
