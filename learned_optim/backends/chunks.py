@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from learned_optim.rules import Memory, UpdateRule
+from learned_optim.rules.rule import Advance
 from learned_optim.rules.storage import decode, encode, noise
 
 CHUNK = 65_536
@@ -128,6 +129,7 @@ def step_chunk(
     lr: Tensor | float,
     shrink: Tensor | float,
     maximize: bool,
+    advance: Advance | None = None,
 ) -> None:
     """Take one inner step of a chunk, in place.
 
@@ -141,9 +143,10 @@ def step_chunk(
         lr: Factor on the update.
         shrink: Factor on the parameter.
         maximize: Ascend instead of descend.
+        advance: A faster equivalent of the rule's own.
     """
     memory = decode(rule, stored, param.dtype)
-    update, new_memory, encoded = rule(-grad if maximize else grad, memory, step, scale)
+    update, new_memory, encoded = rule(-grad if maximize else grad, memory, step, scale, advance)
     new_stored = encode(rule, new_memory, stored, encoded.active, noise(grad, step))
     param.copy_(param * shrink + lr * update)
     for name, values in new_stored.items():

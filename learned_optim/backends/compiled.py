@@ -1,7 +1,7 @@
 """The ``compiled`` backend: the reference's chunks through ``torch.compile``.
 
-Every chunk has the same number of coordinates, the last one filled up with coordinates at rest, and whatever changes between
-steps is a tensor: one graph serves every step of every model. Another one is compiled only for another form of rule, way to
+Chunks have one of few sizes, the last one filled up with coordinates at rest, and whatever changes between steps is a
+tensor: a graph for each size serves every step of every model. Others are compiled only for another form of rule, way to
 store memory, ``maximize``, or where a chunk holds several tensors instead of part of one. Where compiling fails the
 reference takes over.
 """
@@ -22,9 +22,16 @@ from torch import Tensor
 from learned_optim.backends import chunks
 from learned_optim.backends.chunks import StepItem
 from learned_optim.rules import Memory, UpdateRule
+from learned_optim.rules.lstm import Carry, lstm_cell
 
-CHUNK = 16_384
-"""Coordinates of a chunk: enough to be worth a call, few enough for scratch memory to stay within the caches."""
+SIZES = (65_536, 16_384, 4_096)
+"""Coordinates of a chunk, the largest that can be had first; few, for each is compiled for itself."""
+
+NARROW = 8
+"""Units of a layer that fill no more than half a vector of sixteen numbers."""
+
+BLOCK = 1_024
+"""Coordinates side by side of each unit of a narrow layer; what threads share out is blocks."""
 
 COMPILERS = ("g++", "clang++", "c++", "cl")
 
@@ -56,38 +63,56 @@ def apply_step(
     """
     lr = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
     options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
-    chunks.apply_step(rule, items, run=_step_chunk, size=CHUNK, **options)  # type: ignore[arg-type]
+    chunks.apply_step(rule, items, run=_step_chunk, size=SIZES[0], **options)  # type: ignore[arg-type]
 
 
 def _step_chunk(
     rule: UpdateRule, param: Tensor, grad: Tensor, stored: Memory, step: Tensor, scale: Tensor | None, *options: object
 ) -> None:
+    done = 0
+    while done < len(param):
+        size = next((size for size in SIZES if size <= len(param) - done), SIZES[-1])
+        rows = slice(done, done + size)
+        memory = {name: values[rows] for name, values in stored.items()}
+        steps = step if step.dim() == 0 else step[rows]
+        scales = scale if scale is None or scale.dim() == 0 else scale[rows]
+        _step_filled(size, rule, param[rows], grad[rows], memory, steps, scales, *options)
+        done += size
+
+
+def _step_filled(
+    size: int,
+    rule: UpdateRule,
+    param: Tensor,
+    grad: Tensor,
+    stored: Memory,
+    step: Tensor,
+    scale: Tensor | None,
+    *options: object,
+) -> None:
     written = [param, *stored.values()]
-    new = [_filled(values) for values in written]
+    new = [_filled(values, size) for values in written]
     memory = dict(zip(stored, new[1:], strict=True))
-    step = step if step.dim() == 0 else _filled(step, 1.0)
-    scale = scale if scale is None or scale.dim() == 0 else _filled(scale)
+    step = step if step.dim() == 0 else _filled(step, size, 1.0)
+    scale = scale if scale is None or scale.dim() == 0 else _filled(scale, size)
+    arguments: tuple[Any, ...] = (rule, new[0], _filled(grad, size), memory, step, scale, *options)
     try:
-        _compiled_unless_it_failed()(rule, new[0], _filled(grad), memory, step, scale, *options)
+        (chunks.step_chunk if _failures else compiled())(*arguments)
     except RuntimeError as error:  # What compilers raise is one, whatever the stage; nothing has run then.
         _failures.append(str(error))
         logging.getLogger("learned_optim").warning(
             "torch.compile failed, steps go on in plain PyTorch; choose another backend or repair the C++ compiler: %s",
             str(error).strip().splitlines()[0],
         )
-        chunks.step_chunk(rule, new[0], _filled(grad), memory, step, scale, *options)  # type: ignore[arg-type]
-    if len(param) < CHUNK:
+        chunks.step_chunk(*arguments)
+    if len(param) < size:
         for values, filled in zip(written, new, strict=True):
             values.copy_(filled[: len(values)])
 
 
-def _compiled_unless_it_failed() -> Callable[..., None]:
-    return chunks.step_chunk if _failures else compiled()
-
-
 @functools.cache
 def compiled() -> Callable[..., None]:
-    """Return the compiled :func:`learned_optim.backends.chunks.step_chunk`.
+    """Return the compiled :func:`step_chunk`.
 
     Where this torch can, tanh(x) is computed as 2 sigmoid(2x) - 1, to 1e-7: on a CPU a vector of its tanh takes as long as
     sixteen of its exponentials.
@@ -95,10 +120,63 @@ def compiled() -> Callable[..., None]:
     from torch._inductor import config
 
     options: dict[str, Any] = {"cpp.use_decompose_tanh": True} if hasattr(config.cpp, "use_decompose_tanh") else {}
-    return torch.compile(chunks.step_chunk, dynamic=False, fullgraph=True, options=options)
+    return torch.compile(step_chunk, dynamic=False, fullgraph=True, options=options)
 
 
-def _filled(values: Tensor, value: float = 0.0) -> Tensor:
-    """Return exactly ``CHUNK`` rows."""
-    missing = CHUNK - len(values)
+def step_chunk(rule: UpdateRule, *arguments: Any) -> None:
+    """Take one inner step of a chunk, like :func:`learned_optim.backends.chunks.step_chunk`, narrow layers in blocks.
+
+    Args:
+        rule: Frozen.
+        *arguments: The others of that function, but for the last.
+    """
+    advance = functools.partial(advance_in_blocks, rule) if rule.config.hidden_size <= NARROW else None
+    chunks.step_chunk(rule, *arguments, advance=advance)  # type: ignore[misc]
+
+
+def advance_in_blocks(rule: UpdateRule, inputs: Tensor, carry: Carry, active: Tensor) -> tuple[Tensor, Carry]:
+    """Run the LSTM for one inner step, like :meth:`learned_optim.rules.UpdateRule.advance`, coordinates side by side.
+
+    Where units lie side by side, a vector of the processor holds those of one coordinate: half a vector if they are eight.
+
+    Args:
+        rule: Frozen.
+        inputs: ``(N, F)``.
+        carry: Hidden and cell, each ``(N, L * H)``.
+        active: ``(N,)`` bool.
+
+    Returns:
+        The top hidden state ``(N, H)``, not held, and the new carry, held.
+    """
+    lstm = rule.lstm if rule._frozen_lstm is None else rule._frozen_lstm
+    block = BLOCK if len(active) % BLOCK == 0 else len(active)
+    # Computed once and written as a number: a compiler would work the mask out for every unit, and is slow with bytes.
+    mask = active.to(inputs.dtype)
+    moves = mask.as_strided(mask.size(), mask.stride()).view(-1, 1, block) != 0
+    hiddens, cells = (_coordinates_last(memory, block).split(lstm.hidden_size, 1) for memory in carry)
+    below = _coordinates_last(inputs, block)
+    all_weights: Sequence[Sequence[Tensor]] = lstm.all_weights
+    kept = []
+    for hidden, cell, (weight_ih, weight_hh, bias_ih, bias_hh) in zip(hiddens, cells, all_weights, strict=True):
+        products = torch.cat((weight_ih, weight_hh), 1) @ torch.cat((below, hidden), 1)
+        gates = products + (bias_ih + bias_hh).unsqueeze(-1)
+        below, new_cell = lstm_cell(gates.chunk(4, 1), cell)
+        kept.append((torch.where(moves, below, hidden), torch.where(moves, new_cell, cell)))
+    new_hidden, new_cell = (_coordinates_first(torch.cat(layers, 1)) for layers in zip(*kept, strict=True))
+    return _coordinates_first(below), (new_hidden, new_cell)
+
+
+def _coordinates_last(values: Tensor, block: int) -> Tensor:
+    """Return ``(N, units)`` as ``(N / block, units, block)``."""
+    return values.unflatten(0, (-1, block)).transpose(1, 2)
+
+
+def _coordinates_first(values: Tensor) -> Tensor:
+    """Undo :func:`_coordinates_last`."""
+    return values.transpose(1, 2).flatten(0, 1)
+
+
+def _filled(values: Tensor, size: int, value: float = 0.0) -> Tensor:
+    """Return exactly ``size`` rows."""
+    missing = size - len(values)
     return F.pad(values, (*[0, 0] * (values.dim() - 1), 0, missing), value=value) if missing else values

@@ -164,7 +164,7 @@ class AdamModulationRule(UpdateRule):
 
     def decode(self, hidden: Tensor, context: Tensor) -> Tensor:
         """Return the modulated Adam step plus the bounded learned direction, zero where inactive."""
-        magnitude, direction = self.readout(hidden).unbind(-1)
+        magnitude, direction = self.read(hidden)
         nominal, amplitude = context.unbind(-1)
         bound = self.config.log_gain
         return amplitude * torch.exp(bound * torch.tanh(magnitude / bound)) * (nominal + torch.tanh(direction))

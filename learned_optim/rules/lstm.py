@@ -7,6 +7,7 @@ state.
 Letters used throughout: N coordinates, F input features, L layers, H hidden size, K inner steps.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,8 +28,8 @@ def lstm_step(lstm: nn.LSTM | LSTMTensors, inputs: Tensor, carry: Carry) -> tupl
     """Advance every coordinate's LSTM by one inner step, with plain matmuls.
 
     ``nn.LSTM`` would break ``torch.compile(fullgraph=True)``; a matmul a layer and some pointwise operations do not. It is
-    one because of two that are added a compiler makes an ``addmm``, for which it copies all gates. The biases are added
-    apart: what follows could not be fused with an ``addmm``.
+    one because of two that are added a compiler makes an ``addmm``, for which it copies all gates; as it would of a matmul
+    and biases of the same shape.
 
     Args:
         lstm: Holds the weights; its ``forward`` is not called.
@@ -44,15 +45,29 @@ def lstm_step(lstm: nn.LSTM | LSTMTensors, inputs: Tensor, carry: Carry) -> tupl
         zip(carry[0].split(lstm.hidden_size, -1), carry[1].split(lstm.hidden_size, -1), strict=True)
     ):
         weight_ih, weight_hh, bias_ih, bias_hh = lstm.all_weights[layer]
-        gates = torch.cat((below, hidden), -1) @ torch.cat((weight_ih, weight_hh), 1).t() + (bias_ih + bias_hh)
-        write, forget, candidate, read = gates.chunk(4, -1)
-        cell = torch.sigmoid(forget) * cell + torch.sigmoid(write) * torch.tanh(candidate)
-        below = torch.sigmoid(read) * torch.tanh(cell)
+        products = torch.cat((below, hidden), -1) @ torch.cat((weight_ih, weight_hh), 1).t()
+        gates = products.unflatten(-1, (4, -1)) + (bias_ih + bias_hh).view(4, -1)
+        below, cell = lstm_cell(gates.unbind(-2), cell)
         hiddens.append(below)
         cells.append(cell)
     if len(hiddens) == 1:
         return below, (hiddens[0], cells[0])
     return below, (torch.cat(hiddens, -1), torch.cat(cells, -1))
+
+
+def lstm_cell(gates: Sequence[Tensor], cell: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the new hidden state and cell of one layer.
+
+    Args:
+        gates: Before their nonlinearities, in torch's order: input, forget, candidate and output, each of ``cell``'s shape.
+        cell: Any shape.
+
+    Returns:
+        Both.
+    """
+    write, forget, candidate, read = gates
+    cell = torch.sigmoid(forget) * cell + torch.sigmoid(write) * torch.tanh(candidate)
+    return torch.sigmoid(read) * torch.tanh(cell), cell
 
 
 def lstm_sequence(lstm: nn.LSTM, inputs: Tensor, carry: Carry) -> tuple[Tensor, Carry]:

@@ -100,4 +100,5 @@ class PaperRule(UpdateRule):
 
     def decode(self, hidden: Tensor, context: Tensor) -> Tensor:
         """Return ``output_scale * linear(hidden)``, zero where inactive."""
-        return self.readout(hidden).squeeze(-1) * context.squeeze(-1)
+        (update,) = self.read(hidden)
+        return update * context.squeeze(-1)

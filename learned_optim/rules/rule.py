@@ -208,6 +208,20 @@ class UpdateRule(nn.Module, ABC):
             The update, ``(..., N)``.
         """
 
+    def read(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Apply the readout, for :meth:`decode`.
+
+        Args:
+            hidden: ``(..., N, H)``.
+
+        Returns:
+            Its numbers, each ``(..., N)``.
+        """
+        if torch.compiler.is_compiling():  # Sums are fused with what stands around them; a matmul is a call of its own.
+            rows = zip(self.readout.weight.unbind(), self.readout.bias.unbind(), strict=True)
+            return tuple((hidden * weight).sum(-1) + bias for weight, bias in rows)
+        return self.readout(hidden).unbind(-1)
+
     def recur(self, inputs: Tensor, carry: Carry, *, fused: bool = False) -> tuple[Tensor, Carry]:
         """Run the LSTM over a sequence of inputs.
 

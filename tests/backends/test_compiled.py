@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from learned_optim import LearnedOptimizer
-from learned_optim.backends import backend_in_use, chunks, compiled
+from learned_optim import LearnedOptimizer, build_rule
+from learned_optim.backends import backend_in_use, compiled
 from tests.cases import (
     assert_identical,
     copies,
@@ -28,7 +28,8 @@ SHAPES = ((), (5,), (3, 4), (0, 3), (130,), (7, 9))
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small chunks, so that small models have several; nothing compiled before."""
-    monkeypatch.setattr(compiled, "CHUNK", 64)
+    monkeypatch.setattr(compiled, "SIZES", (64, 16))
+    monkeypatch.setattr(compiled, "BLOCK", 8)
     monkeypatch.setattr(compiled, "_failures", [])
     torch._dynamo.reset()
     yield
@@ -39,7 +40,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
     """Count graphs, and run them without compiling."""
     counter = CompileCounterWithBackend("eager")
-    function = torch.compile(chunks.step_chunk, dynamic=False, fullgraph=True, backend=counter)
+    function = torch.compile(compiled.step_chunk, dynamic=False, fullgraph=True, backend=counter)
     monkeypatch.setattr(compiled, "compiled", lambda: function)
     monkeypatch.setattr(compiled, "available", lambda: True)
     return counter
@@ -56,8 +57,9 @@ def results(backend: str, case: str, steps: int = 4, **options: Any) -> tuple[An
 @pytest.mark.skipif(not compiled.available(), reason="no C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Of the compiler's own parts.
 @pytest.mark.filterwarnings("ignore:Skipping serialization")
-@pytest.mark.parametrize(("case", "dtype"), [("paper-log-and-sign", "float32"), ("adam-modulation", "int8")])
-def test_compiled_steps_equal_the_reference(case: str, dtype: str) -> None:
+@pytest.mark.parametrize(("case", "dtype", "narrow"), [("paper-log-and-sign", "float32", 0), ("adam-modulation", "int8", 8)])
+def test_compiled_steps_equal_the_reference(case: str, dtype: str, narrow: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "NARROW", narrow)
     got, want = (results(backend, case, state_dtype=dtype) for backend in ("compiled", "reference"))
     assert not compiled._failures
     for index, (param, expected) in enumerate(zip(got[0], want[0], strict=True)):
@@ -71,6 +73,16 @@ def test_compiled_steps_equal_the_reference(case: str, dtype: str) -> None:
                 torch.testing.assert_close(values, others, rtol=2**-7 if values.element_size() == 2 else 1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [24, 21])
+def test_a_step_in_blocks_equals_the_rule(count: int) -> None:
+    rule = build_rule("paper", hidden_size=3, num_layers=2).double()
+    inputs = torch.randn(count, 1, dtype=torch.float64)
+    carry = (torch.randn(count, 6, dtype=torch.float64), torch.randn(count, 6, dtype=torch.float64))
+    active = torch.arange(count) % 3 > 0
+    got, want = compiled.advance_in_blocks(rule, inputs, carry, active), rule.advance(inputs, carry, active)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(("case", "state_dtype"), [("paper-raw", "float32"), ("adam-modulation-time", "int8")])
 def test_chunks_filled_up_equal_the_reference(counter: CompileCounterWithBackend, case: str, state_dtype: str) -> None:
     options = {"lr": torch.tensor(0.5), "weight_decay": 1.0, "maximize": True, "state_dtype": state_dtype}
@@ -79,12 +91,12 @@ def test_chunks_filled_up_equal_the_reference(counter: CompileCounterWithBackend
     torch.testing.assert_close(got[0][:6], want[0][:6], rtol=tolerance, atol=tolerance)
 
 
-def test_fifty_tensors_and_a_hundred_steps_compile_two_graphs(counter: CompileCounterWithBackend) -> None:
+def test_fifty_tensors_and_a_hundred_steps_compile_three_graphs(counter: CompileCounterWithBackend) -> None:
     params = make_params([(size, 1 + size % 3) for size in range(1, 51)])
     optimizer = LearnedOptimizer(params, weights=small_rule(), backend="compiled")
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
     take_steps(optimizer, params, 1)
-    assert counter.frame_count == 2  # Of several tensors, and of part of one.
+    assert counter.frame_count == 3  # Of several tensors in either size, and of part of one.
     with torch._dynamo.config.patch(error_on_recompile=True):
         for step in range(1, 100):
             for param, gradient in zip(params, draw_gradients(params, step), strict=True):
@@ -93,7 +105,7 @@ def test_fifty_tensors_and_a_hundred_steps_compile_two_graphs(counter: CompileCo
             scheduler.step()
     others = make_params([(900,), (77,)], seed=1)
     take_steps(LearnedOptimizer(others, weights=small_rule(seed=1), backend="compiled"), others, 2)
-    assert counter.frame_count == 2  # Another model and other weights of the same form need no other graph.
+    assert counter.frame_count == 3  # Another model and other weights of the same form need no other graph.
     assert not compiled._failures
 
 
@@ -103,7 +115,7 @@ def test_where_compiling_fails_the_reference_goes_on_and_says_so_once(
     def broken(graph: Any, inputs: Any) -> Any:
         raise OSError("g++: no such header")
 
-    monkeypatch.setattr(compiled, "compiled", lambda: torch.compile(chunks.step_chunk, backend=broken))
+    monkeypatch.setattr(compiled, "compiled", lambda: torch.compile(compiled.step_chunk, backend=broken))
     monkeypatch.setattr(compiled, "available", lambda: True)
     with caplog.at_level(logging.WARNING, "learned_optim"):
         got = results("compiled", "adam-modulation")
