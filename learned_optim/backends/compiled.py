@@ -12,7 +12,8 @@ import functools
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -95,9 +96,10 @@ def _step_filled(
     memory = dict(zip(stored, new[1:], strict=True))
     step = step if step.dim() == 0 else _filled(step, size, 1.0)
     scale = scale if scale is None or scale.dim() == 0 else _filled(scale, size)
+    form = (size, rule.config, *(values.dtype for values in written))
     arguments: tuple[Any, ...] = (rule, new[0], _filled(grad, size), memory, step, scale, *options)
     try:
-        (chunks.step_chunk if _failures else compiled())(*arguments)
+        (chunks.step_chunk if _failures else compiled(form))(*arguments)
     except RuntimeError as error:  # What compilers raise is one, whatever the stage; nothing has run then.
         _failures.append(str(error))
         logging.getLogger("learned_optim").warning(
@@ -111,16 +113,23 @@ def _step_filled(
 
 
 @functools.cache
-def compiled() -> Callable[..., None]:
-    """Return the compiled :func:`step_chunk`.
+def compiled(form: Hashable) -> Callable[..., None]:
+    """Return :func:`step_chunk`, to be compiled: for each form of chunk and rule a function with code of its own.
 
-    Where this torch can, tanh(x) is computed as 2 sigmoid(2x) - 1, to 1e-7: on a CPU a vector of its tanh takes as long as
-    sixteen of its exponentials.
+    Torch counts the graphs of a code and refuses to compile more than eight. Where it can, tanh(x) is computed as
+    2 sigmoid(2x) - 1, to 1e-7: on a CPU a vector of its tanh takes as long as sixteen of its exponentials.
+
+    Args:
+        form: What tells apart those that do not share a graph.
+
+    Returns:
+        The same function for the same form.
     """
     from torch._inductor import config
 
     options: dict[str, Any] = {"cpp.use_decompose_tanh": True} if hasattr(config.cpp, "use_decompose_tanh") else {}
-    return torch.compile(step_chunk, dynamic=False, fullgraph=True, options=options)
+    function = FunctionType(step_chunk.__code__.replace(), globals())
+    return torch.compile(function, dynamic=False, fullgraph=True, options=options)
 
 
 def step_chunk(rule: UpdateRule, *arguments: Any) -> None:

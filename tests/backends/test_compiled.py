@@ -32,7 +32,9 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(compiled, "BLOCK", 8)
     monkeypatch.setattr(compiled, "_failures", [])
     torch._dynamo.reset()
+    compiled.compiled.cache_clear()
     yield
+    compiled.compiled.cache_clear()
     torch._dynamo.reset()
 
 
@@ -40,10 +42,18 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
     """Count graphs, and run them without compiling."""
     counter = CompileCounterWithBackend("eager")
-    function = torch.compile(compiled.step_chunk, dynamic=False, fullgraph=True, backend=counter)
-    monkeypatch.setattr(compiled, "compiled", lambda: function)
+    compile_with(counter, monkeypatch)
     monkeypatch.setattr(compiled, "available", lambda: True)
     return counter
+
+
+def compile_with(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_function = torch.compile
+
+    def replaced(function: Any, options: Any = None, **flags: Any) -> Any:
+        return compile_function(function, **{"backend": backend, **flags})
+
+    monkeypatch.setattr(torch, "compile", replaced)
 
 
 def results(backend: str, case: str, steps: int = 4, **options: Any) -> tuple[Any, Any]:
@@ -109,13 +119,21 @@ def test_fifty_tensors_and_a_hundred_steps_compile_three_graphs(counter: Compile
     assert not compiled._failures
 
 
+def test_many_forms_of_rule_compile_in_one_process(counter: CompileCounterWithBackend) -> None:
+    for number in range(1, 11):
+        (param,) = make_params([(70,)])
+        rule = build_rule("paper", hidden_size=2, num_layers=1, output_scale=number)
+        take_steps(LearnedOptimizer([param], weights=rule, backend="compiled"), [param], 1)
+    assert counter.frame_count == 20  # Torch allows eight of one function.
+
+
 def test_where_compiling_fails_the_reference_goes_on_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(graph: Any, inputs: Any) -> Any:
         raise OSError("g++: no such header")
 
-    monkeypatch.setattr(compiled, "compiled", lambda: torch.compile(compiled.step_chunk, backend=broken))
+    compile_with(broken, monkeypatch)
     monkeypatch.setattr(compiled, "available", lambda: True)
     with caplog.at_level(logging.WARNING, "learned_optim"):
         got = results("compiled", "adam-modulation")
