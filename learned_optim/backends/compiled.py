@@ -25,7 +25,7 @@ from learned_optim.backends.chunks import StepItem
 from learned_optim.rules import Memory, UpdateRule
 from learned_optim.rules.lstm import Carry, lstm_cell
 
-SIZES = (65_536, 16_384, 4_096)
+SIZES = (32_768, 8_192, 2_048)
 """Coordinates of a chunk, the largest that can be had first; few, for each is compiled for itself."""
 
 NARROW = 8
