@@ -276,8 +276,7 @@ class UpdateRule(nn.Module, ABC):
             The update ``(N,)``, the new memory, and the encoded gradient for a caller that records it.
         """
         encoded = self.encode(grad, memory, step, scale)
-        hidden, (kept_hidden, kept_cell) = (advance or self.advance)(
-            encoded.inputs, (memory["hidden"], memory["cell"]), encoded.active
-        )
+        advance = self.advance if advance is None else advance
+        hidden, (kept_hidden, kept_cell) = advance(encoded.inputs, (memory["hidden"], memory["cell"]), encoded.active)
         update = self.decode(hidden, encoded.context)
         return update, {**encoded.moments, "hidden": kept_hidden, "cell": kept_cell}, encoded
