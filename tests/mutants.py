@@ -57,7 +57,7 @@ SCHEDULERS, RULES, NATIVE = (
 STORAGE, STORED = "rules/storage.py", "tests/rules/test_storage.py"
 GUARD, RECORDER, SUMMARY = (f"tests/optimizer/test_{name}.py" for name in ("guard", "recorder", "summary"))
 
-UPDATE = "update, new_memory, encoded = rule(-grad if maximize else grad, memory, step, scale)"
+UPDATE = "update, new_memory, encoded = rule(-grad if maximize else grad, memory, step, scale, advance)"
 SUPER = "        super().__init__(params, {**defaults, **_dtype_names(defaults)})\n"
 SHARED_NETWORK = '"_weights": self._weights}'
 
