@@ -77,7 +77,7 @@ def apply_step(
     weight_decay: float,
     maximize: bool,
     run: Callable[..., None] | None = None,
-    size: int | None = None,
+    sizes: Sequence[int] = (),
 ) -> None:
     """Apply one inner step in place.
 
@@ -88,21 +88,22 @@ def apply_step(
         weight_decay: Decoupled; parameters shrink by ``1e-3 * lr * weight_decay``.
         maximize: Ascend instead of descend.
         run: A faster equivalent of :func:`step_chunk`.
-        size: Coordinates of a chunk, :data:`CHUNK` by default.
+        sizes: Coordinates that a chunk may have, the most first; :data:`CHUNK` by default.
     """
     alike: dict[Any, list[StepItem]] = defaultdict(list)
     for item in items:
         alike[tuple((name, values.dtype) for name, values in item.memory.items())].append(item)
-    for chunk in (chunk for group in alike.values() for chunk in _pack(group, size or CHUNK)):
+    for chunk in (chunk for group in alike.values() for chunk in _pack(group, sizes or (CHUNK,))):
         _apply_chunk(rule, chunk, lr, weight_decay, maximize, run or step_chunk)
         for piece in chunk:
             piece.write_back()
 
 
-def _pack(items: Sequence[StepItem], size: int) -> Iterator[list[_Slice]]:
-    """Cut the items, in order, into chunks of ``size`` coordinates; the last may be smaller."""
+def _pack(items: Sequence[StepItem], sizes: Sequence[int]) -> Iterator[list[_Slice]]:
+    """Cut the items, in order, into chunks of the largest size that can be filled; the last may be smaller than all."""
     chunk: list[_Slice] = []
-    room = size
+    left = sum(item.param.numel() for item in items)
+    room = _largest(sizes, left)
     for item in items:
         # `reshape` copies a strided tensor: once for the item, not once for each of its chunks.
         flat_param, flat_grad = item.param.detach().reshape(-1), item.grad.reshape(-1)
@@ -111,12 +112,17 @@ def _pack(items: Sequence[StepItem], size: int) -> Iterator[list[_Slice]]:
             stop = min(total, start + room)
             chunk.append(_Slice(item, flat_param, flat_grad, start, stop))
             room -= stop - start
+            left -= stop - start
             start = stop
             if room == 0:
                 yield chunk
-                chunk, room = [], size
+                chunk, room = [], _largest(sizes, left)
     if chunk:
         yield chunk
+
+
+def _largest(sizes: Sequence[int], left: int) -> int:
+    return next((size for size in sizes if size <= left), sizes[-1])
 
 
 def step_chunk(

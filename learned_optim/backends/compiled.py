@@ -26,7 +26,7 @@ from learned_optim.rules import Memory, UpdateRule
 from learned_optim.rules.lstm import Carry, lstm_cell
 
 SIZES = (32_768, 8_192, 2_048)
-"""Coordinates of a chunk, the largest that can be had first; few, for each is compiled for itself."""
+"""Coordinates of a chunk: few sizes, for each is compiled for itself."""
 
 NARROW = 8
 """Units of a layer that fill no more than half a vector of sixteen numbers."""
@@ -64,33 +64,13 @@ def apply_step(
     """
     lr = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
     options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
-    chunks.apply_step(rule, items, run=_step_chunk, size=SIZES[0], **options)  # type: ignore[arg-type]
-
-
-def _step_chunk(
-    rule: UpdateRule, param: Tensor, grad: Tensor, stored: Memory, step: Tensor, scale: Tensor | None, *options: object
-) -> None:
-    done = 0
-    while done < len(param):
-        size = next((size for size in SIZES if size <= len(param) - done), SIZES[-1])
-        rows = slice(done, done + size)
-        memory = {name: values[rows] for name, values in stored.items()}
-        steps = step if step.dim() == 0 else step[rows]
-        scales = scale if scale is None or scale.dim() == 0 else scale[rows]
-        _step_filled(size, rule, param[rows], grad[rows], memory, steps, scales, *options)
-        done += size
+    chunks.apply_step(rule, items, run=_step_filled, sizes=SIZES, **options)  # type: ignore[arg-type]
 
 
 def _step_filled(
-    size: int,
-    rule: UpdateRule,
-    param: Tensor,
-    grad: Tensor,
-    stored: Memory,
-    step: Tensor,
-    scale: Tensor | None,
-    *options: object,
+    rule: UpdateRule, param: Tensor, grad: Tensor, stored: Memory, step: Tensor, scale: Tensor | None, *options: object
 ) -> None:
+    size = min(size for size in SIZES if size >= len(param))
     written = [param, *stored.values()]
     new = [_filled(values, size) for values in written]
     memory = dict(zip(stored, new[1:], strict=True))
