@@ -36,7 +36,7 @@ check: .venv/ready ## lint, format, types and the documentation's links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mkdocs build --quiet
+	$(BIN)/mkdocs build
 
 docs: .venv/ready ## show the documentation on http://127.0.0.1:8000
 	$(BIN)/mkdocs serve
@@ -126,6 +126,7 @@ reproduce-neural-art: .venv/ready ## the same for pictures; DATA=DIR holds neura
 
 bench: .venv/ready ## time an optimizer step and a meta-training step; run it on a quiet machine
 	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.small_tensors
 	$(BIN)/python -m benchmarks.training_step
 	$(BIN)/python -m benchmarks.meta_training
 	$(BIN)/python -m benchmarks.import_time

@@ -11,12 +11,25 @@ HERE = Path(__file__).parent
 _SHORTEST = 2e-3  # Seconds; what takes less is called several times, so that the clock does not tell.
 
 
-def side_by_side(contestants: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Return the fastest time of each contestant in seconds; they take turns, so that a busy moment hits all alike."""
+def side_by_side(
+    contestants: Mapping[str, Callable[[], object]], repeats: int, before: Callable[[], object] | None = None
+) -> dict[str, float]:
+    """Return the fastest time of each contestant in seconds; they take turns, so that a busy moment hits all alike.
+
+    Args:
+        contestants: What to time, by name.
+        repeats: Turns.
+        before: Called before each turn and not timed; a turn is one call then.
+
+    Returns:
+        Seconds a call, by name.
+    """
     fastest = dict.fromkeys(contestants, float("inf"))
-    calls = {name: _calls_worth_timing(run) for name, run in contestants.items()}
+    calls = {name: 1 if before else _calls_worth_timing(run) for name, run in contestants.items()}
     for _ in range(repeats):
         for name, run in contestants.items():
+            if before:
+                before()
             start = time.perf_counter()
             for _ in range(calls[name]):
                 run()

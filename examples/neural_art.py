@@ -2,7 +2,7 @@
 
     python -m examples.neural_art --content photo.jpg --style painting.jpg --network squeezenet.safetensors --out art.png
 
-Needs `pip install learned-optim[art]` and a network: SqueezeNet v1.0 as safetensors, or any other with a `--description`
+Needs `pip install -e ".[art]"` in a clone and a network: SqueezeNet v1.0 as safetensors, or any other with a `--description`
 in TOML (meta_train/tasks/features.py says what it holds). Without a photo it paints a texture in the painting's style. All
 start from the same noise and take the same number of steps on one loss; Adam runs at every rate of a small grid and its best
 is shown; a step of L-BFGS evaluates the loss several times.

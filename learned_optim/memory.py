@@ -34,7 +34,7 @@ def state_bytes(
     Raises:
         ValueError: If a dtype or ``weights`` is unknown.
 
-    Example:
+    Examples:
         >>> state_bytes(torch.nn.Linear(1000, 1000, bias=False, device="meta"), state_dtype=torch.int8)
         26000004
     """

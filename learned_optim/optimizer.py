@@ -73,7 +73,7 @@ class LearnedOptimizer(Optimizer):
         ValueError: If a value is out of range or ``weights`` is unknown or unreadable; the message says what to do.
         RuntimeError: If ``fused`` or ``differentiable`` is True, or if FSDP1 flattened the parameters.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(3, 1)
         >>> opt = LearnedOptimizer(model.parameters())
         >>> model(torch.ones(2, 3)).square().mean().backward()

@@ -62,7 +62,7 @@ class Recorder:
         TypeError: If ``optimizer`` is no ``LearnedOptimizer`` or ``writer`` is neither of the two.
         ValueError: If ``every`` is below 1.
 
-    Example:
+    Examples:
         >>> param = torch.nn.Parameter(torch.ones(3))
         >>> optimizer = LearnedOptimizer([param])
         >>> recorder = Recorder(optimizer, every=1)

@@ -186,6 +186,9 @@ def _contestant(names: Sequence[str]) -> evaluate.AnyWeights:
     return evaluate.WeightsOfParts("+".join(shared), together)
 
 
+_OUT = "runs/results"
+"""Where a printed command writes: anywhere will do."""
+
 _WHERE = ("torch", "processor", "commit")
 """What of an earlier judgement's environment stays with baselines that are taken from it."""
 
@@ -212,11 +215,13 @@ def _judge_suite(options: argparse.Namespace) -> int:
     limit = f" --only {' '.join(options.only)}" if options.only else ""
     limit += f" --horizon {options.horizon}" if options.horizon else ""
     limit += f" --lr {' '.join(f'{lr:g}' for lr in options.lr)}" if options.lr != [1.0] else ""
+    data = " --data DIR" if options.data else ""
     about = {
         "suite": suite.name,
         "fingerprints": {rule.name: rule.fingerprint for rule in rules},
         "seeds": {"tuning": [TUNING_SEED], "evaluation": list(SEEDS)},
-        "command": f"python -m meta_train evaluate {' '.join(options.weights)} --suite {suite.name}{limit}{taken}",
+        "command": f"python -m meta_train evaluate {' '.join(options.weights)} --suite {suite.name}{limit}{taken}{data}"
+        f" --out {_OUT}",
         **about_baselines,
     }
     evaluate.write_judgement(report, options.out, about)
@@ -250,7 +255,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         "optimizees": {"tuning": arena.tuning, "evaluation": arena.fresh, "seed": 0},
         "fingerprints": {one.name: one.fingerprint for one in weights},
         "command": f"python -m meta_train evaluate {' '.join(names)} --task {options.task}"
-        + (" --data DIR" if options.data else ""),
+        f"{' --data DIR' if options.data else ''} --out {_OUT}",
     }
     evaluate.write_judgement(judgement, options.out, about)
     evaluate.write_rows(options.out / "probe.csv", evaluate.probe(drawn, scale=0.01))

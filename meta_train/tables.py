@@ -191,25 +191,30 @@ def suite(results: Path = RESULTS / "judge") -> str:
         for horizon in horizons:
             row = summary.get((opponent, horizon))
             better = f"better on {row['wins']} of {row['tasks']}" if row else ""
-            cells.append(f"**{float(row['ratio']):.2f} x**, {better}" if row else "")
+            cells.append(f"{_trained_and_held_out(row, '**')}, {better}" if row else "")
         lines.append(f"| {opponent} | {' | '.join(cells)} |")
     lines += ["", f"| task, against tuned Adam | {heads} |", "|---" * (len(horizons) + 1) + "|"]
     for task in dict.fromkeys(row["task"] for row in tasks):
-        ratios = {int(r["horizon"]): r["ratio"] for r in tasks if (r["task"], r["against"]) == (task, "Adam, tuned")}
-        cells = [f"{float(ratios[horizon]):.2f} x" if horizon in ratios else "" for horizon in horizons]
+        of_task = {int(r["horizon"]): r for r in tasks if (r["task"], r["against"]) == (task, "Adam, tuned")}
+        cells = [_trained_and_held_out(of_task[horizon]) if horizon in of_task else "" for horizon in horizons]
         lines.append(f"| {task} | {' | '.join(cells)} |")
     about = json.loads((results / "environment.json").read_text())
     baselines = about.get("baselines")
     taken = f"; baselines at commit {baselines['commit']}" if baselines else ""
     note = (
         "Geometric means over tasks of the ratio of two mean training losses, each over the last tenth of the steps and "
-        f"n = {tasks[0]['n']} fresh seeds; below 1 is better than the opponent. `default` is told neither rate nor horizon. "
+        f"n = {tasks[0]['n']} fresh seeds; below 1 is better than the opponent. In brackets the same of losses on held-out "
+        "data after the last step. `default` is told neither rate nor horizon. "
         "Tuned opponents have the best rate of a half-decade grid for each task and each horizon, found on another seed; "
         "AdamW with a cosine decay knows the horizon. Every figure is in "
         f"[results.csv](docs/results/{results.name}/results.csv), every rate tried in "
         f"[sweep.csv](docs/results/{results.name}/sweep.csv). {where(about)}{taken}. Command: `{about['command']}`."
     )
     return "\n".join([*lines, "", note])
+
+
+def _trained_and_held_out(row: dict[str, str], mark: str = "") -> str:
+    return f"{mark}{float(row['ratio']):.2f} x{mark} ({float(row['held_out_ratio']):.2f} x)"
 
 
 def seeds(results: Path = RESULTS / "default") -> str:

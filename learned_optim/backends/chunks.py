@@ -90,11 +90,12 @@ def apply_step(
         run: A faster equivalent of :func:`step_chunk`.
         sizes: Coordinates that a chunk may have, the most first; :data:`CHUNK` by default.
     """
+    shrink = 1 - lr * 1e-3 * weight_decay
     alike: dict[Any, list[StepItem]] = defaultdict(list)
     for item in items:
         alike[tuple((name, values.dtype) for name, values in item.memory.items())].append(item)
     for chunk in (chunk for group in alike.values() for chunk in _pack(group, sizes or (CHUNK,))):
-        _apply_chunk(rule, chunk, lr, weight_decay, maximize, run or step_chunk)
+        _apply_chunk(rule, chunk, lr, shrink, maximize, run or step_chunk)
         for piece in chunk:
             piece.write_back()
 
@@ -163,7 +164,7 @@ def _apply_chunk(
     rule: UpdateRule,
     chunk: list[_Slice],
     lr: Tensor | float,
-    weight_decay: float,
+    shrink: Tensor | float,
     maximize: bool,
     run: Callable[..., None],
 ) -> None:
@@ -176,7 +177,7 @@ def _apply_chunk(
     scales = [piece.item.scale for piece in chunk if piece.item.scale is not None]
     scale = _spread(scales, sizes) if scales else None
 
-    run(rule, param, grad, stored, step, scale, lr, 1 - lr * 1e-3 * weight_decay, maximize)
+    run(rule, param, grad, stored, step, scale, lr, shrink, maximize)
 
     # Part of one tensor was written where it lies; what was joined or cast is a copy.
     if len(chunk) > 1:

@@ -42,7 +42,12 @@ _failures: list[str] = []
 
 def available() -> bool:
     """Return whether there is a C++ compiler, which ``torch.compile`` calls, and compiling has not failed before."""
-    return not _failures and any(shutil.which(name) for name in (os.environ.get("CXX", ""), *COMPILERS) if name)
+    return not _failures and _has_compiler()
+
+
+@functools.cache  # Looking along the path takes a tenth of a millisecond, and every step asks.
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), *COMPILERS) if name)
 
 
 def supports(rule: UpdateRule) -> bool:

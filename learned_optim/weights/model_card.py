@@ -47,7 +47,7 @@ An optimizer for PyTorch whose update rule was itself learned: a coordinatewise 
 family `{rule.family}`.
 
 ```
-pip install learned-optim
+pip install .   # in a clone of learned-optim
 ```
 
 ```python

@@ -145,6 +145,7 @@ def test_where_compiling_fails_the_reference_goes_on_and_says_so_once(
 def test_without_a_compiler_it_is_refused_and_auto_never_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     rule = small_rule()
     rule.freeze()
+    monkeypatch.setattr(compiled, "_has_compiler", compiled._has_compiler.__wrapped__)
     for found in ("/usr/bin/g++", None):
         monkeypatch.setattr("shutil.which", lambda name, found=found: found)
         assert compiled.available() == bool(found)

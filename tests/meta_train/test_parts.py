@@ -159,7 +159,7 @@ def test_parts_are_judged_together(place: Path, monkeypatch: pytest.MonkeyPatch,
     command = ["evaluate", together, "--task", "digits", "--out", str(place / "out"), "--cache", str(place / "cache")]
     assert main(command) == 0
     about = json.loads((place / "out" / "environment.json").read_text())
-    assert about["command"] == "python -m meta_train evaluate both-first+both-second --task digits"
+    assert about["command"] == "python -m meta_train evaluate both-first+both-second --task digits --out runs/results"
     assert about["fingerprints"] == {"both": "+".join(Weights.from_pretrained(path).fingerprint for path in paths)}
     assert all("both" in evidence(Weights.from_pretrained(path), place / "out") for path in paths)
     (row,) = [
