@@ -1,10 +1,17 @@
 """Build the optional CPU kernels. Everything else about the package stands in pyproject.toml."""
 
+import hashlib
+from pathlib import Path
+
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError
 
 NATIVE = "learned_optim/backends/native"
+SOURCES = sorted(Path(NATIVE).glob("*.[ch]"))
+DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
+"""As native_library.py computes it, which loads no kernels that were built from other sources than lie beside it."""
+
 UNROLL = ["-funroll-all-loops", "--param=max-completely-peeled-insns=2000", "--param=max-completely-peel-times=64"]
 ATTEMPTS = ([*UNROLL, "-fopenmp"], ["-fopenmp"], [])
 """Compiler flags to try, best first: clang knows no --param, some compilers no OpenMP."""
@@ -30,8 +37,9 @@ setup(
     ext_modules=[
         Extension(
             "learned_optim.backends._native",
-            sources=[f"{NATIVE}/lstm.c", f"{NATIVE}/step.c", f"{NATIVE}/unchanged.c"],
-            depends=[f"{NATIVE}/{name}" for name in ("lstm_kernel.h", "step_kernel.h", "threads.h", "vectors.h")],
+            sources=[str(path) for path in SOURCES if path.suffix == ".c"],
+            depends=[str(path) for path in SOURCES],
+            define_macros=[("SOURCE_DIGEST", f'"{DIGEST}"')],
             optional=True,
         )
     ],

@@ -20,6 +20,7 @@ from learned_optim.backends.native_plan import Plan, make_plan
 from learned_optim.guard import check_guard, judge, nominal, snapshot
 from learned_optim.rules import UpdateRule
 from learned_optim.rules.storage import MOMENT_DTYPES, STATE_DTYPES, layout, names
+from learned_optim.sharding import as_real, gradient_of, local, whole, zeros_like
 from learned_optim.summary import summarize
 from learned_optim.weights import Weights, resolve_weights
 from learned_optim.weights.facts import bytes_per_parameter
@@ -198,7 +199,7 @@ class LearnedOptimizer(Optimizer):
             The closure's loss, or None without a closure.
 
         Raises:
-            RuntimeError: If a gradient is sparse.
+            RuntimeError: If a gradient is sparse, or a parameter has another shape than its state.
         """
         loss = None
         if closure is not None:
@@ -206,7 +207,7 @@ class LearnedOptimizer(Optimizer):
                 loss = closure()
         if self._repeat_step():
             return loss
-        self._refuse_sparse_gradients()
+        self._refuse_what_does_not_fit()
         before = snapshot(self.param_groups)
         for group in self.param_groups:
             weights = self._weights_of(group)
@@ -234,12 +235,14 @@ class LearnedOptimizer(Optimizer):
         return True
 
     def _plan_step(self) -> None:
-        if self.backend in ("auto", "native") and self._may_repeat():
+        if self._may_repeat():
             self._plan = make_plan(self.param_groups, self._cpu_rules(), self.state)
 
     def _may_repeat(self) -> bool:
-        """Return whether steps may be repeated unseen: not while tracing, nor under a guard."""
-        return not torch.compiler.is_compiling() and not any(group["guard"] for group in self.param_groups)
+        """Return whether steps may be repeated unseen: not while tracing, nor under a guard, nor by another backend."""
+        if torch.compiler.is_compiling() or self.backend not in ("auto", "native"):
+            return False
+        return not any(group["guard"] for group in self.param_groups)
 
     def _cpu_rules(self) -> list[UpdateRule]:
         cpu = torch.device("cpu")
@@ -258,12 +261,20 @@ class LearnedOptimizer(Optimizer):
         """Return the rule that steps a parameter, on its device and in the dtype it computes in."""
         return self._weights_of(group).rule_on(param.device, compute_dtype(param.dtype))
 
-    def _refuse_sparse_gradients(self) -> None:
+    def _refuse_what_does_not_fit(self) -> None:
         """Refuse before anything is written, so that a caller who catches the error has lost nothing."""
         for param, _ in _params_with_groups(self.param_groups):
-            if param.grad is not None and param.grad.layout != torch.strided:
+            if param.grad is None:
+                continue
+            if param.grad.layout != torch.strided:
                 raise RuntimeError(
                     "LearnedOptimizer does not support sparse gradients; build the embedding with sparse=False"
+                )
+            hidden = self.state[param].get("hidden") if param in self.state else None
+            if hidden is not None and hidden.shape[:-1] != as_real(param).shape:
+                raise RuntimeError(
+                    f"a parameter has shape {tuple(param.shape)}, but its state is of shape {tuple(hidden.shape[:-1])}: "
+                    "if its data were replaced on purpose, start its memory afresh: `del optimizer.state[param]`"
                 )
 
     def _items(self, group: dict[str, Any], weights: Weights) -> dict[tuple[torch.device, torch.dtype], list[StepItem]]:
@@ -283,14 +294,14 @@ class LearnedOptimizer(Optimizer):
         items: dict[tuple[torch.device, torch.dtype], list[StepItem]] = {}
         for where, params in stepped.items():
             rule = weights.rule_on(*where)
-            scales = rule.tensor_scales([_as_real(param) for param in params])
+            scales = rule.tensor_scales([as_real(param) for param in params])
             items[where] = [
                 StepItem(
-                    param=_local(_as_real(param)),
-                    grad=_local(_placed_like(_as_real(param.grad), _as_real(param))),  # type: ignore[arg-type]
-                    memory={name: _local(self.state[param][name]) for name in names(rule, self.state[param])},
+                    param=local(as_real(param)),
+                    grad=local(gradient_of(param)),
+                    memory={name: local(self.state[param][name]) for name in names(rule, self.state[param])},
                     step=self.state[param]["step"],
-                    scale=None if scale is None else _whole(scale),
+                    scale=None if scale is None else whole(scale),
                 )
                 for param, scale in zip(params, scales, strict=True)
             ]
@@ -298,10 +309,10 @@ class LearnedOptimizer(Optimizer):
 
     def _initial_state(self, param: Tensor, group: dict[str, Any], rule: UpdateRule) -> dict[str, Tensor]:
         """Return memory at rest: every tensor of the parameter's shape, with what there is for each coordinate behind it."""
-        like = _as_real(param)
+        like = as_real(param)
         step = torch.zeros((), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
         entries = layout(rule, *_dtypes(param, group)).items()
-        return {"step": step, **{name: _zeros(like, entry.trailing, entry.dtype) for name, entry in entries}}
+        return {"step": step, **{name: zeros_like(like, entry.trailing, entry.dtype) for name, entry in entries}}
 
     def _state_bytes(self, param: Tensor, group: dict[str, Any]) -> int:
         """Return the bytes of a parameter's state, over all ranks together; nothing is allocated to count them."""
@@ -320,6 +331,7 @@ class LearnedOptimizer(Optimizer):
         Raises:
             ValueError: If the checkpoint was made by another optimizer or with other weights, or does not fit the
                 parameters. Nothing is changed then.
+            RuntimeError: If memory runs out on the way: old and new state never lie side by side, so none is left then.
         """
         self._plan = None  # It would keep the old state alive beside the new.
         checked: list[dict[str, Any]] = []
@@ -354,7 +366,7 @@ class LearnedOptimizer(Optimizer):
             if saved["fingerprint"] != live["fingerprint"]:
                 name = saved.get("weights")
                 raise ValueError(
-                    f"the checkpoint was made with weights {name!r} ({saved['fingerprint'][:12]}), this "
+                    f"the checkpoint was made with weights {name!r} ({str(saved['fingerprint'])[:12]}), this "
                     f"optimizer uses {live['weights']!r} ({live['fingerprint'][:12]}); an LSTM's memory means nothing "
                     f"to another LSTM, so construct it with weights={name!r}"
                 )
@@ -381,13 +393,19 @@ class LearnedOptimizer(Optimizer):
 
     def _restore_state(self, state_dict: dict[str, Any]) -> None:
         """Replace the base class's casts and aliases by copies of the checkpoint's tensors, in their own dtypes."""
-        for _, saved, param, group in self._saved_states(state_dict):
-            state = self.state[param]
-            step = torch.as_tensor(saved["step"], dtype=torch.float32)
-            capturable = group.get("capturable", self.defaults["capturable"])
-            state["step"] = step.to(param.device if capturable else "cpu", copy=True)
-            for name in names(self._weights_of(group).rule, saved):
-                state[name] = saved[name].detach().to(param.device, copy=True).contiguous()
+        try:
+            for _, saved, param, group in self._saved_states(state_dict):
+                state = self.state[param]
+                step = torch.as_tensor(saved["step"], dtype=torch.float32, device="cpu")
+                capturable = group.get("capturable", self.defaults["capturable"])
+                state["step"] = step.to(param.device if capturable else "cpu", copy=True)
+                for name in names(self._weights_of(group).rule, saved):
+                    state[name] = saved[name].detach().to(param.device, copy=True).contiguous()
+        except (RuntimeError, MemoryError) as error:
+            self.state.clear()  # Half a memory would be taken for a whole one.
+            raise RuntimeError(
+                f"the checkpoint could not be copied ({error}); the optimizer has no state now: make room and load it again"
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep what a copy needs and nothing else: schedulers and hooks patch attributes that must not travel."""
@@ -408,6 +426,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _check_options(options: dict[str, Any]) -> None:
+    for name in ("fused", "differentiable"):
+        if options.get(name):
+            raise ValueError(f"Invalid {name}: {options[name]!r}; a group of LearnedOptimizer cannot have it")
     lr, weight_decay = options["lr"], options["weight_decay"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
@@ -431,17 +452,25 @@ def _dtype_names(options: dict[str, Any]) -> dict[str, str | None]:
 
 def _dtypes(param: Tensor, group: dict[str, Any]) -> tuple[torch.dtype, torch.dtype | None, torch.dtype]:
     """Return the dtypes of LSTM memory, moments (None: the layout decides) and computation."""
-    moment_dtype = group["moment_dtype"] and MOMENT_DTYPES[group["moment_dtype"]]
-    return STATE_DTYPES[group["state_dtype"]], moment_dtype, compute_dtype(param.dtype)
+    named = _dtype_names(group)  # Anew: a group may have been edited by hand.
+    state_dtype, moment_dtype = named["state_dtype"], named["moment_dtype"]
+    moments = None if moment_dtype is None else MOMENT_DTYPES[moment_dtype]
+    return STATE_DTYPES[str(state_dtype)], moments, compute_dtype(param.dtype)
 
 
 def _params_with_groups(groups: Iterable[dict[str, Any]]) -> list[tuple[Tensor, dict[str, Any]]]:
     return [(param, group) for group in groups for param in group["params"]]
 
 
+def _is_plain_memory(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta"
+
+
 def _check_memory(index: int, saved: dict[str, Any], param: Tensor, group: dict[str, Any], rule: UpdateRule) -> None:
     """Refuse one parameter's saved state if it is not this rule's memory of this parameter."""
-    shape = tuple(_as_real(param).shape)
+    shape = tuple(as_real(param).shape)
+    if any(name in saved and not _is_plain_memory(saved[name]) for name in ("hidden", "cell", *rule.moment_names)):
+        raise ValueError(f"the memory of parameter {index} in the checkpoint is not all of dense tensors; was it edited?")
     if missing := [name for name in ("step", *names(rule, saved)) if name not in saved]:
         raise ValueError(f"the checkpoint lacks {', '.join(missing)} of parameter {index}; was it edited?")
     dtype = str(saved["hidden"].dtype).removeprefix("torch.")
@@ -451,6 +480,10 @@ def _check_memory(index: int, saved: dict[str, Any], param: Tensor, group: dict[
             f"the memory of parameter {index} is {dtype} in the checkpoint, whose options say state_dtype={expected!r}; "
             "8-bit memory means nothing without its scales: load it into an optimizer with the state_dtype that saved it"
         )
+    if not isinstance(saved["step"], (int, float)) and not (_is_plain_memory(saved["step"]) and saved["step"].numel() == 1):
+        raise ValueError(
+            f"the step of parameter {index} in the checkpoint is {saved['step']!r}, not a number; was it edited?"
+        )
     entries = layout(rule, saved["hidden"].dtype)
     for name in names(rule, saved):
         if tuple(saved[name].shape) != shape + entries[name].trailing:
@@ -458,44 +491,3 @@ def _check_memory(index: int, saved: dict[str, Any], param: Tensor, group: dict[
                 f"parameter {index} has shape {tuple(param.shape)}, but its {name} in the checkpoint has shape "
                 f"{tuple(saved[name].shape)}; give the optimizer the same parameters in the same order"
             )
-
-
-def _as_real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a DTensor, any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """Return the full value of a DTensor, any other tensor as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _placed_like(grad: Tensor, param: Tensor) -> Tensor:
-    """Return a DTensor gradient sharded as its parameter is; tensor parallelism may leave it, say, unreduced."""
-    if getattr(grad, "placements", None) == getattr(param, "placements", None):
-        return grad
-    return grad.redistribute(placements=param.placements)  # type: ignore
-
-
-def _zeros(like: Tensor, trailing: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return contiguous zeros of shape ``(*like.shape, *trailing)``, sharded as ``like`` is."""
-    local = _local(like)
-    zeros = torch.zeros((*local.shape, *trailing), dtype=dtype, device=local.device)
-    if local is like:
-        return zeros
-    from torch.distributed.tensor import DTensor
-
-    shape = torch.Size((*like.shape, *trailing))
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        zeros,
-        like.device_mesh,  # type: ignore
-        like.placements,  # type: ignore
-        run_check=False,
-        shape=shape,
-        stride=stride,
-    )

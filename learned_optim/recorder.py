@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from learned_optim.backends.chunks import CHUNK
-from learned_optim.optimizer import LearnedOptimizer, _as_real, _local, _placed_like, compute_dtype
+from learned_optim.optimizer import LearnedOptimizer, compute_dtype
 from learned_optim.rules import UpdateRule
 from learned_optim.rules.storage import CELL_SCALE, decode
+from learned_optim.sharding import as_real, gradient_of, local
 
 Row = dict[str, float]
 
@@ -145,14 +146,16 @@ def _share(part: float, whole: float) -> float:
 def _batches(params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Tensor]]) -> Iterator[list[Tensor]]:
     """Gather small parameters that can be joined, so that a sample does not pay for each of them."""
     alike: dict[Any, list[Tensor]] = defaultdict(list)
+    sizes: dict[Any, int] = defaultdict(int)
     for param in params:
         placement = getattr(param, "device_mesh", None), getattr(param, "placements", None)
-        batch = alike[param.device, compute_dtype(param.dtype), float(state[param]["step"]), placement]
-        batch.append(param)
-        if sum(member.numel() for member in batch) >= CHUNK:
-            yield batch.copy()
-            batch.clear()
-    yield from filter(None, alike.values())
+        kind = param.device, compute_dtype(param.dtype), float(state[param]["step"]), placement
+        alike[kind].append(param)
+        sizes[kind] += param.numel()
+        if sizes[kind] >= CHUNK:
+            yield alike.pop(kind)
+            sizes[kind] = 0
+    yield from alike.values()
 
 
 PIECE = 16_384
@@ -164,7 +167,7 @@ def _sums(
 ) -> Tensor:
     """Return what :func:`_figures` needs of a batch, summed over its coordinates, on the CPU in float64."""
     states, rule = [optimizer.state[param] for param in params], optimizer._rule_of(params[0], group)
-    grads = [_placed_like(_as_real(param.grad), _as_real(param)) for param in params]  # type: ignore[arg-type]
+    grads = [gradient_of(param) for param in params]
     before, after = _joined([originals[param] for param in params]), _joined(map(_flat, params))
     grad = _joined(map(_flat, grads))
     stored = {
@@ -234,4 +237,4 @@ def _over_ranks(sums: Tensor, param: Tensor) -> Tensor:
 
 def _flat(tensor: Tensor, *trailing: int) -> Tensor:
     """Return this rank's coordinates in logical order, complex ones as pairs of reals."""
-    return _local(_as_real(tensor.detach())).reshape(-1, *trailing)
+    return local(as_real(tensor.detach())).reshape(-1, *trailing)

@@ -44,7 +44,7 @@ def summarize(
             (
                 str(number),
                 group["weights"],
-                group["fingerprint"][:12],
+                str(group["fingerprint"])[:12],
                 _listed(f"{rule.family} {rule.config.num_layers}x{rule.config.hidden_size}" for rule in rules),
                 f"{float(group['lr']):g}",
                 *_sizes(numel, nbytes),

@@ -45,7 +45,7 @@ class Mutant(NamedTuple):
     chosen: tuple[str, ...]
 
 
-OPTIMIZER, CHUNKS = "optimizer.py", "backends/chunks.py"
+OPTIMIZER, SHARDING, CHUNKS = "optimizer.py", "sharding.py", "backends/chunks.py"
 ADAM, PAPER, LSTM = "rules/adam_modulation.py", "rules/paper.py", "rules/lstm.py"
 CONSTRUCTOR, STEP, CHECKPOINT = (f"tests/optimizer/test_{name}.py" for name in ("constructor", "step", "checkpoint"))
 ONE_CORE, COMPANY, DISTRIBUTED = (f"tests/optimizer/test_{name}.py" for name in ("one_core", "company", "distributed"))
@@ -224,7 +224,7 @@ MUTANTS = (
         "sparse gradients",
         "refused only when reached",
         OPTIMIZER,
-        "        self._refuse_sparse_gradients()\n        before",
+        "        self._refuse_what_does_not_fit()\n        before",
         "        before",
         STEP,
         "sparse",
@@ -347,7 +347,7 @@ MUTANTS = (
     _one(
         "complex parameters",
         "real and imaginary part change places",
-        OPTIMIZER,
+        SHARDING,
         "return torch.view_as_real(tensor) if",
         "return torch.view_as_real(tensor).flip(-1) if",
         STEP,
@@ -731,8 +731,8 @@ MUTANTS = (
         "FSDP2",
         "the scale is that of the shard",
         OPTIMIZER,
-        "rule.tensor_scales([_as_real(param) for",
-        "rule.tensor_scales([_local(_as_real(param)) for",
+        "rule.tensor_scales([as_real(param) for",
+        "rule.tensor_scales([local(as_real(param)) for",
         DISTRIBUTED,
         "fsdp2",
     ),

@@ -89,7 +89,8 @@ def choose_backend(name: str, rule: UpdateRule) -> ModuleType:
 def _say_once() -> None:
     if not torch.compiler.is_compiling():
         logging.getLogger("learned_optim").warning(
-            "the compiled CPU kernels were not built, steps are several times slower; %s", _INSTALL["native"]
+            "the compiled CPU kernels were not built, or from other sources, and steps are several times slower; %s",
+            _INSTALL["native"],
         )
 
 

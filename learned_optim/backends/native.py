@@ -133,6 +133,8 @@ def _apply_alike(
 def takes(rule: UpdateRule, item: StepItem) -> bool:
     """Return whether the kernel can take an item, perhaps by way of a contiguous copy of parameter and gradient."""
     size, layers, memory = item.param.numel(), rule.config.num_layers, item.memory
+    if torch.compiler.is_compiling() and item.param._is_view():
+        return False  # A complex parameter, seen as real: torch.compile fails on an operator that writes such a view.
     if set(memory) != set(names(rule, memory)):
         return False
     moments = [memory[name] for name in rule.moment_names]
@@ -144,6 +146,7 @@ def takes(rule: UpdateRule, item: StepItem) -> bool:
         and item.param.dtype in VALUE_TYPES
         and item.grad.dtype in VALUE_TYPES
         and item.grad.shape == item.param.shape
+        and (torch.compiler.is_compiling() or not item.grad._is_zerotensor())  # Which has no memory.
         and states[0].dtype == states[1].dtype
         and states[0].dtype in MEMORY_TYPES
         and all(x.is_contiguous() and x.numel() == size * rule.memory_width for x in states)

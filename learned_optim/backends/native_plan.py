@@ -25,7 +25,7 @@ from learned_optim.backends.native_library import AVAILABLE, LIBRARY, pointer
 from learned_optim.rules import UpdateRule
 from learned_optim.rules.storage import names
 
-_PLAIN = ("get_layout", "get_device_type", "get_dtype", "get_numel", "is_contiguous", "get_data_ptr")
+_PLAIN = ("get_layout", "get_device_type", "get_dtype", "get_numel", "get_dim", "get_sizes", "is_contiguous", "get_data_ptr")
 _MANGLED = (
     "_ZNK3c1010TensorImpl4gradEv",
     "_ZN2at25compositeimplicitautograd6is_negERKNS_6TensorE",
@@ -35,6 +35,9 @@ _MANGLED = (
 _PYTHON = ("PyDict_Next", "PyList_GetItem")
 _TENSOR_BYTES = 192
 """How far to look into a tensor of torch; its size, or less."""
+
+LARGE = 4_096
+"""Coordinates from which a gradient is held during a step. Holding one costs as much as stepping ten coordinates."""
 
 _grad, _handle = attrgetter("grad"), attrgetter("_cdata")
 
@@ -56,17 +59,17 @@ class _Found(ctypes.Structure):
 
     _fields_ = (
         ("params", ctypes.c_int64),
-        *((name, pointer) for name in ("objects", "tensors", "rows", "sizes", "dtypes", "param_addresses")),
-        ("grad_addresses", pointer),
+        *((name, pointer) for name in ("objects", "tensors", "rows", "sizes", "dtypes", "shapes", "ends")),
+        *((name, pointer) for name in ("param_addresses", "grad_addresses")),
         ("kept", ctypes.c_int64),
-        *((name, pointer) for name in ("kept_tensors", "kept_addresses", "kept_storages")),
+        *((name, pointer) for name in ("kept_objects", "kept_tensors", "kept_addresses", "kept_storages")),
     )
 
 
 class _Held(ctypes.Structure):
     """``struct held`` of unchanged.c."""
 
-    _fields_ = (("count", ctypes.c_int64), *((name, pointer) for name in ("dicts", "ends", "objects")))
+    _fields_ = (("count", ctypes.c_int64), *((name, pointer) for name in ("params", "ends", "entries")))
 
 
 class _Look:
@@ -99,7 +102,7 @@ class _Look:
         self._words = _Words(*places, (pointer * 2)(*map(id, PLAIN_TENSORS)), absent)
 
     def holds(self, state: dict[Tensor, Any], held: _Held) -> bool:
-        """Return whether the state holds the dicts and objects that it held, in this order."""
+        """Return whether the state holds the dicts and entries that it held, in this order."""
         where, threads = ctypes.byref(held), torch.get_num_threads()
         return bool(self._library.learned_optim_holds(self._functions, where, pointer(id(state)), threads))
 
@@ -138,9 +141,11 @@ class Plan:
 
     def __init__(self, look: _Look, groups: Sequence[Group], rules: Sequence[UpdateRule], state: dict[Tensor, Any]) -> None:
         self._look = look
-        self._objects = [value for memory in state.values() for value in memory.values()]  # Kept, lest an address return.
+        entries = [item for memory in state.values() for pair in memory.items() for item in pair]
+        self._entries = entries  # Kept, lest an address return.
         ends = array("q", itertools.accumulate(map(len, state.values())))
-        self._arrays = array("Q", map(id, state.values())), ends, array("Q", map(id, self._objects))
+        params = array("Q", (id(item) for pair in state.items() for item in pair))
+        self._arrays = params, ends, array("Q", map(id, entries))
         self._held = _Held(len(ends), *(values.buffer_info()[0] for values in self._arrays))
         self._groups = [_PlannedGroup(look, *each, state) for each in zip(groups, rules, strict=True)]
 
@@ -178,6 +183,8 @@ class _PlannedGroup:
         memory = [state[name] for name in (names(rule, states[0]) if states else ()) for state in states]
         steps = [state["step"] for state in states]
         self._look, self._rule, self._everyone, self._count = look, rule, everyone, count
+        self._large = [(row, param) for row, param in enumerate(params) if param.numel() >= LARGE]
+        self._held: list[Tensor | None] = []
         scales = torch.empty(count, dtype=torch.float32, device="cpu").unbind() if rule.uses_scale else ()
         self._table = table = Table(params, memory, steps, scales)
         row = iter(range(count))
@@ -187,35 +194,47 @@ class _PlannedGroup:
             array("Q", map(_handle, everyone)),
             array("q", [-1 if param.grad is None else next(row) for param in everyone]),
             array("i", [look.dtypes[param.dtype] for param in params]),
+            array("q", [size for param in params for size in param.shape]),
+            array("q", itertools.accumulate(param.dim() for param in params)),
             array("Q", bytes(8 * count)),
-            array("Q", bytes(8 * count)),
+            array("Q", map(id, kept)),
             array("Q", map(_handle, kept)),
             array("Q", [tensor.untyped_storage()._cdata for tensor in kept]),
         )
-        objects, tensors, rows, dtypes, table.columns.params, table.columns.grads, kept_tensors, storages = (
+        self._grad_addresses = array("Q", bytes(8 * count))
+        table.columns.grads = self._grad_addresses.buffer_info()[0]
+        objects, tensors, rows, dtypes, shapes, ends, table.columns.params, kept_objects, kept_tensors, storages = (
             values.buffer_info()[0] for values in self._arrays
         )
         table.columns.grad_types = table.columns.param_types
         kept_addresses = table.addresses.buffer_info()[0] + 8 * count
-        where = (table.columns.sizes, dtypes, table.columns.params, table.columns.grads)
-        kept_where = (len(kept), kept_tensors, kept_addresses, storages)
+        where = (table.columns.sizes, dtypes, shapes, ends, table.columns.params, table.columns.grads)
+        kept_where = (len(kept), kept_objects, kept_tensors, kept_addresses, storages)
         self._found = _Found(len(everyone), objects, tensors, rows, *where, *kept_where)
 
     def renew(self, group: Group, rule: UpdateRule) -> bool:
         params = group["params"]
+        # The kernel lets go of the interpreter's lock: another thread may then replace a gradient, and free the memory.
+        self._held = [param.grad for _, param in self._large]
         return (
             rule is self._rule
             and type(params) is list
             and len(params) == len(self._everyone)
             and self._look.find(self._found, params)
+            and all(map(self._lies, self._held, self._large))
         )
+
+    def _lies(self, grad: Tensor | None, large: tuple[int, Tensor]) -> bool:
+        """Return whether a gradient that is held is the one that was found."""
+        return grad is not None and grad.data_ptr() == self._grad_addresses[large[0]]
 
     def run(self, lr: Tensor | float, weight_decay: float, maximize: bool) -> None:
         if not self._count:
             return
         self._look.touch(self._found)
-        rule = self._rule
-        self._table.call(struct(describe(rule)), packed(rule), lr, weight_decay, maximize, anew=True)
+        rule, rate = self._rule, lr.to(torch.float32) if isinstance(lr, Tensor) else lr  # As of steps that are not planned.
+        self._table.call(struct(describe(rule)), packed(rule), rate, weight_decay, maximize, anew=True)
+        self._held = []
 
 
 def make_plan(groups: Sequence[Group], rules: Sequence[UpdateRule], state: dict[Tensor, Any]) -> Plan | None:

@@ -132,7 +132,7 @@ def encode(rule: UpdateRule, memory: Memory, stored: Memory, active: Tensor, bit
         cell = _layers(rule, memory["cell"])
         scale = bfloat16_above(cell.abs().amax(-1) / LARGEST)
         cells = (cell / torch.where(scale > 0, scale, 1).unsqueeze(-1)).flatten(1)
-        cells = (cells + _draws(bits, 0, width) / 2**16).floor()
+        cells = (cells + _draws(bits, 0, width).to(cells.dtype) * 2.0**-16).floor()
         new["hidden"] = (memory["hidden"] * LARGEST).round()
         new["cell"], new[CELL_SCALE] = cells.clamp(-LARGEST, LARGEST), scale
         for name in ("hidden", "cell", CELL_SCALE):

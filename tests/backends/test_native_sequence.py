@@ -37,6 +37,7 @@ def assert_equal_to_rounding(got: list[Tensor], want: list[Tensor]) -> None:
         assert (gradient - exact).norm() <= 1e-5 * exact.norm()
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize(("layers", "hidden"), ALL_SIZES)
 @pytest.mark.parametrize("inputs", range(1, 10))
 @pytest.mark.parametrize("all_active", [True, False])

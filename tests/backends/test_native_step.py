@@ -5,7 +5,6 @@ import math
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -116,19 +115,6 @@ def no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 
     fake = type("chunks", (), {"apply_step": staticmethod(refuse)})
     monkeypatch.setattr(native, "chunks", fake)
-
-
-@pytest.fixture(params=["plain", "avx2", "avx512"])
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run every variant that this processor has."""
-    library, wanted = native_library.LIBRARY, ("plain", "avx2", "avx512").index(request.param)
-    library.learned_optim_limit_isa(wanted)  # type: ignore[union-attr]
-    try:
-        if library.learned_optim_isa() != wanted:  # type: ignore[union-attr]
-            pytest.skip(f"this processor has no {request.param}")
-        yield
-    finally:
-        library.learned_optim_limit_isa(2)  # type: ignore[union-attr]
 
 
 @pytest.mark.usefixtures("no_reference", "instruction_set")

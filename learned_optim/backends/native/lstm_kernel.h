@@ -8,19 +8,9 @@
  *
  * A coordinate that is not active keeps its memory. NaN and Inf never reach this file: the caller encodes them away.
  */
-#define NAME(base) JOIN(base, SUFFIX)
-#define JOIN(base, suffix) JOIN_(base, suffix)
-#define JOIN_(base, suffix) base##suffix
-#define INLINE static inline __attribute__((always_inline))
+#include "vectors.h"
 
-#define vec NAME(vec)
-#define ivec NAME(ivec)
 #define history NAME(history)
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-#define splat NAME(splat)
-#define select_vec NAME(select_vec)
-#define tanh_vec NAME(tanh_vec)
 #define sigmoid_vec NAME(sigmoid_vec)
 #define layer_inputs NAME(layer_inputs)
 #define layer_weights NAME(layer_weights)
@@ -28,7 +18,6 @@ typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 #define scatter NAME(scatter)
 #define gather_mask NAME(gather_mask)
 #define scratch NAME(scratch)
-#define step_block NAME(step_block)
 #define history_vectors NAME(history_vectors)
 #define lay_out NAME(lay_out)
 #define forward_block NAME(forward_block)
@@ -36,30 +25,6 @@ typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 #define sum_lanes NAME(sum_lanes)
 #define weight_gradient NAME(weight_gradient)
 #define packed_size NAME(packed_size)
-
-INLINE vec splat(float x) { return x - (vec){0}; }
-
-INLINE vec select_vec(ivec mask, vec a, vec b) {
-  return (vec)(((ivec)a & mask) | ((ivec)b & ~mask));
-}
-
-/* Rational approximation of tanh on [-7.9, 7.9], saturated outside; relative error about 3e-7 everywhere, also near 0. */
-INLINE vec tanh_vec(vec x) {
-  const vec limit = splat(7.90531110763549805f);
-  x = select_vec(x > limit, limit, x);
-  x = select_vec(x < -limit, -limit, x);
-  vec s = x * x;
-  vec p = s * -2.76076847742355e-16f + 2.00018790482477e-13f;
-  p = p * s + -8.60467152213735e-11f;
-  p = p * s + 5.12229709037114e-08f;
-  p = p * s + 1.48572235717979e-05f;
-  p = p * s + 6.37261928875436e-04f;
-  p = p * s + 4.89352455891786e-03f;
-  vec q = s * 1.19825839466702e-06f + 1.18534705686654e-04f;
-  q = q * s + 2.26843463243900e-03f;
-  q = q * s + 4.89352518554385e-03f;
-  return x * p / q;
-}
 
 INLINE vec sigmoid_vec(vec x) { return tanh_vec(x * 0.5f) * 0.5f + 0.5f; }
 
@@ -263,7 +228,7 @@ INLINE float sum_lanes(vec x) {
 #else
 #define TILE_COLUMNS 3 /* 16 registers hold 12 */
 #endif
-#define TILE(COUNT, column, stride, d_row)                                                  \
+#define SUM_TILE(COUNT, column, stride, d_row)                                                  \
   do {                                                                                      \
     vec acc_[4][COUNT];                                                                     \
     for (int g_ = 0; g_ < 4; g_++)                                                          \
@@ -285,9 +250,9 @@ static void weight_gradient(const history *s, int K, int F, int H, int L, float 
     for (int unit = 0; unit < H; unit++) {
       int k = 0;
       for (; k + TILE_COLUMNS <= columns; k += TILE_COLUMNS, d_weights += 4 * TILE_COLUMNS)
-        TILE(TILE_COLUMNS, s->read[l] + k * SEQ_W, columns, d_weights);
-      for (; k + 2 <= columns; k += 2, d_weights += 8) TILE(2, s->read[l] + k * SEQ_W, columns, d_weights);
-      for (; k < columns; k++, d_weights += 4) TILE(1, s->read[l] + k * SEQ_W, columns, d_weights);
+        SUM_TILE(TILE_COLUMNS, s->read[l] + k * SEQ_W, columns, d_weights);
+      for (; k + 2 <= columns; k += 2, d_weights += 8) SUM_TILE(2, s->read[l] + k * SEQ_W, columns, d_weights);
+      for (; k < columns; k++, d_weights += 4) SUM_TILE(1, s->read[l] + k * SEQ_W, columns, d_weights);
     }
   }
 }
@@ -296,19 +261,18 @@ static size_t packed_size(int F, int H, int L) {
   return 4 * (size_t)H * (F + H + 1) + (size_t)(L - 1) * 4 * H * (2 * H + 1);
 }
 
-/* inputs (K, N, F); hidden, cell (N, L*H) at the start; active (K, N) or NULL. With d_top (K, N, H) NULL the top hidden
+/* inputs (K, N, F); hidden, cell (N, L*H) at the start, L at most 16; active (K, N) or NULL. With d_top (K, N, H) NULL the top hidden
  * states go to top (K, N, H); otherwise the gradient of sum(d_top * top) is added to d_weights, packed like weights.
  * Each thread sums its own share of the blocks, and shares are added in order: a result depends on the thread count alone. */
 static int NAME(lstm_sequence)(int K, int64_t N, int F, int H, int L, const float *inputs, const float *hidden,
                                 const float *cell, const uint8_t *active, const float *weights, float *top,
                                 const float *d_top, float *d_weights, int threads) {
-  if (L > 16) return 2;
   size_t size = packed_size(F, H, L), width = (size_t)L * H, wide = history_vectors(K, F, H, L);
   int64_t blocks = (N + SEQ_LANES - 1) / SEQ_LANES;
   float *shares = d_top ? calloc(size * threads, sizeof(float)) : NULL;
   if (d_top && !shares) return 1;
   int failed = 0;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static, 1)
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static, 1) reduction(| : failed)
   for (int share = 0; share < threads; share++) {
     vec *memory = (vec *)scratch(wide * LANES);
     if (!memory) {
@@ -339,38 +303,17 @@ static int NAME(lstm_sequence)(int K, int64_t N, int F, int H, int L, const floa
   return failed;
 }
 
-#undef splat
-#undef select_vec
-#undef tanh_vec
-#undef sigmoid_vec
-#undef layer_inputs
-#undef layer_weights
-#undef gather
-#undef scatter
-#undef gather_mask
-#undef scratch
-#undef step_block
-#undef history_vectors
-#undef lay_out
-#undef forward_block
-#undef backward_block
-#undef sum_lanes
-#undef weight_gradient
-#undef packed_size
-#undef vec
-#undef ivec
-#undef history
-#undef NAME
-#undef JOIN
-#undef JOIN_
-#undef INLINE
 #undef GATES
-#undef TILE
+#undef SUM_TILE
 #undef TILE_COLUMNS
 #undef THROUGH
-#undef STEP_W
-#undef STEP_LANES
 #undef SEQ_W
 #undef SEQ_LANES
+#undef TILE
+#undef SHUFFLE_PARTS
+#undef JOIN_ROWS
+#undef SPLIT_ROWS
 #undef LANES
 #undef SUFFIX
+#undef ISA_AVX2
+#undef ISA_AVX512

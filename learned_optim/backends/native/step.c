@@ -3,18 +3,12 @@
  * Plain C with a plain ABI, loaded by ctypes: no torch headers, no build-time dependency but a compiler. The kernel is
  * compiled once for each instruction set and chosen at run time; see step_kernel.h for how it works.
  */
-#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "threads.h"
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#pragma GCC diagnostic ignored "-Wpsabi"
 
 enum { PAPER = 0, ADAM_MODULATION = 1 };
 enum { WRITE, FORGET, READ, CANDIDATE }; /* gates as the kernel has them: the three sigmoids first */
@@ -174,43 +168,10 @@ HELPER uint16_t to_float16(float x) {
 
 /* ---- one kernel for each instruction set ------------------------------------------------------------------------------------ */
 
-#define LANES 4
-#define SUFFIX _plain
-#include "step_kernel.h"
+#define KERNEL "step_kernel.h"
+#include "variants.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define X86_VARIANTS
-
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#define LANES 8
-#define SUFFIX _avx2
-#define ISA_AVX2
-#include "step_kernel.h"
-#ifdef __clang__
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512")
-#endif
-#define LANES 16
-#define SUFFIX _avx512
-#define ISA_AVX512
-#include "step_kernel.h"
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
-
-/* Instruction sets by name: 0 plain, 1 AVX2, 2 AVX-512. Tests lower the limit to reach each. */
+/* Tests lower the limit to reach each. */
 static int isa_limit = 2;
 
 void learned_optim_limit_isa(int limit) { isa_limit = limit; }
@@ -225,15 +186,6 @@ int learned_optim_isa(void) {
 #endif
   return 0;
 }
-
-#ifdef X86_VARIANTS
-#define DISPATCH(function, ...)                               \
-  (learned_optim_isa() == 2   ? function##_avx512(__VA_ARGS__) \
-   : learned_optim_isa() == 1 ? function##_avx2(__VA_ARGS__)   \
-                              : function##_plain(__VA_ARGS__))
-#else
-#define DISPATCH(function, ...) function##_plain(__VA_ARGS__)
-#endif
 
 /* ---- what native.py calls ------------------------------------------------------------------------------------------------- */
 
@@ -277,6 +229,9 @@ int learned_optim_step(const struct rule *rule, const float *weights, const stru
       if (!columns->sizes[i] || !taken_whole(columns->sizes[i])) *columns->steps[i] += 1.0f;
   return DISPATCH(step_all, rule, weights, columns, threads);
 }
+
+/* What was compiled: see native_library.py. */
+const char *learned_optim_sources(void) { return SOURCE_DIGEST; }
 
 /* For tests: tanh 0, sigmoid 1, exp 2, log 3 of an array. */
 void learned_optim_evaluate(int function, int64_t count, const float *x, float *y) {

@@ -16,6 +16,8 @@ struct functions {
   int32_t (*get_device_type)(void *const *tensor, int32_t *type);
   int32_t (*get_dtype)(void *const *tensor, int32_t *dtype);
   int32_t (*get_numel)(void *const *tensor, int64_t *numel);
+  int32_t (*get_dim)(void *const *tensor, int64_t *dim);
+  int32_t (*get_sizes)(void *const *tensor, int64_t **sizes);
   int32_t (*is_contiguous)(void *const *tensor, bool *contiguous);
   int32_t (*get_data_ptr)(void *const *tensor, void **data);
   void *const *(*get_grad)(void *tensor);
@@ -41,18 +43,19 @@ struct found {
   const int64_t *rows;                   /* of every parameter in the table of the kernel, or -1: it has no gradient */
   const int64_t *sizes;                  /* of every row, of parameter and gradient */
   const int32_t *dtypes;                 /* likewise */
+  const int64_t *shapes, *ends;          /* of the parameter of every row, one after another, and where each ends */
   void **param_addresses, **grad_addresses; /* of every row: written */
   int64_t kept;
-  void *const *kept_tensors, *const *kept_addresses; /* of all memory and step counts */
+  void *const *kept_objects, *const *kept_tensors, *const *kept_addresses; /* of all memory and step counts */
   void *const *kept_storages; /* only to fetch them ahead of use */
 };
 
 /* What the optimizer's state, a dict of dicts, held at the last step. Mirrored by native_plan.py. */
 struct held {
   int64_t count;
-  void *const *dicts;
-  const int64_t *ends; /* of each dict's part of the objects */
-  void *const *objects;
+  void *const *params; /* key, value, key, value: parameters and their dicts */
+  const int64_t *ends; /* of each dict's part of the entries */
+  void *const *entries; /* key, value, key, value */
 };
 
 /* Thousands of tensors lie in as many pages: waiting for one after the other is most of the time it takes to look at them. */
@@ -67,29 +70,29 @@ static void fetch(const char *tensor) {
   for (int line = 0; line < 4; line++) FETCH(tensor + 64 * line);
 }
 
-static int holds_all(const struct functions *call, void *dict, int64_t count, void *const *objects) {
+static int holds_all(const struct functions *call, void *dict, int64_t count, void *const *entries) {
   int64_t found = 0;
-  void *key, *object;
-  for (ptrdiff_t i = 0; call->dict_next(dict, &i, &key, &object); found++)
-    if (found == count || objects[found] != object) return 0;
+  void *key, *value;
+  for (ptrdiff_t i = 0; call->dict_next(dict, &i, &key, &value); found++)
+    if (found == count || entries[2 * found] != key || entries[2 * found + 1] != value) return 0;
   return found == count;
 }
 
-/* Whether a dict holds the same dicts, and each of them the same objects, in this order. */
+/* Whether a dict holds the same dicts, and each of them the same entries, in this order. */
 int learned_optim_holds(const struct functions *call, const struct held *held, void *outer, int threads) {
-  if (!holds_all(call, outer, held->count, held->dicts)) return 0;
+  if (!holds_all(call, outer, held->count, held->params)) return 0;
   int other = 0;
   threads = useful_threads(threads, held->count ? held->ends[held->count - 1] : 0);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static) reduction(| : other)
   for (int64_t i = 0; i < held->count; i++) {
     int64_t start = i ? held->ends[i - 1] : 0;
-    if (i + AHEAD < held->count) FETCH(held->dicts[i + AHEAD]);
-    other |= !holds_all(call, held->dicts[i], held->ends[i] - start, held->objects + start);
+    if (i + AHEAD < held->count) FETCH(held->params[2 * (i + AHEAD) + 1]);
+    other |= !holds_all(call, held->params[2 * i + 1], held->ends[i] - start, held->entries + 2 * start);
   }
   return !other;
 }
 
-/* Whether a tensor is plain memory of this size and dtype, and where. */
+/* Whether a tensor is plain memory of this size and dtype, and where: one that stands for zeros may have none. */
 static int locate(const struct functions *call, void *const *tensor, int64_t size, int32_t dtype_wanted, void **address) {
   int32_t layout, device, dtype;
   int64_t numel;
@@ -99,14 +102,26 @@ static int locate(const struct functions *call, void *const *tensor, int64_t siz
   if (call->get_dtype(tensor, &dtype) || dtype != dtype_wanted) return 0;
   if (call->get_numel(tensor, &numel) || numel != size) return 0;
   if (call->is_contiguous(tensor, &contiguous) || !contiguous) return 0;
-  return !call->is_neg(tensor) && !call->is_inference(tensor) && !call->get_data_ptr(tensor, address);
+  return !call->is_neg(tensor) && !call->is_inference(tensor) && !call->get_data_ptr(tensor, address) && (*address || !size);
 }
 
-/* Whether a tensor is of no subclass: it never had an object, or one of a plain type. */
-static int is_plain(const struct words *words, void *tensor) {
-  uintptr_t object = ((const uintptr_t *)tensor)[words->object_of_tensor] & ~(uintptr_t)7;
-  void *type = object ? ((void *const *)object)[words->type_of_object] : words->plain[0];
+/* A tensor's object in Python, or NULL if it never had one. The lowest bits may be flags. */
+static void *object_of(const struct words *words, const void *tensor) {
+  return (void *)(((const uintptr_t *)tensor)[words->object_of_tensor] & ~(uintptr_t)7);
+}
+
+/* Whether a tensor is of no subclass. */
+static int is_plain(const struct words *words, const void *tensor) {
+  void *const *object = object_of(words, tensor), *type = object ? object[words->type_of_object] : words->plain[0];
   return type == words->plain[0] || type == words->plain[1];
+}
+
+static int has_shape(const struct functions *call, void *const *tensor, int64_t dim_wanted, const int64_t *wanted) {
+  int64_t dim, *sizes;
+  if (call->get_dim(tensor, &dim) || dim != dim_wanted || call->get_sizes(tensor, &sizes)) return 0;
+  for (int64_t i = 0; i < dim; i++)
+    if (sizes[i] != wanted[i]) return 0;
+  return 1;
 }
 
 static int find_param(const struct functions *call, const struct words *words, const struct found *found, void *list,
@@ -120,17 +135,20 @@ static int find_param(const struct functions *call, const struct words *words, c
   if (object != found->objects[i] || ((void *const *)object)[words->tensor_of_object] != *tensor) return 0;
   grad = call->get_grad(*tensor);
   if (row < 0 || *grad == words->absent) return row < 0 && *grad == words->absent;
-  return is_plain(words, *grad) &&
+  int64_t start = row ? found->ends[row - 1] : 0;
+  return is_plain(words, *grad) && has_shape(call, tensor, found->ends[row] - start, found->shapes + start) &&
          locate(call, tensor, found->sizes[row], found->dtypes[row], found->param_addresses + row) &&
          locate(call, grad, found->sizes[row], found->dtypes[row], found->grad_addresses + row);
 }
 
-static int still_there(const struct functions *call, const struct found *found, int64_t i) {
+static int still_there(const struct functions *call, const struct words *words, const struct found *found, int64_t i) {
   void *address;
   if (i + AHEAD < found->kept) {
     fetch(found->kept_tensors[i + AHEAD]);
     FETCH(found->kept_storages[i + AHEAD]);
   }
+  /* Its object is kept alive, but may have been given another tensor. */
+  if (object_of(words, found->kept_tensors[i]) != found->kept_objects[i]) return 0;
   return !call->get_data_ptr(found->kept_tensors + i, &address) && address == found->kept_addresses[i];
 }
 
@@ -145,7 +163,7 @@ int learned_optim_find(const struct functions *call, const struct words *words, 
     int64_t first = found->params * share / threads, last = found->params * (share + 1) / threads;
     for (int64_t i = first; i < last && !missing; i++) missing |= !find_param(call, words, found, list, i);
     first = found->kept * share / threads, last = found->kept * (share + 1) / threads;
-    for (int64_t i = first; i < last && !missing; i++) missing |= !still_there(call, found, i);
+    for (int64_t i = first; i < last && !missing; i++) missing |= !still_there(call, words, found, i);
   }
   return !missing;
 }
