@@ -198,6 +198,9 @@ def fingerprint(rule: UpdateRule) -> str:
     """
     defaults = type(rule.config)().to_dict()
     config = {name: value for name, value in rule.config.to_dict().items() if value != defaults[name]}
+    for name in ("anneal_start", "anneal_steps"):  # All others are floats; these two were integers in the first checkpoints.
+        if name in config and config[name] == int(config[name]):
+            config[name] = int(config[name])
     digest = hashlib.sha256(json.dumps([rule.family, config], sort_keys=True).encode())
     for name, tensor in sorted(rule.state_dict().items()):
         digest.update(name.encode())

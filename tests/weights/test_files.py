@@ -323,6 +323,47 @@ def test_the_fingerprint_is_of_the_numerics_alone() -> None:
     assert Weights(rule).fingerprint != same
 
 
+WRITTEN_TWICE: list[tuple[str, dict[str, int]]] = [
+    ("paper", {"input_scale": 100, "output_scale": 2, "preprocess_p": 5}),
+    (
+        "adam-modulation",
+        {
+            "fast_decay": 0,
+            "slow_decay": 0,
+            "second_moment_decay": 0,
+            "outlier_bound": 20,
+            "step_size": 1,
+            "min_scale": 1,
+            "small_min_scale": 1,
+            "max_scale": 2,
+            "anneal_power": 1,
+            "anneal_steps": 2500,
+            "anneal_start": 5000,
+            "log_gain": 4,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "options"), WRITTEN_TWICE)
+def test_an_integer_and_the_same_float_are_one_rule(family: str, options: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    rule = build_rule(family, **options)
+    for name, value in options.items():
+        twin = build_rule(family, **{**options, name: float(value)})
+        twin.load_state_dict(rule.state_dict())
+        assert Weights(twin).fingerprint == Weights(rule).fingerprint, name
+        assert to_bytes(Weights(twin)) == to_bytes(Weights(rule)), name
+
+
+def test_fingerprints_are_what_they_were() -> None:
+    """Of bundled weights some options were integers and others floats; checkpoints hold the fingerprints."""
+    rule = build_rule("adam-modulation", anneal_power=1.0, anneal_start=5000, anneal_steps=2500, outlier_bound=20.0)
+    for parameter in rule.parameters():
+        nn.init.zeros_(parameter)
+    assert Weights(rule).fingerprint == "d6658e3066d82e653d7fce52a9821d64bf96f29451b58e8ec5f1e359b4964393"
+
+
 def test_a_missing_file_can_be_told_from_a_bad_one(path: Path) -> None:
     assert issubclass(WeightsNotFoundError, (WeightsError, FileNotFoundError))
     assert issubclass(WeightsError, ValueError)
