@@ -17,7 +17,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from learned_optim import LearnedOptimizer, Weights, WeightsError, WeightsNotFoundError
 from learned_optim.weights import read_weights
-from learned_optim.weights.file_format import to_bytes
+from learned_optim.weights.file_format import MAX_BYTES, to_bytes
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -133,6 +133,17 @@ def test_what_is_not_there_is_explained(hub: Hub, kind: str) -> None:
     with pytest.raises(WeightsNotFoundError, match=message) as caught:
         LearnedOptimizer(make_params([(3,)]), weights=name, **options)
     assert isinstance(caught.value.__cause__, getattr(errors, cause))
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_model_on_the_hub_is_not_fetched(hub: Hub, published: Weights, forced: bool) -> None:
+    if forced:
+        Weights.from_pretrained(REPO)
+        hub.requests.clear()
+    hub.files["model.safetensors"] = bytes(MAX_BYTES + 1)
+    with pytest.raises(WeightsError, match=f"model.safetensors of {REPO}@main has 16,777,217 bytes.*may hold a model"):
+        Weights.from_pretrained(REPO, force_download=forced)
+    assert hub.requests == [f"HEAD /{REPO}/resolve/main/model.safetensors"]
 
 
 def test_a_pickle_on_the_hub_is_not_even_asked_for(hub: Hub) -> None:
