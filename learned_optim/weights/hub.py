@@ -123,7 +123,8 @@ def push_to_hub(
     with _explained(repo_id, revision):
         api = HfApi(token=token, library_name=LIBRARY)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        files["README.md"] = model_card(weights, repo_id, results).encode()
+    files["README.md"] = model_card(weights, repo_id, results).encode()
+    with _explained(repo_id, revision):
         commit = api.create_commit(
             repo_id,
             operations=[CommitOperationAdd(name, data) for name, data in files.items()],
