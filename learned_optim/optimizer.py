@@ -46,8 +46,9 @@ class LearnedOptimizer(Optimizer):
         params: Parameters, named parameters, or dicts defining groups. A group may have its own ``weights``.
         lr: Factor on the update; a float or a one-element tensor. 0 moves nothing.
         weights: A bundled name (:func:`~learned_optim.available_weights`), ``"owner/repo"`` or
-            ``"owner/repo@revision"`` on the Hugging Face Hub, a ``.safetensors`` file, or an
-            :class:`~learned_optim.rules.UpdateRule`.
+            ``"owner/repo@revision"`` on the Hugging Face Hub, a ``.safetensors`` file or a directory that holds a
+            ``model.safetensors``, an :class:`~learned_optim.rules.UpdateRule`, or loaded
+            :class:`~learned_optim.Weights`.
         weight_decay: Decoupled. Each step multiplies parameters by ``1 - 1e-3 * lr * weight_decay``, so that the value
             means what it means to AdamW at its usual rate of 1e-3.
         maximize: Ascend instead of descend.

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from learned_optim.rules.rule import Encoded, Memory, RuleConfig, UpdateRule
+from learned_optim.rules.rule import Encoded, Memory, RuleConfig, UpdateRule, finite
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,12 @@ class AdamModulationConfig(RuleConfig):
         """Refuse values with no meaning.
 
         Raises:
-            ValueError: If a decay lies outside [0, 1), or a scale, step size or gain is not positive, or
-                ``outlier_bound``, ``small_min_scale``, ``anneal_power`` or ``anneal_start`` is negative.
+            ValueError: If a size is no integer or below 1, or another number is not finite, or a decay lies outside
+                [0, 1), or a scale, step size or gain is not positive, or ``outlier_bound``, ``small_min_scale``,
+                ``anneal_power`` or ``anneal_start`` is negative.
         """
         super().__post_init__()
-        object.__setattr__(self, "time_scales", tuple(float(scale) for scale in self.time_scales))
+        object.__setattr__(self, "time_scales", tuple(finite("time_scales", scale) for scale in self.time_scales))
         for name in ("fast_decay", "slow_decay", "second_moment_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")

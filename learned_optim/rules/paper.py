@@ -33,7 +33,8 @@ class PaperRuleConfig(RuleConfig):
         """Refuse values with no meaning.
 
         Raises:
-            ValueError: If ``inputs`` is unknown, or ``preprocess_p`` or a scale is not positive.
+            ValueError: If a size is no integer or below 1, ``inputs`` is unknown, ``preprocess_p`` or a scale is not finite
+                and positive, or ``preprocess_p`` is so large that ``e^-p`` underflows in float32.
         """
         super().__post_init__()
         if self.inputs not in ("raw", "log_and_sign"):
@@ -41,6 +42,8 @@ class PaperRuleConfig(RuleConfig):
         for name in ("preprocess_p", "input_scale", "output_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if math.exp(-self.preprocess_p) < torch.finfo(torch.float32).tiny:
+            raise ValueError(f"preprocess_p must be at most 87, or e^-p underflows in float32, got {self.preprocess_p}")
 
 
 def log_and_sign(grad: Tensor, p: float = 10.0) -> Tensor:

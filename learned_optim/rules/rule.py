@@ -5,10 +5,12 @@ last and replays the middle for a whole truncation; the fast backends fuse all t
 knows nothing of optimizers, files or tasks.
 """
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -39,18 +41,42 @@ class RuleConfig:
     num_layers: int = 2
 
     def __post_init__(self) -> None:
-        """Refuse sizes no LSTM can have.
+        """Refuse sizes no LSTM can have; make floats of the fields that are floats by default, so that 100 equals 100.0.
 
         Raises:
-            ValueError: If ``hidden_size`` or ``num_layers`` is below 1.
+            ValueError: If ``hidden_size`` or ``num_layers`` is no integer or below 1, or another number is not finite.
         """
         for name in ("hidden_size", "num_layers"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} must be an integer, got {getattr(self, name)!r}")
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for field in dataclasses.fields(self):
+            if type(field.default) is float:
+                object.__setattr__(self, field.name, finite(field.name, getattr(self, field.name)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain Python values, ready for JSON."""
         return asdict(self)
+
+
+def finite(name: str, value: Any) -> float:
+    """Return the value of an option as a float.
+
+    Args:
+        name: The option.
+        value: Any real number but a boolean.
+
+    Returns:
+        The same number.
+
+    Raises:
+        ValueError: If it is something else, NaN, or out of the range of float32, in which rules compute.
+    """
+    number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not abs(number) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name} must be a number, finite in float32, got {value!r}")
+    return float(number)
 
 
 class Encoded(NamedTuple):

@@ -32,6 +32,9 @@ FILE = "model.safetensors"
 """What the weight file is called where a directory or a repository stands for it."""
 
 SUFFIX = ".safetensors"
+MAX_BYTES = 16 * 2**20
+"""What no file of an update rule exceeds, which has kilobytes; a larger one is not read, nor fetched, nor written."""
+
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 RESERVED = ("learned_optim_format", "name", "recipe", "rule")
 
@@ -46,7 +49,8 @@ def to_bytes(weights: Weights) -> bytes:
         The content of a weight file.
 
     Raises:
-        WeightsError: If they could not be read back: a meta-parameter is NaN or Inf, or the metadata does not fit a header.
+        WeightsError: If they could not be read back: a meta-parameter is NaN or Inf, the metadata does not fit a header, or
+            it would be more than :data:`MAX_BYTES`.
     """
     for key, value in weights.metadata.items():
         if key in RESERVED or not isinstance(key, str) or not isinstance(value, str):
@@ -63,7 +67,13 @@ def to_bytes(weights: Weights) -> bytes:
         "name": weights.title,
         "recipe": weights.recipe,
     }
-    return _assemble(header, tensors)
+    data = _assemble(header, tensors)
+    if len(data) > MAX_BYTES:
+        raise WeightsError(
+            f"weights {weights.name!r} would be a file of {len(data):,} bytes, and {MAX_BYTES:,} are read at most; take "
+            "fewer or smaller layers"
+        )
+    return data
 
 
 def from_bytes(data: bytes, source: str = "the weight file") -> Weights:
@@ -80,11 +90,11 @@ def from_bytes(data: bytes, source: str = "the weight file") -> Weights:
         WeightsError: If the content is not a whole, finite weight file of a format and family this version knows.
     """
     try:
-        deserialize(data)
+        num_tensors = len(deserialize(data))
     except SafetensorError as error:
         _explain_content(data, source, error)
     header = _header(data, source)
-    rule = _empty_rule(header["rule"], len(data), source)
+    rule = _empty_rule(header["rule"], len(data), num_tensors, source)
     tensors = load_tensors(data)
     _check_tensors(tensors, rule, source)
     rule.load_state_dict(tensors, assign=True)
@@ -157,16 +167,33 @@ def read_bytes(path: Path) -> bytes:
 
     Raises:
         WeightsNotFoundError: If there is no such file.
-        WeightsError: If it cannot be read, or is called like a pickle.
+        WeightsError: If it cannot be read, is called like a pickle, or has more than :data:`MAX_BYTES`.
     """
     if path.suffix in PICKLES:
         raise WeightsError(_pickle(str(path)))
     try:
+        check_size(path.stat().st_size, str(path))
         return path.read_bytes()
     except FileNotFoundError as error:
         raise WeightsNotFoundError(f"cannot read weights from {path}: no such file; check the path") from error
     except OSError as error:
         raise WeightsError(f"cannot read weights from {path}: {error.strerror or error}") from error
+
+
+def check_size(size: int, source: str) -> None:
+    """Refuse a file that is too large to be an update rule.
+
+    Args:
+        size: Its bytes.
+        source: What messages call it.
+
+    Raises:
+        WeightsError: If there are more than :data:`MAX_BYTES`.
+    """
+    if size > MAX_BYTES:
+        raise WeightsError(
+            f"{source} has {size:,} bytes, and an update rule has kilobytes; it may hold a model instead: check its name"
+        )
 
 
 def _assemble(header: dict[str, str], tensors: dict[str, Tensor]) -> bytes:
@@ -223,7 +250,7 @@ def _header(data: bytes, source: str) -> dict[str, str]:
     return header
 
 
-def _empty_rule(text: str, size: int, source: str) -> UpdateRule:
+def _empty_rule(text: str, size: int, num_tensors: int, source: str) -> UpdateRule:
     """Build the rule a header describes, without memory for its meta-parameters."""
 
     def refuse(constant: str) -> NoReturn:
@@ -232,10 +259,12 @@ def _empty_rule(text: str, size: int, source: str) -> UpdateRule:
     try:
         spec: dict[str, Any] = json.loads(text, parse_constant=refuse)
         family = spec.pop("family")
-        for name, value in spec.items():
-            # Layers and units are made of numbers in the file; a header must not ask for more than that.
-            if isinstance(value, int) and value > size:
-                raise ValueError(f"{name} = {value} is more than a file of {size:,} bytes can hold")
+        # Units are made of numbers in the file, layers of four tensors; a header must not ask for more than that.
+        for name, limit in (("hidden_size", size), ("num_layers", num_tensors // 4)):
+            if spec.get(name, 0) > limit:
+                raise ValueError(
+                    f"{name} = {spec[name]} is more than a file of {size:,} bytes and {num_tensors} tensors can hold"
+                )
         with torch.device("meta"):
             return build_rule(family, **spec)
     except KeyError as error:

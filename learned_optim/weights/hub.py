@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import cast
 
 from learned_optim.weights.errors import WeightsError, WeightsNotFoundError
-from learned_optim.weights.file_format import FILE, FORMAT_VERSION, to_bytes
+from learned_optim.weights.file_format import FILE, FORMAT_VERSION, check_size, to_bytes
 from learned_optim.weights.model_card import model_card
 from learned_optim.weights.weights import Weights
 
@@ -42,12 +42,16 @@ def download(
         The cached file, and ``"owner/repo@commit"``.
 
     Raises:
-        WeightsError: If there is no such repository, revision or file, or no network; the message says what to do.
+        WeightsError: If there is no such repository, revision or file, or no network, or the file is too large to be an
+            update rule, and is not fetched; the message says what to do.
     """
     from huggingface_hub import hf_hub_download
 
     if local_files_only and force_download:
         raise WeightsError(f"{repo_id}: force_download=True needs the network that local_files_only=True forbids; drop one")
+    if not local_files_only:
+        size = _size_to_fetch(repo_id, revision, token, cache_dir, force_download)
+        check_size(size, f"{FILE} of {repo_id}@{revision or 'main'}")
     with _explained(repo_id, revision, local_files_only=local_files_only):
         path = Path(
             hf_hub_download(
@@ -65,6 +69,20 @@ def download(
     if not re.fullmatch("[0-9a-f]{40}", commit):
         commit = revision or "main"
     return path, f"{repo_id}@{commit}"
+
+
+def _size_to_fetch(
+    repo_id: str, revision: str | None, token: str | bool | None, cache_dir: str | PathLike[str] | None, force: bool
+) -> int:
+    """Ask how large a file is that is not cached; 0 if the Hub does not say, for the download will say why."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    with suppress(Exception):
+        cache = None if cache_dir is None else Path(cache_dir)
+        if force or not isinstance(try_to_load_from_cache(repo_id, FILE, cache, revision), str):
+            url = hf_hub_url(repo_id, FILE, revision=revision)
+            return get_hf_file_metadata(url, token=token, library_name=LIBRARY).size or 0
+    return 0
 
 
 def push_to_hub(
@@ -105,7 +123,8 @@ def push_to_hub(
     with _explained(repo_id, revision):
         api = HfApi(token=token, library_name=LIBRARY)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        files["README.md"] = model_card(weights, repo_id, results).encode()
+    files["README.md"] = model_card(weights, repo_id, results).encode()
+    with _explained(repo_id, revision):
         commit = api.create_commit(
             repo_id,
             operations=[CommitOperationAdd(name, data) for name, data in files.items()],

@@ -19,9 +19,6 @@ from torch import Tensor
 
 from learned_optim.weights.errors import WeightsError
 
-MAX_BYTES = 16 * 2**20
-"""An update rule has kilobytes."""
-
 _OPCODES = """
     PROTO FRAME STOP MARK POP POP_MARK DUP GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE NONE NEWTRUE NEWFALSE
     INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE
@@ -48,8 +45,6 @@ def read_arrays(data: bytes, source: str) -> dict[str, dict[str, Tensor]]:
     Raises:
         WeightsError: If the content is not whole, is something else, or asks for anything but arrays, which is then named.
     """
-    if len(data) > MAX_BYTES:
-        raise WeightsError(f"{source} has {len(data):,} bytes, an update rule has kilobytes; this is something else")
     try:
         _check_opcodes(data, source)
         found = _Reader(data, source).load()

@@ -48,7 +48,8 @@ def resolve_weights(
     checkpoint tells exactly what it needs even if a branch has moved on.
 
     Args:
-        weights: A bundled name; a file; ``"owner/repo"`` or ``"owner/repo@revision"`` on the Hub; a rule; or weights.
+        weights: A bundled name; a file, or a directory that holds a ``model.safetensors``; ``"owner/repo"`` or
+            ``"owner/repo@revision"`` on the Hub; a rule; or weights.
         revision: Hub revision (branch, tag or commit), if not given in ``weights``. A full commit hash needs no network
             once cached.
         token: Hub token; True demands the one that ``hf auth login`` saved, False sends none.

@@ -93,7 +93,11 @@ class Weights:
         """Write a self-describing ``.safetensors`` file, whole or not at all.
 
         Args:
-            path: Where.
+            path: Where: a file that ends in ``.safetensors``, in a directory that exists.
+
+        Raises:
+            WeightsError: If it cannot be written, or could not be read back: a meta-parameter is NaN or Inf, or the metadata
+                does not fit a header.
         """
         from learned_optim.weights.file_format import write_weights
 
@@ -123,6 +127,10 @@ class Weights:
 
         Returns:
             ``"owner/repo@commit"``, which is what ``weights=`` takes: these very weights, whatever is pushed later.
+
+        Raises:
+            WeightsError: If they could not be read back, the upload is refused or there is no network. The repository may
+                have been created, but then has no new commit.
         """
         from learned_optim.weights.hub import push_to_hub
 
@@ -198,6 +206,9 @@ def fingerprint(rule: UpdateRule) -> str:
     """
     defaults = type(rule.config)().to_dict()
     config = {name: value for name, value in rule.config.to_dict().items() if value != defaults[name]}
+    for name in ("anneal_start", "anneal_steps"):  # All others are floats; these two were integers in the first checkpoints.
+        if name in config and config[name] == int(config[name]):
+            config[name] = int(config[name])
     digest = hashlib.sha256(json.dumps([rule.family, config], sort_keys=True).encode())
     for name, tensor in sorted(rule.state_dict().items()):
         digest.update(name.encode())

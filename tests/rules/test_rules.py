@@ -91,6 +91,15 @@ def test_log_and_sign_is_continuous_where_its_branches_meet() -> None:
     torch.testing.assert_close(features[1], torch.tensor([-1.0, 1.0], dtype=torch.float64), rtol=0, atol=1e-8)
 
 
+def test_log_and_sign_is_finite_up_to_the_largest_p() -> None:
+    config = build_rule("paper", inputs="log_and_sign", preprocess_p=87).config
+    grad = torch.tensor([0.0, 1e-38, -1e-30, 3e38], requires_grad=True)
+    features = log_and_sign(grad, config.preprocess_p)
+    (derivative,) = torch.autograd.grad(features.sum(), grad)
+    assert features.isfinite().all()
+    assert derivative.isfinite().all()
+
+
 def test_log_and_sign_is_even_in_the_logarithm_and_odd_in_the_sign() -> None:
     grad = torch.randn(50) * 10 ** torch.linspace(-8, 3, 50)
     plus, minus = log_and_sign(grad), log_and_sign(-grad)
@@ -370,6 +379,13 @@ def test_paper_rules_take_no_tensor_scale(case: str) -> None:
         ("paper", {"hiden_size": 3}, "no option hiden_size; it has .*hidden_size"),
         ("paper", {"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
         ("paper", {"num_layers": 0}, "num_layers must be at least 1, got 0"),
+        ("paper", {"hidden_size": True}, "hidden_size must be an integer, got True"),
+        ("paper", {"num_layers": 2.0}, "num_layers must be an integer, got 2.0"),
+        ("paper", {"output_scale": math.inf}, "output_scale must be a number, finite in float32, got inf"),
+        ("paper", {"input_scale": 1e39}, r"input_scale must be a number, finite in float32, got 1e\+39"),
+        ("paper", {"output_scale": True}, "output_scale must be a number, finite in float32, got True"),
+        ("paper", {"output_scale": "1"}, "output_scale must be a number, finite in float32, got '1'"),
+        ("paper", {"preprocess_p": 88}, "preprocess_p must be at most 87, or e.-p underflows in float32, got 88.0"),
         ("paper", {"inputs": "log"}, "inputs must be 'raw' or 'log_and_sign', got 'log'"),
         ("paper", {"preprocess_p": 0.0}, "preprocess_p must be positive"),
         ("paper", {"input_scale": 0.0}, "input_scale must be positive"),
@@ -380,7 +396,7 @@ def test_paper_rules_take_no_tensor_scale(case: str) -> None:
         ("adam-modulation", {"second_moment_decay": 1.5}, "second_moment_decay must lie in"),
         ("adam-modulation", {"step_size": 0.0}, "step_size must be positive"),
         ("adam-modulation", {"min_scale": 0.0}, "min_scale must be positive"),
-        ("adam-modulation", {"max_scale": math.nan}, "max_scale must be positive"),
+        ("adam-modulation", {"max_scale": math.nan}, "max_scale must be a number, finite in float32, got nan"),
         ("adam-modulation", {"log_gain": -3.0}, "log_gain must be positive"),
         ("adam-modulation", {"anneal_power": -0.5}, "anneal_power must not be negative, got -0.5"),
         ("adam-modulation", {"small_min_scale": -0.1}, "small_min_scale must not be negative, got -0.1"),
@@ -388,6 +404,8 @@ def test_paper_rules_take_no_tensor_scale(case: str) -> None:
         ("adam-modulation", {"anneal_start": -1.0}, "anneal_start must not be negative, got -1"),
         ("adam-modulation", {"anneal_steps": 0.0}, "anneal_steps must be positive"),
         ("adam-modulation", {"time_scales": (10.0, 0.0)}, "time_scales must be positive"),
+        ("adam-modulation", {"time_scales": (10.0, math.inf)}, "time_scales must be a number, finite in float32, got inf"),
+        ("adam-modulation", {"anneal_start": math.inf}, "anneal_start must be a number, finite in float32, got inf"),
     ],
 )
 def test_a_meaningless_configuration_is_refused_with_its_name(family: str, config: dict, message: str) -> None:

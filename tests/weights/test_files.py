@@ -17,9 +17,9 @@ from cases import RULE_CASES, assert_identical, copies, make_params, small_rule,
 from safetensors.torch import save_file
 from torch import nn
 
-from learned_optim import LearnedOptimizer, Weights, WeightsError, WeightsNotFoundError, build_rule
-from learned_optim.weights import read_weights, resolve_weights, write_weights
-from learned_optim.weights.file_format import from_bytes, to_bytes
+from learned_optim import LearnedOptimizer, Weights, WeightsError, WeightsNotFoundError, available_weights, build_rule
+from learned_optim.weights import file_format, read_weights, resolve_weights, write_weights
+from learned_optim.weights.file_format import MAX_BYTES, from_bytes, to_bytes
 
 Spoil = Callable[[bytes], bytes]
 
@@ -90,6 +90,42 @@ def test_a_round_trip_keeps_everything(case: str, tmp_path: Path) -> None:
     assert_identical(copies(mine), copies(theirs))
 
 
+LARGE = {
+    "paper": {"input_scale": 10**6, "output_scale": 10**5, "preprocess_p": 87},
+    "adam-modulation": {
+        "anneal_power": 1,
+        "anneal_start": 10**6,
+        "anneal_steps": 10**5,
+        "outlier_bound": 10**4,
+        "time_scales": (10**7, 10**8),
+    },
+}
+
+
+@pytest.mark.parametrize("family", LARGE)
+def test_large_numbers_survive_a_small_file(family: str, tmp_path: Path) -> None:
+    """Options say nothing of how much a file must hold; integers are what older files have."""
+    rule, file = build_rule(family, hidden_size=1, num_layers=1, **LARGE[family]), tmp_path / "rule.safetensors"
+    weights = Weights(rule)
+    weights.save(file)
+    header, tensors = parts(file.read_bytes())
+    spec = {"family": family, "hidden_size": 1, "num_layers": 1, **LARGE[family]}
+    header["__metadata__"]["rule"] = json.dumps(spec)
+    assert len(file.read_bytes()) < 10**4
+    for read in (read_weights(file), from_bytes(assemble(header, tensors))):
+        assert read.rule.config == rule.config
+        assert read.fingerprint == weights.fingerprint
+    optimizer = pickle.loads(pickle.dumps(LearnedOptimizer(make_params(), weights=rule)))
+    assert optimizer.param_groups[0]["fingerprint"] == weights.fingerprint
+
+
+def test_the_rule_of_bundled_weights_can_be_saved_as_ones_own(tmp_path: Path) -> None:
+    for name in available_weights():
+        bundled, file = resolve_weights(name), tmp_path / f"{name}.safetensors"
+        Weights(bundled.rule).save(file)
+        assert read_weights(file).fingerprint == bundled.fingerprint
+
+
 def test_equal_weights_give_equal_bytes_whatever_the_path_and_the_process(path: Path, tmp_path: Path) -> None:
     data = path.read_bytes()
     elsewhere = tmp_path / "elsewhere.safetensors"
@@ -156,7 +192,9 @@ BAD_FILES: dict[str, tuple[Spoil, str]] = {
     "no number": (with_rule(step_size=float("inf")), "Infinity is no setting"),
     "endless layers": (with_rule(num_layers=10**9), "num_layers = 1000000000 is more than a file"),
     "other shape": (with_rule(hidden_size=9), r"tensor 'lstm.bias_hh_l0' has shape \(32,\).*needs \(36,\)"),
-    "more layers": (with_rule(num_layers=2), "tensor 'lstm.bias_hh_l1' of shape .* is missing"),
+    "more layers": (with_rule(num_layers=2), "num_layers = 2 is more than a file of .* bytes and 6 tensors can hold"),
+    "vast layers": (with_rule(hidden_size=10**9), "hidden_size = 1000000000 is more than a file"),
+    "a number without bound": (with_rule(anneal_start=10**400), "anneal_start must be a number, finite in float32, got 10"),
     "other name": (renamed, "'readout.bias' of shape .* is missing"),
     "other family": (with_header(rule='{"family": "paper", "hidden_size": 8, "num_layers": 1}'), "has shape"),
     "other dtype": (with_tensor("readout.bias", dtype="I32"), "'readout.bias' is torch.int32, weight files hold"),
@@ -171,6 +209,29 @@ def test_a_bad_file_is_explained(kind: str, path: Path) -> None:
     with pytest.raises(WeightsError, match=message) as error:
         LearnedOptimizer([torch.ones(1, requires_grad=True)], weights=path)
     assert str(path) in str(error.value)
+
+
+def test_layers_are_counted_before_any_is_made(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making them takes time that grows with their square."""
+    monkeypatch.setattr(file_format, "build_rule", lambda *_, **__: pytest.fail("a rule was built"))
+    path.write_bytes(with_header(recipe="#" * 20_000)(with_rule(num_layers=20_000)(path.read_bytes())))
+    with pytest.raises(WeightsError, match=r"num_layers = 20000 is more than .* 6 tensors can hold"):
+        read_weights(path)
+
+
+def test_a_large_file_is_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.truncate(path, MAX_BYTES + 1)
+    monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("it was read"))
+    with pytest.raises(WeightsError, match=r"has 16,777,217 bytes, and an update rule has kilobytes.* may hold a model"):
+        resolve_weights(path)
+
+
+def test_weights_too_large_to_be_read_are_not_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = path.read_bytes()
+    monkeypatch.setattr(file_format, "MAX_BYTES", len(before) - 1)
+    with pytest.raises(WeightsError, match=f"would be a file of {len(before):,} bytes"):
+        Weights(small_rule(), "mine", "schema = 1\n", {"commit": "abc"}).save(path)
+    assert path.read_bytes() == before
 
 
 def test_a_surplus_tensor_is_explained(path: Path) -> None:
@@ -321,6 +382,47 @@ def test_the_fingerprint_is_of_the_numerics_alone() -> None:
     with torch.no_grad():
         rule.readout.bias[0] += 1e-6
     assert Weights(rule).fingerprint != same
+
+
+WRITTEN_TWICE: list[tuple[str, dict[str, int]]] = [
+    ("paper", {"input_scale": 100, "output_scale": 2, "preprocess_p": 5}),
+    (
+        "adam-modulation",
+        {
+            "fast_decay": 0,
+            "slow_decay": 0,
+            "second_moment_decay": 0,
+            "outlier_bound": 20,
+            "step_size": 1,
+            "min_scale": 1,
+            "small_min_scale": 1,
+            "max_scale": 2,
+            "anneal_power": 1,
+            "anneal_steps": 2500,
+            "anneal_start": 5000,
+            "log_gain": 4,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "options"), WRITTEN_TWICE)
+def test_an_integer_and_the_same_float_are_one_rule(family: str, options: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    rule = build_rule(family, **options)
+    for name, value in options.items():
+        twin = build_rule(family, **{**options, name: float(value)})
+        twin.load_state_dict(rule.state_dict())
+        assert Weights(twin).fingerprint == Weights(rule).fingerprint, name
+        assert to_bytes(Weights(twin)) == to_bytes(Weights(rule)), name
+
+
+def test_fingerprints_are_what_they_were() -> None:
+    """Of bundled weights some options were integers and others floats; checkpoints hold the fingerprints."""
+    rule = build_rule("adam-modulation", anneal_power=1.0, anneal_start=5000, anneal_steps=2500, outlier_bound=20.0)
+    for parameter in rule.parameters():
+        nn.init.zeros_(parameter)
+    assert Weights(rule).fingerprint == "d6658e3066d82e653d7fce52a9821d64bf96f29451b58e8ec5f1e359b4964393"
 
 
 def test_a_missing_file_can_be_told_from_a_bad_one(path: Path) -> None:

@@ -16,8 +16,9 @@ from huggingface_hub import ModelCard, constants, errors
 from huggingface_hub.utils import disable_progress_bars
 
 from learned_optim import LearnedOptimizer, Weights, WeightsError, WeightsNotFoundError
+from learned_optim.weights import hub as hub_module
 from learned_optim.weights import read_weights
-from learned_optim.weights.file_format import to_bytes
+from learned_optim.weights.file_format import MAX_BYTES, to_bytes
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -135,6 +136,17 @@ def test_what_is_not_there_is_explained(hub: Hub, kind: str) -> None:
     assert isinstance(caught.value.__cause__, getattr(errors, cause))
 
 
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_model_on_the_hub_is_not_fetched(hub: Hub, published: Weights, forced: bool) -> None:
+    if forced:
+        Weights.from_pretrained(REPO)
+        hub.requests.clear()
+    hub.files["model.safetensors"] = bytes(MAX_BYTES + 1)
+    with pytest.raises(WeightsError, match=f"model.safetensors of {REPO}@main has 16,777,217 bytes.*may hold a model"):
+        Weights.from_pretrained(REPO, force_download=forced)
+    assert hub.requests == [f"HEAD /{REPO}/resolve/main/model.safetensors"]
+
+
 def test_a_pickle_on_the_hub_is_not_even_asked_for(hub: Hub) -> None:
     hub.files["pytorch_model.bin"] = b"\x80\x02."
     with pytest.raises(WeightsNotFoundError, match=r"holds no model\.safetensors"):
@@ -242,6 +254,16 @@ def test_a_failed_upload_leaves_the_repository_as_it_was(
     hub.upload_mode, hub.storage_status = mode, storage
     before = dict(hub.files)
     with pytest.raises(WeightsError, match=message):
+        Weights(small_rule(seed=1)).push_to_hub(REPO, token="t")
+    assert hub.files == before
+
+
+def test_a_card_that_cannot_be_made_is_not_blamed_on_the_hub(
+    hub: Hub, published: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = dict(hub.files)
+    monkeypatch.setattr(hub_module, "model_card", lambda *_: {}["no such row"])
+    with pytest.raises(KeyError, match="no such row"):
         Weights(small_rule(seed=1)).push_to_hub(REPO, token="t")
     assert hub.files == before
 

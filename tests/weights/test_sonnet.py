@@ -15,7 +15,7 @@ from sonnet_files import Variables, as_safetensors, by_dill, changed, sonnet_var
 
 from learned_optim import LearnedOptimizer, Weights, WeightsError, WeightsNotFoundError
 from learned_optim.weights import read_sonnet
-from learned_optim.weights.l2l_pickle import MAX_BYTES
+from learned_optim.weights.file_format import MAX_BYTES
 
 
 def sonnet_updates(variables: Variables, gradients: np.ndarray, k: float | None, scale: float, epsilon: float) -> np.ndarray:
