@@ -89,8 +89,8 @@ TILED = Form(tiled=True, block=128, chunk=512, warps=8)
 
 
 def available() -> bool:
-    """Return whether Triton is installed and there is a GPU, or its interpreter stands in."""
-    return INSTALLED and (INTERPRETED or torch.cuda.is_available())
+    """Return whether Triton is installed and there is an NVIDIA GPU, or its interpreter stands in."""
+    return INSTALLED and (INTERPRETED or (torch.version.hip is None and torch.cuda.is_available()))
 
 
 def supports(rule: UpdateRule) -> bool:

@@ -423,6 +423,16 @@ def steps_of_one(rule: UpdateRule, backend: str, dtype: torch.dtype) -> Tensor:
     return param.detach()
 
 
+def test_it_is_for_nvidia_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_step, "INSTALLED", True)
+    monkeypatch.setattr(triton_step, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert triton_step.available()
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # AMD's GPUs call themselves "cuda", too.
+    assert not triton_step.available()
+
+
 def test_it_is_refused_where_it_cannot_run() -> None:
     param = torch.zeros(3, requires_grad=True)
     if RUNS:
