@@ -281,6 +281,7 @@ class Program:
                 BLOCK=self.form.block,
                 CHUNK=self.form.chunk,
                 num_warps=self.form.warps,
+                enable_fp_fusion=True,
             )
         increment_version([item.param for item in items])
         for item, flat in zip(items, params, strict=True):
