@@ -11,7 +11,7 @@ import importlib.util
 import math
 import os
 import weakref
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from learned_optim.backends import chunks
 from learned_optim.backends.chunks import StepItem
@@ -29,7 +30,7 @@ UNROLLED_WEIGHTS = 1500
 """Up to this many weights the LSTM is unrolled, beyond it is tiled: each is an instruction, and 2,000 fill a cache."""
 
 KEPT_TABLES = 16
-"""Tables of addresses kept for one rule: one for each parameter group and combination of element types."""
+"""Tables kept for one first parameter: as many choices of who has a gradient may take turns, and no table is made again."""
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -88,8 +89,8 @@ TILED = Form(tiled=True, block=128, chunk=512, warps=8)
 
 
 def available() -> bool:
-    """Return whether Triton is installed and there is a GPU, or its interpreter stands in."""
-    return INSTALLED and (INTERPRETED or torch.cuda.is_available())
+    """Return whether Triton is installed and there is an NVIDIA GPU, or its interpreter stands in."""
+    return INSTALLED and (INTERPRETED or (torch.version.hip is None and torch.cuda.is_available()))
 
 
 def supports(rule: UpdateRule) -> bool:
@@ -150,12 +151,23 @@ def _types(rule: UpdateRule, item: StepItem) -> tuple[torch.dtype, ...] | None:
 
 
 def _values(rule: UpdateRule, items: Sequence[StepItem], lr: Tensor | float, weight_decay: float) -> Tensor:
-    """Return what differs between tensors but not between their coordinates, one column a tensor, on the device."""
+    """Return what differs between tensors but not between their coordinates, float32, one column a tensor, on the device.
+
+    Raises:
+        RuntimeError: If a CUDA graph is captured that would read step counts from the CPU.
+    """
     device, count = rule.readout.weight.device, len(items)
 
     def spread(value: Tensor | float) -> Tensor:
-        return value.expand(count) if isinstance(value, Tensor) else torch.full((count,), value, device=device)
+        if isinstance(value, Tensor):
+            return value.expand(count)
+        return torch.full((count,), value, dtype=torch.float32, device=device)
 
+    if _capturing(device) and any(item.step.device != device for item in items):
+        raise RuntimeError(
+            "LearnedOptimizer.step() was captured in a CUDA graph, which cannot count steps on the CPU when it is replayed; "
+            "construct the optimizer with capturable=True"
+        )
     steps = torch.stack([item.step for item in items]).to(device, non_blocking=True)
     rows = [spread(lr), spread(1 - lr * 1e-3 * weight_decay)]
     if isinstance(rule, AdamModulationRule):
@@ -180,12 +192,35 @@ _programs: weakref.WeakKeyDictionary[UpdateRule, Program] = weakref.WeakKeyDicti
 
 def _program(rule: UpdateRule) -> Program:
     if rule not in _programs:
+        _refuse_capture(rule.readout.weight.device)
         _programs[rule] = Program(rule, choose_form(rule))
     return _programs[rule]
 
 
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _refuse_capture(device: torch.device) -> None:
+    """Refuse to make in a CUDA graph what only a step outside of it can make.
+
+    Raises:
+        RuntimeError: If one is captured.
+    """
+    if _capturing(device):
+        raise RuntimeError(
+            "LearnedOptimizer.step() was captured in a CUDA graph before a step outside of it with gradients for the same "
+            "parameters; take one such step right before the capture, it allocates what the graph is to use"
+        )
+
+
 class Program:
-    """A rule made ready to run: its weights packed, and the tables of the models it has stepped.
+    """A rule made ready to run: its weights packed, and the tables of the models it is stepping.
+
+    A table belongs to the LSTM memory of its first parameter, which is referred to weakly, and goes with it. So there may be
+    any number of groups and optimizers, and nothing is left of those that are gone. A table that a CUDA graph reads stays as
+    long as that memory, which the graph needs, too. Which parameters have a gradient may change from step to step: of the
+    other tables with the same first parameter, the :data:`KEPT_TABLES` used last stay.
 
     Args:
         rule: Frozen; read once, which waits for its device.
@@ -201,7 +236,7 @@ class Program:
         self.form = form
         self.constants = _constants(rule)
         self.weights = pack_tiled(rule, self.padded) if form.tiled else tuple(pack_unrolled(rule).tolist())
-        self.tables: OrderedDict[Any, _Table] = OrderedDict()
+        self.tables = WeakTensorKeyDictionary()
 
     def run(
         self,
@@ -219,8 +254,8 @@ class Program:
         # The kernel reads and writes flat tensors; a copy stands in for one that is not.
         params = [item.param.resolve_neg().contiguous() for item in items]
         grads = [item.grad.resolve_neg().contiguous() for item in items]
-        table = self._table(params, [item.memory[name] for name in kept for item in items])
-        table.point_to(grads)
+        table = self._table([item.param.numel() for item in items], [item.memory[name] for name in kept for item in items])
+        table.point_to([*params, *grads])
         with torch.cuda.device_of(values):
             step_kernel[len(table.tensor_of),](
                 table.tensor_of,
@@ -246,26 +281,25 @@ class Program:
                 BLOCK=self.form.block,
                 CHUNK=self.form.chunk,
                 num_warps=self.form.warps,
+                enable_fp_fusion=True,
             )
         increment_version([item.param for item in items])
         for item, flat in zip(items, params, strict=True):
             if flat is not item.param:
                 item.param.copy_(flat)
 
-    def _table(self, params: Sequence[Tensor], memory: Sequence[Tensor]) -> _Table:
-        """Return the table of these tensors, made again only when one has moved."""
-        key = (tuple(map(Tensor.numel, params)), tuple(map(Tensor.data_ptr, [*params, *memory])))
-        if key not in self.tables:
-            if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "LearnedOptimizer.step() was captured in a CUDA graph before its first step, or with other parameters; "
-                    "take one step outside the graph first, which allocates the state that the graph is to use"
-                )
-            self.tables[key] = _Table(key[0], key[1], self.form.chunk, params[0].device)
-            if len(self.tables) > KEPT_TABLES:
-                self.tables.popitem(last=False)
-        self.tables.move_to_end(key)
-        return self.tables[key]
+    def _table(self, sizes: Sequence[int], memory: Sequence[Tensor]) -> _Table:
+        """Return the table of this memory, whose first tensor is the ``hidden`` of the first parameter."""
+        tables: dict[Any, _Table] = self.tables.setdefault(memory[0], {})
+        key = (tuple(sizes), tuple(map(Tensor.data_ptr, memory)))
+        if key not in tables:
+            _refuse_capture(memory[0].device)
+            tables[key] = _Table(*key, self.form.chunk, memory[0].device)
+            free = [old for old, table in tables.items() if not table.captured]
+            for old in free[:-KEPT_TABLES]:
+                del tables[old]
+        tables[key] = tables.pop(key)  # The last used come last.
+        return tables[key]
 
 
 class _Table:
@@ -273,36 +307,43 @@ class _Table:
 
     Args:
         sizes: Coordinates of each tensor.
-        addresses: Of every parameter, then of every ``hidden``, ``cell``, moment and perhaps ``cell_scale``.
+        memory: Addresses of every ``hidden``, then of every ``cell``, moment and perhaps ``cell_scale``.
         chunk: Coordinates a program.
         device: Where to put it.
     """
 
-    def __init__(self, sizes: tuple[int, ...], addresses: tuple[int, ...], chunk: int, device: torch.device) -> None:
-        counts = torch.tensor(sizes).add(chunk - 1) // chunk
-        ends = counts.cumsum(0)
-        tensor_of = torch.repeat_interleave(counts)
-        chunk_of = torch.arange(int(ends[-1])) - (ends - counts)[tensor_of]
-        table = torch.tensor(addresses).view(-1, len(sizes))
-        self.aligned = not (table[1:3] % 16).any()
-        self.tensor_of = tensor_of.to(device, torch.int32)
-        self.chunk_of = chunk_of.to(device, torch.int32)
-        self.sizes = torch.tensor(sizes, device=device)
-        self.addresses = torch.cat((table[:1], torch.zeros_like(table[:1]), table[1:])).to(device)
-        self.grads: list[int] = []
+    def __init__(self, sizes: tuple[int, ...], memory: tuple[int, ...], chunk: int, device: torch.device) -> None:
+        with torch.device("cpu"):  # Whatever the default device is.
+            counts = torch.tensor(sizes).add(chunk - 1) // chunk
+            ends = counts.cumsum(0)
+            tensor_of = torch.repeat_interleave(counts)
+            chunk_of = torch.arange(int(ends[-1])) - (ends - counts)[tensor_of]
+            rows = torch.tensor(memory).view(-1, len(sizes))
+            addresses = torch.cat((torch.zeros_like(rows[:2]), rows))
+            numels = torch.tensor(sizes)
+        self.aligned = not (rows[:2] % 16).any()
+        self.tensor_of = tensor_of.int().to(device, non_blocking=True)
+        self.chunk_of = chunk_of.int().to(device, non_blocking=True)
+        self.sizes = numels.to(device, non_blocking=True)
+        self.addresses = addresses.to(device, non_blocking=True)
+        self.captured = False
+        self._written: list[int] = []
 
-    def point_to(self, grads: Sequence[Tensor]) -> None:
-        """Write the addresses of the gradients, which may change from step to step, unless they did not."""
-        addresses = [grad.data_ptr() for grad in grads]
-        row = self.addresses[1]
-        if row.is_cuda and torch.cuda.is_current_stream_capturing():
+    def point_to(self, tensors: Sequence[Tensor]) -> None:
+        """Write the addresses of all parameters, then of all gradients, unless they are there.
+
+        Either may change from step to step: gradients are made anew, and copies stand in for what is not contiguous.
+        """
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        rows = self.addresses[:2].view(-1)
+        if _capturing(rows.device):
             # A graph keeps the arguments of kernels but not the host memory of a copy.
-            row.zero_()
-            torch._foreach_add_(list(row.unbind()), addresses)
-            self.grads = []
-        elif addresses != self.grads:
-            row.copy_(torch.tensor(addresses), non_blocking=True)
-            self.grads = addresses
+            rows.zero_()
+            torch._foreach_add_(list(rows.unbind()), addresses)
+            self.captured = True
+        elif self.captured or addresses != self._written:  # A replay of the graph writes, too, and is not seen here.
+            rows.copy_(torch.tensor(addresses, device="cpu"), non_blocking=True)
+            self._written = addresses
 
 
 # ---- rules ----------------------------------------------------------------------------------------------------------
@@ -317,7 +358,7 @@ def _constants(rule: UpdateRule) -> PaperConstants | AdamConstants:
     config = rule.config
     if isinstance(config, AdamModulationConfig):
         decays = (config.fast_decay, config.slow_decay, config.second_moment_decay)
-        fast, slow, square = (1 - torch.tensor(decays)).tolist()
+        fast, slow, square = (1 - torch.tensor(decays, dtype=torch.float32, device="cpu")).tolist()
         return AdamConstants(*decays, fast, slow, square, config.outlier_bound, config.log_gain, len(config.time_scales))
     assert isinstance(config, PaperRuleConfig)
     p = config.preprocess_p

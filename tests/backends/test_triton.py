@@ -2,9 +2,12 @@
 
 import copy
 import dataclasses
+import gc
 import os
 import subprocess
 import sys
+import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer, UpdateRule, build_rule
-from learned_optim.backends import choose_backend, triton_step
+from learned_optim.backends import StepItem, choose_backend, triton_step
 from learned_optim.weights import resolve_weights
-from tests.cases import assert_identical, assert_stored_alike, copies, small_rule
+from tests.cases import assert_identical, assert_stored_alike, copies, memories, small_rule
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -223,6 +226,184 @@ def test_tables_follow_tensors_that_move() -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=2e-6)
 
 
+def make_optimizer(
+    shapes: list[tuple[int, ...]], rule: UpdateRule, backend: str = "triton", **options: Any
+) -> tuple[list[Tensor], LearnedOptimizer]:
+    """Return parameters and an optimizer with a group for each."""
+    torch.manual_seed(0)
+    params = [torch.randn(shape, device=DEVICE).requires_grad_() for shape in shapes]
+    return params, LearnedOptimizer([{"params": [param]} for param in params], weights=rule, backend=backend, **options)
+
+
+def step_on(optimizer: LearnedOptimizer, params: list[Tensor], value: float, having: tuple[int, ...] | None = None) -> None:
+    """Take a step on gradients made anew, all of one value; only the parameters ``having`` one have a gradient."""
+    for number, param in enumerate(params):
+        param.grad = torch.full_like(param, value) if having is None or number in having else None
+    optimizer.step()
+
+
+def program_of(optimizer: LearnedOptimizer) -> triton_step.Program:
+    (weights,) = optimizer._weights.values()
+    return triton_step._programs[weights.rule_on(torch.empty(0, device=DEVICE).device, torch.float32)]
+
+
+def tables_of(optimizer: LearnedOptimizer) -> list[triton_step._Table]:
+    return [table for tables in program_of(optimizer).tables.values() for table in tables.values()]
+
+
+@needs_kernel
+def test_tables_are_made_once_however_many_groups_and_optimizers_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, make = [], triton_step._Table.__init__
+
+    def spy(self: triton_step._Table, *rest: Any) -> None:
+        made.append(rest)
+        make(self, *rest)
+
+    monkeypatch.setattr(triton_step._Table, "__init__", spy)
+    rule = make_rule("raw-1x5")
+    optimizers = [make_optimizer([(3,)] * 9, rule) for _ in range(2)]
+    for value in (0.1, -0.3):
+        for params, optimizer in optimizers:
+            step_on(optimizer, params, value)
+        assert len(made) == 18 > triton_step.KEPT_TABLES
+
+
+@needs_kernel
+def test_tables_go_with_the_memory_they_point_to() -> None:
+    rule = make_rule("raw-1x5")
+    params, optimizer = make_optimizer([(3,), (4,)], rule)
+    program = None
+    for _ in range(3):
+        others, other = make_optimizer([(3,), (4,)], rule)
+        step_on(other, others, 0.1)
+        program = program_of(other)
+        assert len(program.tables) == 2
+        step_on(optimizer, params, 0.1)
+        optimizer.load_state_dict(optimizer.state_dict())
+        del others, other
+        gc.collect()
+        assert len(program.tables) == 0
+    step_on(optimizer, params, 0.1)
+    assert program_of(optimizer) is program
+    assert len(program.tables) == 2
+
+
+@needs_kernel
+def test_tables_stay_few_when_every_step_leaves_out_other_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_step, "KEPT_TABLES", 2)
+    rule = make_rule("raw-1x5")
+    results = []
+    for backend in ("reference", "triton"):
+        params = [torch.ones(3, device=DEVICE, requires_grad=True) for _ in range(5)]
+        optimizer = LearnedOptimizer(params, weights=rule, backend=backend)
+        for having in ((0,), (0, 1), (0, 2, 3), (0, 1), (0, 4)):
+            step_on(optimizer, params, 0.1, having)
+        results.append((copies(params), memories(optimizer, params)))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=2e-6)
+    assert [len(table.sizes) for table in tables_of(optimizer)] == [2, 2]  # Those used last: of (0, 1) and of (0, 4).
+
+
+@needs_kernel
+def test_tables_that_a_graph_reads_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_step, "KEPT_TABLES", 1)
+    params = [torch.ones(3, device=DEVICE, requires_grad=True) for _ in range(4)]
+    optimizer = LearnedOptimizer(params, weights=make_rule("raw-1x5"), backend="triton", capturable=True)
+    step_on(optimizer, params, 0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_step, "_capturing", lambda device: True)
+        step_on(optimizer, params, 0.1)
+    (table,) = tables_of(optimizer)
+    for having in ((0, 1), (0, 2), (0, 3)):
+        step_on(optimizer, params, 0.1, having)
+    assert table in tables_of(optimizer)
+    assert len(tables_of(optimizer)) == 2
+
+
+@needs_kernel
+def test_steps_between_replays_use_their_own_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule, results = make_rule("raw-1x5"), []
+    gradients = [torch.full((3,), value, device=DEVICE) for value in (0.1, -0.4)]
+    for backend in ("reference", "triton"):
+        param = torch.ones(3, device=DEVICE, requires_grad=True)
+        optimizer = LearnedOptimizer([param], weights=rule, backend=backend, capturable=True)
+        param.grad = gradients[0]
+        optimizer.step()
+        param.grad = gradients[1]
+        with monkeypatch.context() as patch:
+            patch.setattr(triton_step, "_capturing", lambda device: True)
+            optimizer.step()
+        written = [table.addresses.clone() for table in (tables_of(optimizer) if backend == "triton" else ())]
+        param.grad = gradients[0]
+        optimizer.step()
+        for addresses, table in zip(written, tables_of(optimizer) if written else (), strict=True):
+            table.addresses.copy_(addresses)  # What a replay does.
+        optimizer.step()
+        results.append((param.detach(), memories(optimizer, [param])))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=2e-6)
+
+
+@needs_kernel
+def test_a_step_of_parameters_that_are_not_contiguous_can_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule, results = make_rule("raw-1x5"), []
+    for backend in ("reference", "triton"):
+        torch.manual_seed(0)
+        param = torch.randn(6, 4, device=DEVICE).t().requires_grad_()
+        optimizer = LearnedOptimizer([param], weights=rule, backend=backend, capturable=True)
+        step_on(optimizer, [param], 0.1)
+        elsewhere = [torch.empty(4, 6, device=DEVICE) for _ in range(50)]  # Copies will not lie where they lay.
+        with monkeypatch.context() as patch:
+            patch.setattr(triton_step, "_capturing", lambda device: True)
+            step_on(optimizer, [param], -0.2)
+        del elsewhere
+        results.append((param.detach(), memories(optimizer, [param])))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=2e-6)
+
+
+@needs_kernel
+def test_what_cannot_be_captured_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = make_rule("raw-1x5")
+    params, optimizer = make_optimizer([(3,), (4,)], rule, capturable=True)
+    step_on(optimizer, params, 0.1, having=(0,))
+    monkeypatch.setattr(triton_step, "_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="before a step outside of it"):
+        step_on(optimizer, params, 0.1, having=(1,))
+    fresh, other = make_optimizer([(3,)], make_rule("raw-1x5", seed=1))
+    with pytest.raises(RuntimeError, match="before a step outside of it"):
+        step_on(other, fresh, 0.1)
+    (weights,) = optimizer._weights.values()
+    memory = {name: optimizer.state[params[0]][name] for name in ("hidden", "cell")}
+    item = StepItem(params[0].detach(), torch.ones_like(params[0]), memory, torch.ones((), device="meta"), None)
+    with pytest.raises(RuntimeError, match="construct the optimizer with capturable=True"):
+        triton_step.apply_step(
+            weights.rule_on(params[0].device, torch.float32), [item], lr=1.0, weight_decay=0.0, maximize=False
+        )
+
+
+@needs_kernel
+@pytest.mark.parametrize(("dtype", "device"), [(torch.bfloat16, None), (torch.float64, None), (torch.float32, "meta")])
+@pytest.mark.parametrize(("name", "form"), [("2x3-time", "unrolled"), ("log-3x2", "tiled")])
+def test_the_default_dtype_and_device_of_torch_change_nothing(
+    name: str, form: str, dtype: torch.dtype, device: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule, results = make_rule(name), []
+    gradients = [torch.tensor([0.3, -0.7, 0.05], device=DEVICE), torch.tensor([0.1, 0.9, -2.0], device=DEVICE)]
+    monkeypatch.setattr(triton_step, "choose_form", lambda rule: FORMS[form])
+    for default, place in ((torch.float32, None), (dtype, device)):
+        monkeypatch.setattr(triton_step, "_programs", weakref.WeakKeyDictionary())
+        params = [torch.linspace(-1, 1, 3, device=DEVICE).requires_grad_() for _ in range(2)]
+        torch.set_default_dtype(default)
+        try:
+            with nullcontext() if place is None else torch.device(place):
+                optimizer = LearnedOptimizer(params, weights=rule, backend="triton", lr=0.3, weight_decay=0.9)
+                for gradient in gradients:
+                    params[0].grad, params[1].grad = gradient, -gradient
+                    optimizer.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append((copies(params), memories(optimizer, params)))
+    assert_identical(results[1], results[0])
+
+
 @needs_kernel
 def test_what_the_kernel_cannot_take_goes_to_the_reference() -> None:
     rule = make_rule("raw-1x5")
@@ -240,6 +421,16 @@ def steps_of_one(rule: UpdateRule, backend: str, dtype: torch.dtype) -> Tensor:
     param.grad = torch.randn_like(param)
     optimizer.step()
     return param.detach()
+
+
+def test_it_is_for_nvidia_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_step, "INSTALLED", True)
+    monkeypatch.setattr(triton_step, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert triton_step.available()
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # AMD's GPUs call themselves "cuda", too.
+    assert not triton_step.available()
 
 
 def test_it_is_refused_where_it_cannot_run() -> None:
@@ -271,9 +462,9 @@ def test_auto_takes_it_on_a_gpu() -> None:
 def test_nothing_waits_for_the_device() -> None:
     params = [torch.randn(50, 3, device="cuda").requires_grad_(), torch.randn(7, device="cuda").requires_grad_()]
     optimizer = LearnedOptimizer(params, weights=make_rule("1x8"), backend="triton")
-    for mode in ("default", "error"):
-        for param in params:
-            param.grad = torch.randn_like(param)
+    for mode, having in (("default", (0, 1)), ("error", (0, 1)), ("error", (0,))):
+        for number, param in enumerate(params):
+            param.grad = torch.randn_like(param) if number in having else None
         torch.cuda.set_sync_debug_mode(mode)
         try:
             optimizer.step()
@@ -286,8 +477,10 @@ def test_a_captured_step_equals_eager_steps() -> None:
     results = []
     for captured in (False, True):
         torch.manual_seed(0)
-        params = [torch.randn(50, 3, device="cuda").requires_grad_(), torch.randn(7, device="cuda").requires_grad_()]
-        optimizer = LearnedOptimizer(params, weights=make_rule("1x8"), backend="triton", capturable=True)
+        params = [torch.randn(50, 3, device="cuda").t().requires_grad_()]
+        params += [torch.randn(7, device="cuda").requires_grad_() for _ in range(triton_step.KEPT_TABLES + 4)]
+        groups = [{"params": [param]} for param in params]
+        optimizer = LearnedOptimizer(groups, weights=make_rule("1x8"), backend="triton", capturable=True)
         for param in params:
             param.grad = torch.randn_like(param)
         optimizer.step()
@@ -301,8 +494,21 @@ def test_a_captured_step_equals_eager_steps() -> None:
             for param in params:
                 param.grad.copy_(torch.full_like(param, 0.1 * number - 0.2))  # type: ignore[union-attr]
             step()
-        results.append((copies(params), [optimizer.state[param] for param in params]))
+            if number == 2:  # Between replays, on other gradients.
+                captured_gradients = [param.grad for param in params]
+                step_on(optimizer, params, 0.3)
+                for param, gradient in zip(params, captured_gradients, strict=True):
+                    param.grad = gradient
+        results.append((copies(params), memories(optimizer, params)))
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+@needs_gpu
+def test_steps_counted_on_the_cpu_cannot_be_captured() -> None:
+    params, optimizer = make_optimizer([(3,)], make_rule("1x8"))
+    step_on(optimizer, params, 0.1)
+    with pytest.raises(RuntimeError, match="capturable=True"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
 
 
 @needs_gpu
