@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from meta_train.baselines import Setting
-from meta_train.judging.report import Report, judge_suite
+from meta_train.evaluate import read_rows, write_rows
+from meta_train.evidence import RESULTS
+from meta_train.judging.report import Report, _ratios, _summary, judge_suite
 from meta_train.judging.suite import SEEDS, TUNING_SEED, Contestant, Learned, Run, Runner, Suite, smoothed_final
 from meta_train.judging.task import Case, JudgingTask, Outcome
 
@@ -102,6 +104,58 @@ def test_a_single_seed_has_no_standard_error(tmp_path: Path) -> None:
     report = judge_suite(runner, [MINE], seeds=(1,))
     assert [row["standard_error"] for row in report.results] == ["", ""]
     assert [row["log_standard_error"] for row in report.ratios] == [""]
+
+
+def test_a_baseline_that_diverges_is_no_win(tmp_path: Path) -> None:
+    """A ratio to infinity is 0, and a geometric mean with it in it too, whatever the other tasks say."""
+    broken = {("one", ADAM): [(3.0, 1.0), (math.inf, None), (5.0, 3.0)]}
+    report = judged(tmp_path, WRITTEN | broken)
+    of_adam = report.results[1]
+    assert (of_adam["final"], of_adam["held_out"], of_adam["standard_error"]) == (math.inf, math.inf, "")
+    ratio = report.ratios[0]
+    assert all(math.isnan(float(ratio[name])) for name in ("ratio", "held_out_ratio"))
+    (row,) = report.summary
+    assert (row["ratio"], row["held_out_ratio"], row["worst"], row["worst_task"]) == (8, 0.125, 8, "two")
+    assert (row["wins"], row["tasks"], row["diverged"], row["baseline_diverged"]) == (0, 1, 0, 1)
+
+
+def test_a_rule_that_diverges_once_has_lost(tmp_path: Path) -> None:
+    broken = {("one", MINE): [(1.0, 3.0), (math.inf, None), (3.0, math.nan)]}
+    report = judged(tmp_path, WRITTEN | broken)
+    assert (report.results[0]["final"], report.results[0]["held_out"]) == (math.inf, math.inf)
+    (row,) = report.summary
+    assert (row["ratio"], row["held_out_ratio"], row["worst"], row["worst_task"]) == (math.inf, math.inf, math.inf, "one")
+    assert (row["wins"], row["tasks"], row["diverged"]) == (0, 2, 1)
+    assert "baseline_diverged" not in row
+
+
+def test_where_both_diverge_both_are_counted_and_nothing_is_compared(tmp_path: Path) -> None:
+    nothing = [(math.inf, None)] * 3
+    (row,) = judged(tmp_path, WRITTEN | {("one", MINE): nothing, ("one", ADAM): nothing}).summary
+    assert (row["ratio"], row["tasks"], row["diverged"], row["baseline_diverged"]) == (8, 1, 1, 1)
+    report = judged(tmp_path, {("one", MINE): nothing, ("one", ADAM): nothing})
+    assert report.results[0]["held_out"] == "", "no one is known to have held-out examples"
+    (row,) = report.summary
+    assert math.isnan(float(row["ratio"]))
+    assert (row["wins"], row["tasks"], row["worst_task"]) == (0, 0, "none")
+
+
+def test_a_loss_of_zero_is_a_figure(tmp_path: Path) -> None:
+    nothing = [(0.25, 0.0)] * 3  # The last two losses are 0 and 0.5.
+    report = judged(tmp_path, {("one", MINE): nothing, ("one", ADAM): nothing})
+    assert [(row["ratio"], row["held_out_ratio"]) for row in report.ratios] == [(1, 1)]
+
+
+@pytest.mark.parametrize("name", ["judge", "judge-long", "stress", "lr"])
+def test_committed_summaries_follow_from_the_committed_results(name: str, tmp_path: Path) -> None:
+    rows = {table: read_rows(RESULTS / name / f"{table}.csv") for table in ("results", "ratios", "summary")}
+    cases = dict.fromkeys((row["task"], row["horizon"]) for row in rows["results"])
+    ratios = [
+        ratio for case in cases for ratio in _ratios([r for r in rows["results"] if (r["task"], r["horizon"]) == case])
+    ]
+    for table, made in (("ratios", ratios), ("summary", _summary(ratios, rows["results"]))):  # type: ignore[arg-type]
+        write_rows(tmp_path / table, made)
+        assert (tmp_path / table).read_text() == (RESULTS / name / f"{table}.csv").read_text()
 
 
 @pytest.mark.parametrize(("horizon", "mean"), [(30, 28.0), (20, 18.5), (7, 6.0), (1, 0.0)])
