@@ -117,7 +117,8 @@ def module_optimizee(
         make_module: Builds and initialises one module, from torch's global generator.
         loss: ``loss(module, batch)`` returns a 0-dim tensor.
         next_batch: Draws a minibatch from a generator; every tensor has a leading dimension P.
-        seed: Decides initialisations and minibatches.
+        seed: Decides initialisations and minibatches, which are drawn from the streams of ``seed`` and ``seed + 1``: draw
+            what else belongs to a problem, such as its data, from another, or it is correlated with its initial weights.
         num_problems: Problems side by side, P.
 
     Returns:
