@@ -28,6 +28,10 @@ from learned_optim.weights.facts import bytes_per_parameter
 WeightsLike = str | PathLike[str] | UpdateRule | Weights
 """A bundled name, ``owner/repo@revision`` on the Hub, a file, a rule, or loaded weights."""
 
+Kind = tuple[torch.device, torch.dtype, bool]
+"""What can be stepped together: device, dtype to compute in, and whether complex numbers are seen as real ones while
+``torch.compile`` traces, which fails on an operator that writes such a view and follows plain PyTorch."""
+
 
 class LearnedOptimizer(Optimizer):
     r"""Update every coordinate with a pretrained LSTM whose memory is optimizer state.
@@ -212,10 +216,10 @@ class LearnedOptimizer(Optimizer):
         before = snapshot(self.param_groups)
         for group in self.param_groups:
             weights = self._weights_of(group)
-            for (device, dtype), items in self._items(group, weights).items():
+            for (device, dtype, traced_as_real), items in self._items(group, weights).items():
                 lr = group["lr"]
                 apply_step(
-                    self.backend,
+                    "reference" if traced_as_real else self.backend,
                     weights.rule_on(device, dtype),
                     items,
                     lr=lr.detach().to(device, dtype, non_blocking=True).reshape(()) if isinstance(lr, Tensor) else lr,
@@ -265,22 +269,25 @@ class LearnedOptimizer(Optimizer):
     def _refuse_what_does_not_fit(self) -> None:
         """Refuse before anything is written, so that a caller who catches the error has lost nothing."""
         for param, _ in _params_with_groups(self.param_groups):
-            if param.grad is None:
+            grad, state = param.grad, self.state.get(param, {})
+            if grad is None:
                 continue
-            if param.grad.layout != torch.strided:
+            if grad.layout != torch.strided:
                 raise RuntimeError(
                     "LearnedOptimizer does not support sparse gradients; build the embedding with sparse=False"
                 )
-            hidden = self.state[param].get("hidden") if param in self.state else None
-            if hidden is not None and hidden.shape[:-1] != as_real(param).shape:
+            if not state and _is_captured(param):
+                raise RuntimeError("a CUDA graph cannot hold the first step of a parameter; take one before you capture")
+            if state and state["hidden"].shape[:-1] != as_real(param).shape:
+                shape = tuple(state["hidden"].shape[:-1])
                 raise RuntimeError(
-                    f"a parameter has shape {tuple(param.shape)}, but its state is of shape {tuple(hidden.shape[:-1])}: "
+                    f"a parameter has shape {tuple(param.shape)}, but its state is of shape {shape}: "
                     "if its data were replaced on purpose, start its memory afresh: `del optimizer.state[param]`"
                 )
 
-    def _items(self, group: dict[str, Any], weights: Weights) -> dict[tuple[torch.device, torch.dtype], list[StepItem]]:
-        """Collect the parameters to step, by device and compute dtype, and count the step."""
-        stepped: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    def _items(self, group: dict[str, Any], weights: Weights) -> dict[Kind, list[StepItem]]:
+        """Collect the parameters to step, by their kind, and count the step."""
+        stepped: dict[Kind, list[Tensor]] = defaultdict(list)
         steps = []
         for param in group["params"]:
             if param.grad is None:
@@ -289,14 +296,15 @@ class LearnedOptimizer(Optimizer):
                 self.state[param].update(self._initial_state(param, group, weights.rule))
             steps.append(self.state[param]["step"])
             if param.numel() > 0:
-                stepped[param.device, compute_dtype(param.dtype)].append(param)
+                traced_as_real = torch.compiler.is_compiling() and param.is_complex()
+                stepped[param.device, compute_dtype(param.dtype), traced_as_real].append(param)
         if steps:
             torch._foreach_add_(steps, 1)  # Of thousands of steps on a GPU, in a few launches.
-        items: dict[tuple[torch.device, torch.dtype], list[StepItem]] = {}
-        for where, params in stepped.items():
-            rule = weights.rule_on(*where)
+        items: dict[Kind, list[StepItem]] = {}
+        for kind, params in stepped.items():
+            rule = weights.rule_on(*kind[:2])
             scales = rule.tensor_scales([as_real(param) for param in params])
-            items[where] = [
+            items[kind] = [
                 StepItem(
                     param=local(as_real(param)),
                     grad=local(gradient_of(param)),
@@ -424,6 +432,10 @@ class LearnedOptimizer(Optimizer):
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype a rule computes in for parameters of ``dtype``: float64 for double precision, else float32."""
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def _is_captured(param: Tensor) -> bool:
+    return param.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 def _check_options(options: dict[str, Any]) -> None:

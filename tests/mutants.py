@@ -365,9 +365,9 @@ MUTANTS = (
     _one(
         "state layout",
         "the width stands in front",
-        OPTIMIZER,
-        "torch.zeros((*local.shape, *trailing),",
-        "torch.zeros((*trailing, *local.shape),",
+        SHARDING,
+        "torch.zeros((*shard.shape, *trailing),",
+        "torch.zeros((*trailing, *shard.shape),",
         STEP,
         "documented_layout",
     ),
@@ -385,8 +385,8 @@ MUTANTS = (
         "dtypes",
         "state_dtype is ignored",
         OPTIMIZER,
-        'return STATE_DTYPES[group["state_dtype"]], moment_dtype',
-        "return torch.float32, moment_dtype",
+        "return STATE_DTYPES[str(state_dtype)], moments",
+        "return torch.float32, moments",
         STEP,
         "state_dtype",
     ),
@@ -502,7 +502,7 @@ MUTANTS = (
         "exact resume",
         "the step count is lost",
         OPTIMIZER,
-        'step = torch.as_tensor(saved["step"], dtype=torch.float32)',
+        'step = torch.as_tensor(saved["step"], dtype=torch.float32, device="cpu")',
         "step = torch.zeros(())",
         CHECKPOINT,
         "resume_is_exact",
@@ -575,7 +575,7 @@ MUTANTS = (
         "older checkpoints load",
         "a step that is a number stays one",
         OPTIMIZER,
-        'step = torch.as_tensor(saved["step"], dtype=torch.float32)',
+        'step = torch.as_tensor(saved["step"], dtype=torch.float32, device="cpu")',
         'step = saved["step"]',
         CHECKPOINT,
         "number",
@@ -638,7 +638,16 @@ MUTANTS = (
         "plain",
     ),
     # Memory
-    _one("8-bit memory", "rounds to nearest", STORAGE, "_draws(bits, 0, width) / 2**16", "0.5", STORED, "average", "small"),
+    _one(
+        "8-bit memory",
+        "rounds to nearest",
+        STORAGE,
+        "_draws(bits, 0, width).to(cells.dtype) * 2.0**-16",
+        "0.5",
+        STORED,
+        "average",
+        "small",
+    ),
     _one(
         "8-bit memory",
         "one scale for all layers",
@@ -725,7 +734,7 @@ MUTANTS = (
     ),
     # Two processes
     _one(
-        "FSDP2", "state is whole on every rank", OPTIMIZER, "    if local is like:\n", "    if True:\n", DISTRIBUTED, "fsdp2"
+        "FSDP2", "state is whole on every rank", SHARDING, "    if shard is like:\n", "    if True:\n", DISTRIBUTED, "fsdp2"
     ),
     _one(
         "FSDP2",
@@ -739,7 +748,7 @@ MUTANTS = (
     _one(
         "tensor parallelism",
         "gradients are not reduced",
-        OPTIMIZER,
+        SHARDING,
         "    return grad.redistribute(placements=param.placements)",
         "    return grad",
         DISTRIBUTED,

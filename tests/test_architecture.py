@@ -18,9 +18,10 @@ ALLOWED = {
     "weights": {"weights", "rules"},
     "guard": {"rules", "weights"},
     "summary": {"backends", "rules"},
-    "optimizer": {"backends", "guard", "rules", "summary", "weights"},
+    "sharding": set(),
+    "optimizer": {"backends", "guard", "rules", "sharding", "summary", "weights"},
     "memory": {"optimizer"},
-    "recorder": {"backends", "optimizer", "rules"},
+    "recorder": {"backends", "optimizer", "rules", "sharding"},
     "__init__": {"memory", "optimizer", "recorder", "rules", "weights"},
     "__main__": {"rules", "weights"},
 }

@@ -71,7 +71,10 @@ def apply_step(
         maximize: Ascend instead of descend.
     """
     module = choose_backend(backend, rule)
-    module.apply_step(rule, items, lr=lr, weight_decay=weight_decay, maximize=maximize)
+    on_cpu = rule.readout.weight.device.type == "cpu" and not torch.compiler.is_compiling()
+    alone = on_cpu and chunks.share_memory([item.param for item in items])
+    for part in ([item] for item in items) if alone else (items,):
+        module.apply_step(rule, part, lr=lr, weight_decay=weight_decay, maximize=maximize)
 
 
 def choose_backend(name: str, rule: UpdateRule) -> ModuleType:

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from learned_optim.backends import chunks
-from learned_optim.backends.chunks import StepItem
+from learned_optim.backends.chunks import PLAIN_TENSORS, StepItem
 from learned_optim.backends.native_library import AVAILABLE, call, pointer
 from learned_optim.rules import AdamModulationRule, PaperRule, UpdateRule
 from learned_optim.rules.adam_modulation import AdamModulationConfig
@@ -35,7 +35,6 @@ MEMORY_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 3}
 MOMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes of moments."""
 
-PLAIN_TENSORS = {Tensor, nn.Parameter}
 _LOG2_E = 1.44269504
 
 
@@ -133,8 +132,6 @@ def _apply_alike(
 def takes(rule: UpdateRule, item: StepItem) -> bool:
     """Return whether the kernel can take an item, perhaps by way of a contiguous copy of parameter and gradient."""
     size, layers, memory = item.param.numel(), rule.config.num_layers, item.memory
-    if torch.compiler.is_compiling() and item.param._is_view():
-        return False  # A complex parameter, seen as real: torch.compile fails on an operator that writes such a view.
     if set(memory) != set(names(rule, memory)):
         return False
     moments = [memory[name] for name in rule.moment_names]

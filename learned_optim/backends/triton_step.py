@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from learned_optim.backends import chunks
-from learned_optim.backends.chunks import StepItem
+from learned_optim.backends.chunks import PLAIN_TENSORS, StepItem
 from learned_optim.rules import AdamModulationConfig, AdamModulationRule, PaperRule, PaperRuleConfig, UpdateRule
 from learned_optim.rules.storage import CELL_SCALE, names
 
@@ -37,7 +37,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter, which takes tensors on the CPU; for tests."""
 
 FLOATS = {torch.float32, torch.bfloat16, torch.float16}
-PLAIN_TENSORS = {Tensor, nn.Parameter}
 
 
 class PaperConstants(NamedTuple):

@@ -7,6 +7,7 @@ that of the torch module of the same name, each copy its own, from torch's globa
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -149,9 +150,18 @@ class ConvNet(nn.Module):
 
 def _patches(x: Tensor) -> Tensor:
     """Gather each pixel's 3x3 neighbourhood: ``(P, B, S, S, C)`` to ``(P, B, S, S, 9 * C)``, zeros outside."""
-    side = x.shape[2]
-    x = F.pad(x, (0, 0, 1, 1, 1, 1))
-    return torch.cat([x[:, :, i : i + side, j : j + side] for i in range(3) for j in range(3)], -1)
+    # By one lookup: nine slices, and the gradient of each, take three times as long.
+    problems, batch, side, _, channels = x.shape
+    pixels = F.pad(x.reshape(problems * batch, side * side, channels), (0, 0, 0, 1))
+    return pixels.index_select(1, _neighbours(side)).view(problems, batch, side, side, 9 * channels)
+
+
+@functools.cache
+def _neighbours(side: int) -> Tensor:
+    """Return the numbers of each pixel's neighbours, row by row; outside lies pixel ``side * side``."""
+    framed = F.pad(torch.arange(side * side).view(1, side, side), (1, 1, 1, 1), value=side * side)[0]
+    windows = [framed[i : i + side, j : j + side] for i in range(3) for j in range(3)]
+    return torch.stack(windows, -1).flatten()
 
 
 class Embedding(nn.Module):

@@ -379,6 +379,13 @@ def test_a_plan_measures_tensors_within_the_bounds_of_the_rule() -> None:
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
 
 
+def rename(memory: dict[str, Tensor], one: str, other: str) -> None:
+    """Exchange two names, and leave the tensors in their order."""
+    entries = list(memory.items())
+    memory.clear()
+    memory.update({{one: other, other: one}.get(name, name): value for name, value in entries})
+
+
 CHANGES = {
     "replaced data": lambda params, optimizer: setattr(params[2], "data", params[2].detach().clone()),
     "another dtype": lambda params, optimizer: setattr(params[2], "data", params[2].detach().to(torch.bfloat16)),
@@ -398,6 +405,10 @@ CHANGES = {
     "options": lambda params, optimizer: optimizer.param_groups[0].update(lr=0.1, weight_decay=1.0, maximize=True),
     "a parameter less": lambda params, optimizer: optimizer.param_groups[0]["params"].pop(),
     "another order": lambda params, optimizer: optimizer.param_groups[0]["params"].reverse(),
+    "swapped memory": lambda params, optimizer: torch.utils.swap_tensors(
+        optimizer.state[params[2]]["hidden"], torch.full_like(optimizer.state[params[2]]["hidden"], 0.5)
+    ),
+    "renamed memory": lambda params, optimizer: rename(optimizer.state[params[2]], "exp_avg", "exp_avg_slow"),
     "swapped": lambda params, optimizer: torch.utils.swap_tensors(params[2], nn.Parameter(params[2].detach() + 1)),
 }
 

@@ -216,6 +216,52 @@ def test_a_checkpoint_without_its_memory_is_refused() -> None:
     refuses(optimizer, params, state, "lacks cell, exp_avg of parameter 1")
 
 
+@pytest.mark.parametrize("name", ["hidden", "cell", "exp_avg"])
+@pytest.mark.parametrize(
+    "spoil", [lambda x: x.to("meta"), lambda x: x.to_sparse(), lambda x: x.numpy()], ids=["meta", "sparse", "numpy"]
+)
+def test_memory_that_is_no_dense_tensor_is_refused(name: str, spoil: Any) -> None:
+    optimizer, params = trained(small_rule())
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][1][name] = spoil(state["state"][1][name])
+    refuses(optimizer, params, state, "memory of parameter 1 in the checkpoint is not all of dense tensors")
+
+
+@pytest.mark.parametrize("step", ["three", torch.ones(2), None])
+def test_a_step_that_is_no_number_is_refused(step: Any) -> None:
+    optimizer, params = trained(small_rule())
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][1]["step"] = step
+    refuses(optimizer, params, state, "step of parameter 1 in the checkpoint")
+
+
+def test_a_load_under_another_default_device_is_exact(rule: UpdateRule) -> None:
+    optimizer, params = trained(rule)
+    saved, before = copy.deepcopy(optimizer.state_dict()), memories(optimizer, params)
+    with torch.device("meta"):
+        optimizer.load_state_dict(saved)
+    assert_identical(memories(optimizer, params), before)
+
+
+def test_a_load_that_runs_out_of_memory_leaves_no_half_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer, params = trained(small_rule())
+    saved, before = copy.deepcopy(optimizer.state_dict()), memories(optimizer, params)
+    copied = iter(range(3))
+
+    def contiguous(tensor: Tensor) -> Tensor:
+        if next(copied, None) is None:
+            raise MemoryError("no room")
+        return tensor
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Tensor, "contiguous", contiguous)
+        with pytest.raises(RuntimeError, match=r"could not be copied \(no room\); the optimizer has no state now"):
+            optimizer.load_state_dict(saved)
+    assert not optimizer.state
+    optimizer.load_state_dict(saved)
+    assert_identical(memories(optimizer, params), before)
+
+
 # Older checkpoints
 
 

@@ -261,3 +261,20 @@ def test_a_compiled_step_equals_the_eager_one_without_breaks_or_recompiles(case:
     assert counts[1:] == [2] * 4
     torch.testing.assert_close(params, expected, rtol=1e-5, atol=1e-6)
     torch._dynamo.reset()
+
+
+@needs_dynamo
+@pytest.mark.usefixtures("each_backend")
+def test_a_compiled_step_takes_complex_parameters_too() -> None:
+    (param,), (expected,) = make_params([(3,)], torch.complex64), make_params([(3,)], torch.complex64)
+    optimizer = LearnedOptimizer([param], lr=torch.tensor(1.0), weights=small_rule(seed=98))
+    other = LearnedOptimizer([expected], weights=small_rule(seed=98))
+    torch._dynamo.reset()
+    step = torch.compile(optimizer.step, backend="aot_eager")
+    for number in range(3):
+        for tensor in (param, expected):
+            (tensor.grad,) = draw_gradients([tensor], number)
+        step()
+        other.step()
+    torch.testing.assert_close(param, expected, rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()

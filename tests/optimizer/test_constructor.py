@@ -58,6 +58,8 @@ def test_bad_params_are_refused_as_by_every_torch_optimizer(params: Any, error: 
         ({"weight_decay": -1.0}, "Invalid weight_decay"),
         ({"state_dtype": "float16"}, "Invalid state_dtype"),
         ({"moment_dtype": "float16"}, "Invalid moment_dtype"),
+        ({"fused": True}, "Invalid fused"),
+        ({"differentiable": True}, "Invalid differentiable"),
     ],
 )
 def test_bad_options_of_a_group_are_refused_and_the_group_is_not_added(option: dict[str, Any], message: str) -> None:

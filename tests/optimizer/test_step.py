@@ -1,6 +1,7 @@
 """``step``: closures, gradients of every kind, lr, weight decay, dtypes, layouts."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -154,6 +155,44 @@ def test_complex_parameters_step_as_pairs_of_reals(rule: UpdateRule, shape: tupl
         twin.step()
     assert_identical(torch.view_as_real(param.detach()), real.detach())
     assert_identical(memories(optimizer, [param]), memories(twin, [real]))
+
+
+def test_a_conjugate_gradient_is_a_gradient(rule: UpdateRule) -> None:
+    params, expected = make_params([(3,)], torch.complex64), make_params([(3,)], torch.complex64)
+    gradient = torch.randn(3, dtype=torch.complex64)
+    for (param,), grad in ((params, gradient.conj()), (expected, gradient.conj().resolve_conj())):
+        param.grad = grad
+        LearnedOptimizer([param], weights=rule).step()
+    assert params[0].grad is not None
+    assert params[0].grad.is_conj()
+    assert_identical(params, expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "compiled"])
+@pytest.mark.parametrize("shape", [(4, 3), (12,), (5, 4), (2, 4)])
+def test_a_parameter_of_another_shape_than_its_state_is_refused(backend: str, shape: tuple[int, ...]) -> None:
+    params = make_params([(2,), (3, 4)])
+    optimizer = LearnedOptimizer(params, weights=small_rule(), backend="auto")
+    take_steps(optimizer, params, 2)
+    optimizer.backend = backend
+    params[1].data, before = torch.ones(shape), memories(optimizer, params)
+    params[1].grad = torch.ones(shape)
+    with pytest.raises(RuntimeError, match=rf"shape {re.escape(str(shape))}, but its state is of shape \(3, 4\)"):
+        optimizer.step()
+    assert_identical(memories(optimizer, params), before)
+    del optimizer.state[params[1]]
+    optimizer.backend = "auto"
+    optimizer.step()
+    assert optimizer.state[params[1]]["hidden"].shape[:-1] == shape
+
+
+def test_memory_dtypes_may_be_written_into_a_group_by_hand() -> None:
+    params = make_params([(3,)])
+    optimizer = LearnedOptimizer(params, weights=small_rule())
+    optimizer.param_groups[0].update(state_dtype=torch.bfloat16, moment_dtype="bfloat16")
+    take_steps(optimizer, params, 1)
+    state = optimizer.state[params[0]]
+    assert (state["hidden"].dtype, state["exp_avg"].dtype) == (torch.bfloat16, torch.bfloat16)
 
 
 def test_a_graph_behind_the_gradient_is_not_kept(rule: UpdateRule) -> None:
@@ -380,14 +419,17 @@ def test_state_dtype_narrows_the_lstm_memory_only(rule: UpdateRule, name: torch.
     torch.testing.assert_close(params, wide, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
-def test_the_default_dtype_of_torch_changes_nothing(rule: UpdateRule, default: torch.dtype) -> None:
-    params, expected = make_params(), make_params()
-    optimizer = LearnedOptimizer(expected, weights=rule, weight_decay=3.0)
+@pytest.mark.parametrize("state_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_default_dtype_of_torch_changes_nothing(rule: UpdateRule, default: torch.dtype, state_dtype: str) -> None:
+    shapes = ((), (5,), (300, 4))  # Thousands of draws: a default of sixteen bits rounds few of them upwards.
+    params, expected = make_params(shapes), make_params(shapes)
+    options: dict[str, Any] = {"weights": rule, "weight_decay": 3.0, "state_dtype": state_dtype}
+    optimizer = LearnedOptimizer(expected, **options)
     take_steps(optimizer, expected, 3)
     torch.set_default_dtype(default)
     try:
-        other = LearnedOptimizer(params, weights=rule, weight_decay=3.0)
+        other = LearnedOptimizer(params, **options)
         take_steps(other, params, 3)
     finally:
         torch.set_default_dtype(torch.float32)
