@@ -1,11 +1,11 @@
 """Which choices of the default recipe matter: short meta-training runs that differ from it in one of them.
 
-    python -m benchmarks.exploration [--steps 300] [--seeds 0] [VARIATION ...]
+    python -m benchmarks.exploration [--steps 150] [--seeds 0] [VARIATION ...]
 
 Each run is the first phase of the recipe, cut short, and is judged on the synthetic kinds that the mixture does not hold, so
 nothing here spends the data that judge the published weights. Rules are judged as they were meta-trained, without the
 recipe's ``[use]``. A finished run is a file in ``runs/exploration``, and its losses stand in the table ``kinds.csv``; what
-either holds is not made again, and the tables are made of all.
+either holds is not made again, and the tables are made of all. Runs of other numbers of outer steps do not share a table.
 """
 
 import argparse
@@ -29,13 +29,14 @@ from benchmarks.wider_rules import NotingSteps, TensorRule, ValueRule, WiderOpti
 from learned_optim import LearnedOptimizer
 from learned_optim.rules import UpdateRule
 from meta_train.evaluate import Rows, read_rows, write_rows
+from meta_train.files import write_atomically
 from meta_train.judging.held_out_kinds import HELD_OUT_KINDS
 from meta_train.judging.suite import smoothed_final
 from meta_train.judging.task import train_case
 from meta_train.outer_loop import MetaTraining
+from meta_train.provenance import environment
 from meta_train.publish import WEIGHTS_DIR
 from meta_train.recipe import Evolution, Recipe, read_recipe
-from meta_train.run_dir import environment, write_atomically
 from meta_train.tasks.data import digit_stream
 from meta_train.tasks.mixture import KINDS
 
@@ -113,12 +114,17 @@ def main() -> None:
     """Make the runs that are missing and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variations", nargs="*", help=", ".join(VARIATIONS))
-    parser.add_argument("--steps", type=int, default=300, help="outer steps; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=150, help="outer steps; default: %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of meta-training; default: 0")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if unknown := set(options.variations) - set(VARIATIONS):
         parser.error(f"there is no variation {', '.join(sorted(unknown))}")
+    if others := steps_of_the_table() - {options.steps}:
+        parser.error(
+            f"{TABLES / 'kinds.csv'} holds runs of {', '.join(map(str, sorted(others)))} outer steps, which --steps "
+            f"{options.steps} would replace; give those, or move the tables away"
+        )
     RUNS.mkdir(parents=True, exist_ok=True)
     for name in options.variations or VARIATIONS:
         for seed in options.seeds:
@@ -145,10 +151,19 @@ def main() -> None:
         print(f"{row['variation']:<28}{row['ratio_200']:>8}{row['ratio_500']:>8} {spread:<9} n={row['n']}  {worst}")
 
 
+def steps_of_the_table() -> set[int]:
+    """Return the numbers of outer steps of the runs in the table; it should be one at most."""
+    return {int(row["outer_steps"]) for row in _rows()}
+
+
+def _rows() -> list[dict[str, str]]:
+    return read_rows(TABLES / "kinds.csv") if (TABLES / "kinds.csv").exists() else []
+
+
 def committed(steps: int) -> dict[tuple[str, int], dict[str, Any]]:
     """Return the runs of so many outer steps whose losses are in the table, by variation and seed."""
     runs: dict[tuple[str, int], dict[str, Any]] = {}
-    for row in read_rows(TABLES / "kinds.csv") if (TABLES / "kinds.csv").exists() else ():
+    for row in _rows():
         if row["outer_steps"] == str(steps):
             about = {"variation": row["variation"], "seed": int(row["seed"]), "steps": steps, "commit": row["commit"]}
             run = runs.setdefault((row["variation"], int(row["seed"])), {**about, "losses": defaultdict(dict)})

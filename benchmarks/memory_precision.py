@@ -26,7 +26,7 @@ from meta_train.judging.held_out_kinds import HELD_OUT_KINDS
 from meta_train.judging.real import real_tasks
 from meta_train.judging.real_data import prepared
 from meta_train.judging.task import JudgingTask, train_case
-from meta_train.run_dir import environment
+from meta_train.provenance import environment
 
 FLOAT32, CONTROL = "float32", "float32, control"
 STORAGES: dict[str, dict[str, Any]] = {

@@ -25,7 +25,7 @@ from meta_train.evaluate import Rows, read_rows, write_rows
 from meta_train.judging.held_out_kinds import HELD_OUT_KINDS, LONG_KINDS
 from meta_train.judging.suite import smoothed_final
 from meta_train.judging.task import train_case
-from meta_train.run_dir import environment
+from meta_train.provenance import environment
 
 TABLE = Path(__file__).parent / "options_in_use.csv"
 HORIZONS = (200, 500, 1000, 2000, 3500, 5000, 10_000, 20_000)

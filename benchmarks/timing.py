@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from meta_train.evaluate import Rows, write_rows
-from meta_train.run_dir import environment
+from meta_train.provenance import environment
 
 HERE = Path(__file__).parent
 _SHORTEST = 2e-3  # Seconds; what takes less is called several times, so that the clock does not tell.

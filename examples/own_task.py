@@ -29,7 +29,8 @@ class Sines:
 
     def sample(self, seed: int) -> Optimizee:
         """Return the problems of a seed."""
-        frequency = 1 + 3 * torch.rand(8, 1, 1, generator=seeded(seed))
+        # Initial weights are drawn from the stream of seed, minibatches from that of seed + 1: data need one of their own.
+        frequency = 1 + 3 * torch.rand(8, 1, 1, generator=seeded(seed + 2))
 
         def next_batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
             x = 2 * torch.rand(8, 32, 1, generator=generator) - 1

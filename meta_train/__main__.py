@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import re
 import sys
@@ -20,8 +19,9 @@ from learned_optim.rules import AdamModulationConfig
 from learned_optim.weights import Weights, available_weights, resolve_weights
 from meta_train import evaluate, figures
 from meta_train.evidence import RESULTS, evidence
-from meta_train.judging.report import judge_suite, read_baselines
+from meta_train.judging.report import judge_suite, label, read_baselines
 from meta_train.judging.suite import SEEDS, SUITES, TUNING_SEED, Runner, learned
+from meta_train.provenance import WHERE, elsewhere, read_environment
 from meta_train.publish import publish
 from meta_train.recipe import parse_recipe, read_recipe
 from meta_train.responses import responses
@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
+        _check_data(getattr(options, "data", None))
         return options.verb(options)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
@@ -92,8 +93,8 @@ def _parser() -> argparse.ArgumentParser:
         "--baselines", type=Path, metavar="DIR", help="take theirs from the tables of an earlier judgement of the suite"
     )
     judge.add_argument("--only", nargs="+", default=[], metavar="TASK", help="tasks of the suite to judge on; default: all")
-    judge.add_argument("--horizon", type=int, help="leave out longer horizons")
-    judge.add_argument("--lr", type=float, nargs="+", default=[1.0], help="factors on the learned update; default: 1")
+    judge.add_argument("--horizon", type=int, help="leave out longer horizons of the suite")
+    judge.add_argument("--lr", type=float, nargs="+", help="factors on the learned update, for a suite; default: 1")
     judge.set_defaults(verb=_evaluate)
 
     draw = verbs.add_parser("figures", help="draw the figures of an evaluation from its tables")
@@ -133,6 +134,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_data(data: Path | None) -> None:
+    """Refuse a directory that is none: what a real one lacks may come from the Hub, and so would all that this one lacks."""
+    if data is not None and not data.is_dir():
+        raise ValueError(f"--data {data} is no directory; leave it out to ask the Hub, which has the image sets")
+
+
 def _train(options: argparse.Namespace) -> int:
     read_recipe(options.recipe)
     text = options.recipe.read_text()
@@ -159,17 +166,20 @@ def _with_seed(text: str, seed: int) -> str:
     """Replace the recipe's seed, or give it one; only the keys above the first table are the recipe's own."""
     start = re.search(r"(?m)^\[", text)
     head, rest = (text[: start.start()], text[start.start() :]) if start else (text, "")
-    head, count = re.subn(r"(?m)^seed\s*=\s*[+-]?\d+", f"seed = {seed}", head)
+    head, count = re.subn(r"(?m)^seed\s*=\s*[^\s#]+", f"seed = {seed}", head)
     return (head if count else f"seed = {seed}\n{head}") + rest
 
 
 def _labelled(names: Sequence[str]) -> list[evaluate.AnyWeights]:
     """Load weights under short names; those of a model's parts come joined by ``+``."""
     loaded = [_contestant([name] if Path(name).exists() else name.split("+")) for name in names]
-    labels = [one.name for one in loaded]
+    _refuse_repeated([one.name for one in loaded])
+    return loaded
+
+
+def _refuse_repeated(labels: Sequence[str]) -> None:
     if len(set(labels)) < len(labels):
         raise ValueError(f"weights need different names to share a table, got {', '.join(labels)}; publish them first")
-    return loaded
 
 
 def _contestant(names: Sequence[str]) -> evaluate.AnyWeights:
@@ -189,13 +199,14 @@ def _contestant(names: Sequence[str]) -> evaluate.AnyWeights:
 _OUT = "runs/results"
 """Where a printed command writes: anywhere will do."""
 
-_WHERE = ("torch", "processor", "commit")
-"""What of an earlier judgement's environment stays with baselines that are taken from it."""
-
 
 def _judge_suite(options: argparse.Namespace) -> int:
     workers = 1 if options.workers is None else options.workers
-    rules = [learned(name, lr) for name in options.weights for lr in options.lr]
+    lrs = [1.0] if options.lr is None else options.lr
+    if len(set(lrs)) < len(lrs):
+        raise ValueError(f"--lr needs different factors, got {', '.join(f'{lr:g}' for lr in lrs)}")
+    rules = [learned(name, lr) for name in options.weights for lr in lrs]
+    _refuse_repeated([label(rule).removeprefix("LSTM ") for rule in rules])
 
     def progress(runs: Iterable[Any], total: int) -> Iterable[Any]:
         return tqdm(runs, total=total, unit="run", dynamic_ncols=True, disable=not total)
@@ -206,15 +217,15 @@ def _judge_suite(options: argparse.Namespace) -> int:
     about_baselines: dict[str, Any] = {}
     if options.baselines:
         baselines = read_baselines(options.baselines)
-        earlier = json.loads((options.baselines / "environment.json").read_text())
-        if earlier.get("suite") != suite.name:
-            raise ValueError(f"{options.baselines} is a judgement of {earlier.get('suite')!r}, not of {suite.name!r}")
-        about_baselines = {"baselines": earlier.get("baselines") or {key: earlier[key] for key in _WHERE}}
+        earlier = read_environment(options.baselines / "environment.json", "suite", *WHERE)
+        if earlier["suite"] != suite.name:
+            raise ValueError(f"{options.baselines} is a judgement of {earlier['suite']!r}, not of {suite.name!r}")
+        about_baselines = {"baselines": earlier.get("baselines") or {key: earlier[key] for key in WHERE}}
         taken = f" --baselines {'DIR' if options.baselines.is_absolute() else options.baselines.as_posix()}"
     report = judge_suite(runner, rules, baselines=baselines)
     limit = f" --only {' '.join(options.only)}" if options.only else ""
     limit += f" --horizon {options.horizon}" if options.horizon else ""
-    limit += f" --lr {' '.join(f'{lr:g}' for lr in options.lr)}" if options.lr != [1.0] else ""
+    limit += f" --lr {' '.join(f'{lr:g}' for lr in lrs)}" if lrs != [1.0] else ""
     data = " --data DIR" if options.data else ""
     about = {
         "suite": suite.name,
@@ -223,6 +234,7 @@ def _judge_suite(options: argparse.Namespace) -> int:
         "command": f"python -m meta_train evaluate {' '.join(options.weights)} --suite {suite.name}{limit}{taken}{data}"
         f" --out {_OUT}",
         **about_baselines,
+        **_made_elsewhere(runner.used),
     }
     evaluate.write_judgement(report, options.out, about)
     for row in report.summary:
@@ -233,12 +245,22 @@ def _judge_suite(options: argparse.Namespace) -> int:
     return 0
 
 
+def _made_elsewhere(finished: Iterable[Path]) -> dict[str, Any]:
+    """Return where kept runs were made, as a part of ``environment.json``; nothing if it was here."""
+    places = elsewhere(finished)
+    return {"made": places} if places else {}
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     if (options.workers or 0) < 0:
         raise ValueError(f"--workers must not be negative, got {options.workers}")
     if options.suite:
         return _judge_suite(options)
+    of_suites = {name: getattr(options, name) for name in ("lr", "horizon", "only", "baselines")}
+    if given := [f"--{name}" for name, value in of_suites.items() if value not in (None, [])]:
+        raise ValueError(f"{', '.join(given)} says nothing of a task; give a --suite, or leave it out")
     weights, arena = _labelled(options.weights), evaluate.ARENAS[options.task].on(options.data)
+    used: set[Path] = set()
     with ExitStack() as stack:
         judgement = evaluate.judge(
             weights,
@@ -246,6 +268,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             cache=options.cache / "arenas",
             each=stack.enter_context(_processes(options.workers)).map if options.workers else map,
             progress=lambda settings: tqdm(list(settings), unit="setting", dynamic_ncols=True),
+            used=used,
         )
     drawn = evaluate.of_all_parts(weights[0])[0]
     names = ["+".join(part.name for part in evaluate.of_all_parts(one)) for one in weights]
@@ -256,6 +279,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         "fingerprints": {one.name: one.fingerprint for one in weights},
         "command": f"python -m meta_train evaluate {' '.join(names)} --task {options.task}"
         f"{' --data DIR' if options.data else ''} --out {_OUT}",
+        **_made_elsewhere(used),
     }
     evaluate.write_judgement(judgement, options.out, about)
     evaluate.write_rows(options.out / "probe.csv", evaluate.probe(drawn, scale=0.01))
@@ -301,7 +325,7 @@ def _figures(options: argparse.Namespace) -> int:
             figures.suite_curves(drawn, options.results / f"curves{ending}")
         return 0
     probe = evaluate.read_rows(options.results / "probe.csv")
-    about = {"task": "", "trained_to": None, **json.loads((options.results / "environment.json").read_text())}
+    about = {"task": "", "trained_to": None, **read_environment(options.results / "environment.json")}
     longest = max(int(row["inner_step"]) for row in drawn)
     trained_to = about["trained_to"] if about["trained_to"] and about["trained_to"] < longest else None
     for ending in endings:
@@ -341,18 +365,22 @@ def _figures_of_variants(results: Path) -> None:
 
 def _verify(options: argparse.Namespace) -> int:
     (weights,) = _labelled([options.weights])
-    label = weights.name
-    results = options.results or RESULTS / label
+    name = weights.name
+    results = options.results or RESULTS / name
     if not (results / "summary.csv").exists():
-        raise ValueError(f"there is no committed evidence for {label!r}: {results.name}/summary.csv is missing")
+        raise ValueError(f"there is no committed evidence for {name!r}: {results.name}/summary.csv is missing")
     rows = evaluate.read_rows(results / "summary.csv")
-    expected = [row for row in rows if row["optimizer"] == f"{evaluate.LEARNED} ({label})"]
+    if rows and "optimizer" not in rows[0]:
+        raise ValueError(f"the tables in {results.name} are of a suite, not of a task; `evaluate --suite` makes them again")
+    expected = [row for row in rows if row["optimizer"] == f"{evaluate.LEARNED} ({name})"]
     if not expected:
-        raise ValueError(f"the tables in {results.name} say nothing of {label!r}; evaluate it under that name")
-    about = json.loads((results / "environment.json").read_text())
+        raise ValueError(f"the tables in {results.name} say nothing of {name!r}; evaluate it under that name")
+    about = read_environment(results / "environment.json", "task", "fingerprints")
+    if about["task"] not in evaluate.ARENAS:
+        raise ValueError(f"the tables in {results.name} are of an unknown task {about['task']!r}")
     arena = evaluate.ARENAS[about["task"]].on(options.data)
     print(HONESTY)
-    agrees = about["fingerprints"].get(label) == weights.fingerprint
+    agrees = about["fingerprints"].get(name) == weights.fingerprint
     if not agrees:
         print("The committed tables were made with OTHER weights of that name: only their spread can be compared.")
         agrees = options.weights not in available_weights()

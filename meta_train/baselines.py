@@ -50,15 +50,23 @@ class Setting:
         return f"lr={self.lr:g}" + (f" momentum={self.momentum:g}" if self.momentum else "")
 
 
-def _prodigy(params: ParamsT, lr: float) -> Optimizer:
-    from prodigyopt import Prodigy
+def _missing(optimizer: str, error: ImportError) -> ValueError:
+    return ValueError(f"the baseline {optimizer} needs {error.name}: pip install 'learned-optim[judge]'")
 
+
+def _prodigy(params: ParamsT, lr: float) -> Optimizer:
+    try:
+        from prodigyopt import Prodigy
+    except ImportError as error:
+        raise _missing("Prodigy", error) from error
     return Prodigy(params, lr=lr)
 
 
 def _schedule_free(params: ParamsT, lr: float) -> Optimizer:
-    from schedulefree import AdamWScheduleFree
-
+    try:
+        from schedulefree import AdamWScheduleFree
+    except ImportError as error:
+        raise _missing("ScheduleFree", error) from error
     optimizer = AdamWScheduleFree(params, lr=lr)
     optimizer.train()
     return optimizer

@@ -42,9 +42,10 @@ from meta_train.baselines import (
     Setting,
     best_setting,
 )
+from meta_train.files import write_atomically
 from meta_train.outer_loop import derive_seed
 from meta_train.parts import part_of
-from meta_train.run_dir import environment, write_atomically
+from meta_train.provenance import environment, here, read_environment
 from meta_train.tasks import Cifar, Mixture, Mnist, NeuralArt, Optimizee, Quadratic, Quartic, Task, with_data
 
 Row = dict[str, str | int | float]
@@ -285,28 +286,34 @@ def _ways(contestant: Contestant) -> tuple[MakeOptimizer, MakeSchedule | None]:
     return learned_with(contestant), None
 
 
-def _curve(task: Task, contestant: Contestant, horizon: int, purpose: str, cache: Path | None, index: int) -> list[float]:
+def _file(task: Task, contestant: Contestant, horizon: int, purpose: str, cache: Path, index: int) -> Path:
+    """Return where a finished run is kept: the name is a hash of all that decides it."""
     who = f"{contestant.optimizer} {contestant}" if isinstance(contestant, Setting) else contestant.fingerprint
     digest = hashlib.sha256(repr((task, who, horizon, purpose, index)).encode()).hexdigest()[:16]
-    file = cache / f"{digest}.json" if cache else None
+    return cache / f"{digest}.json"
+
+
+def _curve(task: Task, contestant: Contestant, horizon: int, purpose: str, cache: Path | None, index: int) -> list[float]:
+    file = _file(task, contestant, horizon, purpose, cache, index) if cache else None
     if file and file.exists():
-        return json.loads(file.read_text())
+        kept = json.loads(file.read_text())
+        return kept["losses"] if isinstance(kept, dict) else kept  # Earlier versions kept the losses alone.
     make, schedule = _ways(contestant)
     losses = run(task.sample(derive_seed(0, purpose, index)), make, horizon, schedule)
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(losses).encode())
+        write_atomically(file, json.dumps({**here(), "losses": losses}).encode())
     return losses
 
 
 class _Runs:
     """Curves of baselines and rules, each made once for each horizon it needs; with a directory, once for all."""
 
-    def __init__(self, arena: Arena, cache: Path | None, each: Each) -> None:
+    def __init__(self, arena: Arena, cache: Path | None, each: Each, used: set[Path] | None = None) -> None:
         self.tasks = {"tuning": arena.tuning_task or arena.task, "evaluation": arena.task}
         self.counts = {"tuning": arena.tuning, "evaluation": arena.fresh}
         self.last, self.drawn, self.longest = arena.last, arena.horizons[0], max(arena.horizons)
-        self.cache, self.each = cache, each
+        self.cache, self.each, self.used = cache, each, set() if used is None else used
         self.kept: dict[tuple[Contestant, int, str], Tensor] = {}
 
     def of(self, contestant: Contestant, end: int, purpose: str) -> Tensor:
@@ -316,8 +323,11 @@ class _Runs:
         horizon = self.longest if shared and not scheduled else end
         key = (contestant, horizon, purpose)
         if key not in self.kept:
-            curve = functools.partial(_curve, self.tasks[purpose], contestant, horizon, purpose, self.cache)
-            self.kept[key] = torch.tensor(list(self.each(curve, range(self.counts[purpose]))), dtype=torch.float64)
+            task, indices = self.tasks[purpose], range(self.counts[purpose])
+            curve = functools.partial(_curve, task, contestant, horizon, purpose, self.cache)
+            self.kept[key] = torch.tensor(list(self.each(curve, indices)), dtype=torch.float64)
+            if self.cache:
+                self.used |= {_file(task, contestant, horizon, purpose, self.cache, index) for index in indices}
         return self.kept[key]
 
     def score(self, contestant: Contestant, criterion: str, end: int, purpose: str = "evaluation") -> Tensor:
@@ -337,6 +347,7 @@ def judge(
     cache: Path | None = None,
     each: Each = map,
     progress: Callable[[Iterable[Setting]], Iterable[Setting]] = iter,
+    used: set[Path] | None = None,
 ) -> Judgement:
     """Compare learned rules with tuned baselines.
 
@@ -350,11 +361,12 @@ def judge(
             optimizee; what it holds is not run again.
         each: Calls a function with each of several optimizees' numbers; ``map``, or that of a pool of processes.
         progress: Wraps the settings while tuning, to show how far it is.
+        used: Collects the files of the finished runs that the judgement is made of.
 
     Returns:
         The judgement.
     """
-    runs, judgement = _Runs(arena, cache, each), Judgement()
+    runs, judgement = _Runs(arena, cache, each, used), Judgement()
     settings = list(dict.fromkeys(arena.sweep))
     for setting in progress(settings):
         scores = {
@@ -436,7 +448,7 @@ def size_table(places: Iterable[Path]) -> Rows:
     """
     table: Rows = []
     for place in places:
-        name = json.loads((place / "environment.json").read_text())["task"]
+        name = read_environment(place / "environment.json", "task")["task"]
         arena = ARENAS.get(name)
         if arena is None or not isinstance(arena.task, Mnist) or arena.task.activation != "sigmoid":
             continue

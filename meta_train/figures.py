@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+
+from meta_train.files import write_atomically
 
 COLOURS = {
     "LSTM": "#D55E00",
@@ -220,7 +223,9 @@ def _columns(rows: Sequence[dict[str, str]], *names: str) -> list[list[float]]:
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    figure.savefig(path, metadata=metadata, dpi=160)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix.removeprefix("."), metadata=metadata, dpi=160)
+    write_atomically(path, picture.getvalue())
 
 
 def suite_curves(rows: Sequence[dict[str, str]], path: Path, columns: int = 4) -> None:

@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 from learned_optim.weights import Weights, read_weights, write_weights
-from meta_train.run_dir import BEST, COST, ENVIRONMENT, RECIPE, of_part, write_atomically
+from meta_train.files import write_atomically
+from meta_train.provenance import read_environment
+from meta_train.run_dir import BEST, COST, ENVIRONMENT, RECIPE, of_part
 
 WEIGHTS_DIR = Path(__file__).parent.parent / "learned_optim" / "weights"
 
@@ -37,7 +39,7 @@ def publish(run: str | Path, name: str, to: str | Path = WEIGHTS_DIR) -> list[Pa
     if not best:
         raise ValueError(f"{run} holds no {BEST}; train it first, or wait for its first checkpoint")
     recipe = (run / RECIPE).read_text()
-    environment = json.loads((run / ENVIRONMENT).read_text())
+    environment = read_environment(run / ENVIRONMENT, "processor", "threads")
     kept = {"processor": environment["processor"], "threads": str(environment["threads"])}
     if (run / COST).exists():
         kept |= {name: f"{value:.4g}" for name, value in json.loads((run / COST).read_text()).items()}

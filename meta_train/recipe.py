@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -13,15 +14,14 @@ from learned_optim.weights import resolve_weights
 from meta_train.judging.held_out_kinds import HeldOut
 from meta_train.parts import AnyRule, Parts, first, part_of
 from meta_train.tasks import TaskRecipe
+from meta_train.tasks.task import Count, NotNegative, Positive
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-Count = Annotated[int, msgspec.Meta(ge=1)]
 Horizons = Count | Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)]
-Positive = Annotated[float, msgspec.Meta(gt=0)]
 Objective = Literal["mean", "log", "relative", "last"]
 PartName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][\w.]*$")]
 
@@ -85,16 +85,16 @@ class OuterLoop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     steps: Count
     lr: Positive
-    final_lr: float = 0.02
+    final_lr: NotNegative = 0.02
     clip: Positive = 1.0
     episodes: Count = 1
     objective: Objective = "mean"
     coordinates: Annotated[int, msgspec.Meta(ge=0)] = 0
     sampling: Literal["uniform", "tensors"] = "uniform"
     discount: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
-    loss_floor: float = 0.0
+    loss_floor: NotNegative = 0.0
     averaging: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
-    weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    weight_decay: NotNegative = 0.0
     second_derivatives: bool = False
     forget_bias: float = 0.0
     readout: Positive = 1.0
@@ -258,15 +258,18 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             The rule, or :class:`~meta_train.parts.Parts`.
 
         Raises:
-            ValueError: If the rule's family or an option is unknown.
+            ValueError: If the rule's family or an option is unknown, or a value has no meaning.
         """
         options = {**self.rule, **options}
         if "family" not in options:
             raise ValueError('the recipe\'s [rule] names no family; write, for example, family = "paper"')
         family = options.pop("family")
-        if self.parts:
-            return Parts({part: build_rule(family, **options) for part in self.parts})
-        return build_rule(family, **options)
+        try:
+            if self.parts:
+                return Parts({part: build_rule(family, **options) for part in self.parts})
+            return build_rule(family, **options)
+        except TypeError as error:
+            raise ValueError(f"[rule] has a value of a type that its option does not take: {error}, in {options}") from error
 
 
 def parse_recipe(text: str) -> Recipe:
@@ -282,7 +285,9 @@ def parse_recipe(text: str) -> Recipe:
         ValueError: If it is not TOML, or a key or value does not fit; the message names the place.
     """
     try:
-        recipe = msgspec.convert(tomllib.loads(text), Recipe)
+        values = tomllib.loads(text)
+        _check_finite(values, "$")
+        recipe = msgspec.convert(values, Recipe)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"the recipe is not valid TOML: {error}") from error
     except msgspec.ValidationError as error:
@@ -305,6 +310,15 @@ def parse_recipe(text: str) -> Recipe:
         if shortest > longest:
             raise ValueError(f"a horizon must be [shortest, longest], got {[shortest, longest]}")
     return recipe
+
+
+def _check_finite(value: Any, place: str) -> None:
+    """Refuse NaN and Inf, which TOML has and bounds let through."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"the recipe does not fit: every number must be finite, got {value} - at `{place}`")
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in inner:
+        _check_finite(one, f"{place}.{key}" if isinstance(value, dict) else f"{place}[{key}]")
 
 
 def _check_start(recipe: Recipe, start: str) -> None:

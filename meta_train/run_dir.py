@@ -11,11 +11,10 @@ import io
 import json
 import math
 import os
-import platform
 import re
-import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,11 @@ from typing import Any
 import torch
 
 from learned_optim.weights import Weights, resolve_weights, write_weights
+from meta_train.files import lock, unlock, write_atomically
 from meta_train.outer_loop import MetaTraining, OuterStep
 from meta_train.parts import AnyRule, members
-from meta_train.recipe import parse_recipe
+from meta_train.provenance import WHERE, environment, read_environment
+from meta_train.recipe import Recipe, parse_recipe
 
 RECIPE, ENVIRONMENT, METRICS, CHECKPOINT = "recipe.toml", "environment.json", "metrics.jsonl", "checkpoint.pt"
 BEST, LAST = "best.safetensors", "last.safetensors"
@@ -38,7 +39,7 @@ def of_part(name: str, part: str) -> str:
 
 
 class RunDir:
-    """Open or resume a run.
+    """Open or resume a run; as long as it lives no other process can.
 
     Args:
         path: The directory; created if missing.
@@ -46,13 +47,23 @@ class RunDir:
         data: Directory of real data, for tasks that need it.
 
     Raises:
-        ValueError: If the directory holds a run of another recipe, or its files do not belong together.
+        ValueError: If another process has the run, or the directory holds one of another recipe, or its files cannot be
+            read or do not belong together.
     """
 
     def __init__(self, path: str | Path, recipe_text: str, data: Path | None = None) -> None:
         self.path = Path(path)
         recipe = parse_recipe(recipe_text)
         self.path.mkdir(parents=True, exist_ok=True)
+        lock(self.path)
+        self._release = weakref.finalize(self, unlock, self.path)
+        try:
+            self._open(recipe, recipe_text, data)
+        except BaseException:
+            self._release()
+            raise
+
+    def _open(self, recipe: Recipe, recipe_text: str, data: Path | None) -> None:
         self._remove_leftovers()
         kept = self.path / RECIPE
         self.recipe_text = kept.read_text() if kept.exists() else recipe_text
@@ -63,15 +74,10 @@ class RunDir:
             write_atomically(self.path / ENVIRONMENT, (json.dumps(environment(), indent=2) + "\n").encode())
         if not kept.exists():
             write_atomically(kept, recipe_text.encode())
+        read_environment(self.path / ENVIRONMENT, *WHERE, "threads")
         self.run = MetaTraining(recipe, data=data)
         if (self.path / CHECKPOINT).exists():
-            try:
-                self.run.load_state_dict(torch.load(self.path / CHECKPOINT, weights_only=True))
-            except KeyError as error:
-                raise ValueError(
-                    f"{self.path / CHECKPOINT} lacks {error}: another version of meta_train wrote it; "
-                    "go on with that version, or begin again in another --out"
-                ) from error
+            self._go_on_from(self.path / CHECKPOINT)
         self._validations = self._keep_metrics_up_to(self.run.step)
         self._clock = time.perf_counter()
 
@@ -102,12 +108,12 @@ class RunDir:
 
     def changes_since_start(self) -> list[str]:
         """List what differs from where this run was started and may change the last bits: torch, processor, threads."""
-        before, now = json.loads((self.path / ENVIRONMENT).read_text()), environment()
+        before, now = read_environment(self.path / ENVIRONMENT), environment()
         return [f"{k} {before[k]} -> {now[k]}" for k in ("torch", "processor", "threads") if before[k] != now[k]]
 
     def _write(self, file: str, rule: AnyRule, name: str, step: int, validation: float, final: float | None = None) -> None:
         """Write a rule of this run, or each of its parts, with recipe and provenance."""
-        kept = json.loads((self.path / ENVIRONMENT).read_text())
+        kept = read_environment(self.path / ENVIRONMENT)
         provenance = {"commit": kept["commit"], "torch": kept["torch"], "outer_steps": str(step)}
         provenance["validation"] = f"{validation:.6g}"
         if final is not None:
@@ -142,6 +148,20 @@ class RunDir:
         peak = max(before["peak_memory_mib"], round(peak_memory() / 2**20, 1))
         write_atomically(path, (json.dumps({"minutes": minutes, "peak_memory_mib": peak}) + "\n").encode())
 
+    def _go_on_from(self, checkpoint: Path) -> None:
+        data = io.BytesIO(checkpoint.read_bytes())
+        try:
+            state = torch.load(data, weights_only=True)
+        except Exception as error:  # Whatever the unpickler stumbles over: it promises no kind of error.
+            raise ValueError(f"{checkpoint} cannot be read; restore it, or remove it to begin again") from error
+        try:
+            self.run.load_state_dict(state)
+        except KeyError as error:
+            raise ValueError(
+                f"{checkpoint} lacks {error}: another version of meta_train wrote it; "
+                "go on with that version, or begin again in another --out"
+            ) from error
+
     def _keep_metrics_up_to(self, step: int) -> list[dict[str, Any]]:
         """Drop what was recorded after the checkpoint; return the records that validated."""
         path = self.path / METRICS
@@ -150,14 +170,28 @@ class RunDir:
             raise ValueError(
                 f"{path} has {len(lines)} records, the checkpoint beside it {step} steps; restore or remove them"
             )
+        records = [_record(path, number, line) for number, line in enumerate(lines, 1)]
         write_atomically(path, "".join(lines).encode())
-        return [record for record in map(json.loads, lines) if "validation" in record]
+        return [record for record in records if "validation" in record]
 
     def _remove_leftovers(self) -> None:
         """Remove temporary files of a process that was killed while it wrote."""
         for path in self.path.iterdir():
             if re.fullmatch(r"\..+\.\d+", path.name):
                 path.unlink(missing_ok=True)
+
+
+def _record(path: Path, number: int, line: str) -> dict[str, Any]:
+    """Return a line of metrics, which must be that of the outer step of its number."""
+    try:
+        record = json.loads(line)
+        step = record["step"]
+    except (ValueError, TypeError, KeyError):
+        step = None
+    if step != number:
+        what = "no record" if step is None else f"that of outer step {step}"
+        raise ValueError(f"line {number} of {path} is {what}: the file is not of this run alone; restore or remove it")
+    return record
 
 
 def training_table(runs: Iterable[str | Path], rows_per_run: int = 100) -> list[dict[str, str | int | float]]:
@@ -172,7 +206,7 @@ def training_table(runs: Iterable[str | Path], rows_per_run: int = 100) -> list[
         Rows with ``run``, ``outer_step``, ``meta_loss``, ``validation`` (empty where there was none) and ``measure``.
 
     Raises:
-        ValueError: If a directory holds no run, or the runs measure different things.
+        ValueError: If a directory holds no run, or one without an outer step, or the runs measure different things.
     """
     rows: list[dict[str, str | int | float]] = []
     for path in map(Path, runs):
@@ -182,9 +216,12 @@ def training_table(runs: Iterable[str | Path], rows_per_run: int = 100) -> list[
         measure = "optimizee loss" if recipe.outer.objective == "mean" else "log(loss / initial loss)"
         if rows and rows[0]["measure"] != measure:
             raise ValueError(f"{path} measures {measure!r}, the runs before it {rows[0]['measure']!r}; draw them apart")
-        records = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
+        lines = (path / METRICS).read_text().splitlines()
+        records = [_record(path / METRICS, number, line) for number, line in enumerate(lines, 1)]
         # While a teacher is imitated, the meta-loss is a distance from it.
         records = records[recipe.imitation.steps if recipe.imitation else 0 :]
+        if not records:
+            raise ValueError(f"{path} has no outer step to draw yet; wait for its first")
         window = max(recipe.steps // rows_per_run, 1)
         for chunk in (records[start : start + window] for start in range(0, len(records), window)):
             meta_loss = sum(record["meta_loss"] for record in chunk) / len(chunk)
@@ -192,21 +229,6 @@ def training_table(runs: Iterable[str | Path], rows_per_run: int = 100) -> list[
             row: dict[str, str | int | float] = {"run": path.name, "outer_step": chunk[-1]["step"]}
             rows.append({**row, "meta_loss": f"{meta_loss:.6g}", "validation": validation, "measure": measure})
     return rows
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader or a kill sees either the old one or the whole new one.
-
-    Args:
-        path: The file.
-        data: Its new content.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def peak_memory() -> int:
@@ -217,49 +239,6 @@ def peak_memory() -> int:
 
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return held if sys.platform == "darwin" else held * 1024
-
-
-def environment() -> dict[str, Any]:
-    """Describe where a figure comes from: versions, processor, threads and commit; no names of machines or people.
-
-    Returns:
-        Plain values for JSON.
-    """
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "commit": _commit(),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    flags = next((line for line in lines if line.startswith("flags")), "").split()
-    vector = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "no AVX2"
-    return f"{names[0] if names else 'unknown'}, {vector}"
-
-
-_CODE = (":/", ":(exclude,top)docs/results")
-"""Everything but the tables, which an evaluation that asks is busy writing."""
-
-
-def _commit() -> str:
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "--", *_CODE) else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _plain(record: OuterStep) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from meta_train.evaluate import LEARNED, read_rows
 from meta_train.evidence import RESULTS, cell, comparison, where
-from meta_train.run_dir import write_atomically
+from meta_train.files import write_atomically
 
 ROOT = Path(__file__).parent.parent
 

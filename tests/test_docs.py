@@ -84,3 +84,13 @@ def test_tables_are_those_of_the_committed_results(page: Path, docs: str) -> Non
     text = page.read_text()
     assert tables.updated(text, docs) == text
     assert re.search(r"<!-- results:(\S+) -->\n\|.+<!-- /results:\1 -->", text, re.DOTALL), "no table was compared"
+
+
+def test_every_table_stands_on_a_page_and_every_mark_has_a_table() -> None:
+    """A misspelt mark would keep its old table for ever, and one on another page would never be made."""
+    marks = {path: re.findall(r"<!-- (/?)results:(\S+) -->", path.read_text()) for path in PAGES}
+    for path, found in marks.items():
+        opened, closed = ([name for slash, name in found if slash == mark] for mark in ("", "/"))
+        assert opened == closed, path
+        assert not opened or path in tables.PAGES, path
+    assert {name for found in marks.values() for _, name in found} == set(tables.TABLES)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from meta_train.run_dir import write_atomically
+from meta_train.files import write_atomically
 from meta_train.tasks.images import CIFAR10, MNIST, read_images
 
 Tensors = dict[str, Tensor]

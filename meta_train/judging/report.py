@@ -13,6 +13,7 @@ from torch import Tensor
 from meta_train.baselines import Setting
 from meta_train.evaluate import Row, Rows, read_rows
 from meta_train.judging.suite import SEEDS, TUNING_SEED, Contestant, Learned, Runner, smoothed_final
+from meta_train.judging.task import Outcome
 
 CURVE_POINTS = 60
 """Points of each drawn curve, at logarithmically spaced inner steps."""
@@ -23,9 +24,12 @@ class Report:
     """Everything one judgement found, as rows of tables.
 
     Args:
-        results: Each contestant on each task at each horizon.
-        ratios: Each learned rule against each baseline on each task at each horizon; below 1 the rule is better.
-        summary: Geometric means of the ratios over the tasks, wins and the worst task.
+        results: Each contestant on each task at each horizon; infinite where a seed diverged, and a held-out loss too.
+        ratios: Each learned rule against each baseline on each task at each horizon; below 1 the rule is better. NaN where
+            the baseline diverged.
+        summary: Geometric means of the ratios over the tasks, wins and the worst task; and on how many tasks the rule
+            ``diverged``. Tasks on which the baseline did are left out of all but that: ``baseline_diverged`` counts them,
+            if there is any.
         sweep: Every setting tried while tuning.
         curves: Training loss over inner steps, for figures.
     """
@@ -52,20 +56,26 @@ def judge_suite(
         The tables.
 
     Raises:
-        ValueError: If ``baselines`` lack a task or a horizon that is judged.
+        ValueError: If ``baselines`` lack a task or a horizon that is judged, or a baseline's package is not installed.
     """
-    tuned = {} if baselines else runner.tune()
     fixed: list[Contestant] = [*rules] if baselines else [*rules, *runner.suite.untuned]
+    for one in fixed:
+        if isinstance(one, Setting):  # A package that is missing is missed before hours of tuning.
+            one.make([torch.nn.Parameter(torch.zeros(1))])
+    tuned = {} if baselines else runner.tune()
     runner.complete(run for task in runner.tasks.values() for one in fixed for run in runner.runs_of(one, task, seeds))
     runner.complete(run for (task, _, _), one in tuned.items() for run in runner.runs_of(one, runner.tasks[task], seeds))
     report = Report()
     report.sweep.extend(baselines.sweep if baselines else _sweep(runner))
     for task in runner.tasks.values():
         for horizon in task.horizons:
-            rows = list(
-                _results(runner, dict(_contestants(fixed, runner, tuned, task.name, horizon)), task.name, horizon, seeds)
-            )
-            rows += _taken(baselines.results, task.name, horizon) if baselines else []
+            contestants = dict(_contestants(fixed, runner, tuned, task.name, horizon))
+            outcomes = {name: runner.outcomes(one, task.name, horizon, seeds) for name, one in contestants.items()}
+            taken = _taken(baselines.results, task.name, horizon) if baselines else []
+            rows = [
+                *_results(contestants, outcomes, task.name, horizon, any(row["held_out"] != "" for row in taken)),
+                *taken,
+            ]
             report.results.extend(rows)
             report.ratios.extend(_ratios(rows))
         longest = task.horizons[-1]
@@ -74,7 +84,7 @@ def judge_suite(
         )
         if baselines:
             report.curves.extend(row for row in baselines.curves if row["task"] == task.name)
-    report.summary.extend(_summary(report.ratios))
+    report.summary.extend(_summary(report.ratios, report.results))
     return report
 
 
@@ -126,23 +136,28 @@ def _contestants(
 
 
 def _results(
-    runner: Runner, contestants: dict[str, Contestant], task: str, horizon: int, seeds: Sequence[int]
+    contestants: dict[str, Contestant], outcomes: dict[str, list[Outcome]], task: str, horizon: int, has_held_out: bool
 ) -> Iterable[Row]:
+    """Return a row for each contestant; held-out losses are looked for where anyone has one, or others are known to."""
+    has_held_out |= any(horizon in one.held_out for of_one in outcomes.values() for one in of_one)
     for name, contestant in contestants.items():
-        outcomes = runner.outcomes(contestant, task, horizon, seeds)
-        finals = torch.stack([smoothed_final(one.losses, horizon) for one in outcomes])
-        areas = torch.stack([one.losses[:horizon].double().mean() for one in outcomes])
-        held_out = [one.held_out[horizon] for one in outcomes if horizon in one.held_out]
+        finals = torch.stack([smoothed_final(one.losses, horizon) for one in outcomes[name]])
+        areas = torch.stack([one.losses[:horizon].double().mean() for one in outcomes[name]])
+        # A run that diverged never came to its held-out examples: the mean of the others would hide it.
+        held_out = [one.held_out.get(horizon, math.inf) for one in outcomes[name]]
+        held_out = [value if math.isfinite(value) else math.inf for value in held_out]
         yield {
             "task": task,
             "horizon": horizon,
             "optimizer": name,
             "setting": str(contestant) if isinstance(contestant, Setting) else "",
             "final": _round(finals.mean()),
-            "standard_error": _round(finals.std() / len(finals) ** 0.5) if len(finals) > 1 else "",
+            "standard_error": _round(finals.std() / len(finals) ** 0.5)
+            if len(finals) > 1 and finals.isfinite().all()
+            else "",
             "mean_over_run": _round(areas.mean()),
-            "held_out": _round(sum(held_out) / len(held_out)) if held_out else "",
-            "n": len(outcomes),
+            "held_out": _round(sum(held_out) / len(held_out)) if has_held_out else "",
+            "n": len(finals),
         }
 
 
@@ -156,15 +171,25 @@ def _ratios(results: Rows) -> Iterable[Row]:
                 "horizon": rule["horizon"],
                 "rule": rule["optimizer"],
                 "against": baseline["optimizer"],
-                "ratio": _round(float(rule["final"]) / float(baseline["final"])),
+                "ratio": _over(float(rule["final"]), float(baseline["final"])),
                 "log_standard_error": _root_sum_square([_relative_error(row) for row in (rule, baseline)]),
-                "held_out_ratio": "" if "" in held_out else _round(float(held_out[0]) / float(held_out[1])),
+                "held_out_ratio": "" if "" in held_out else _over(float(held_out[0]), float(held_out[1])),
                 "n": rule["n"],
             }
 
 
+def _over(ours: float, theirs: float) -> float:
+    """Return a ratio of losses: NaN where theirs is no figure to be better than."""
+    if not math.isfinite(theirs):
+        return math.nan
+    if theirs == 0:
+        return math.inf if ours else 1.0
+    return _round(ours / theirs)
+
+
 def _relative_error(row: Row) -> float:
-    return float(row["standard_error"]) / float(row["final"]) if row["standard_error"] != "" else math.nan
+    known = row["standard_error"] != "" and float(row["final"]) != 0
+    return float(row["standard_error"]) / float(row["final"]) if known else math.nan
 
 
 def _root_sum_square(errors: Sequence[float]) -> float | str:
@@ -172,13 +197,24 @@ def _root_sum_square(errors: Sequence[float]) -> float | str:
     return "" if math.isnan(total) else _round(total)
 
 
-def _summary(ratios: Rows) -> Iterable[Row]:
+def _summary(ratios: Rows, results: Rows) -> Rows:
+    rows = list(_summarised(ratios, results))
+    counted = any(row["baseline_diverged"] for row in rows)
+    return [{key: value for key, value in row.items() if counted or key != "baseline_diverged"} for row in rows]
+
+
+def _summarised(ratios: Rows, results: Rows) -> Iterable[Row]:
+    broken = [row for row in results if not math.isfinite(float(row["final"]))]
+    diverged = {(row["task"], int(row["horizon"]), row["optimizer"]) for row in broken}
     groups = dict.fromkeys((row["rule"], row["against"], row["horizon"]) for row in ratios)
     for rule, against, horizon in groups:
-        chosen = [r for r in ratios if (r["rule"], r["against"], r["horizon"]) == (rule, against, horizon)]
+        every = [r for r in ratios if (r["rule"], r["against"], r["horizon"]) == (rule, against, horizon)]
+        sides = [sum((row["task"], int(horizon), row[side]) in diverged for row in every) for side in ("rule", "against")]
+        chosen = [row for row in every if not math.isnan(float(row["ratio"]))]
         values = torch.tensor([float(row["ratio"]) for row in chosen], dtype=torch.float64)
-        held = torch.tensor([float(row["held_out_ratio"]) for row in chosen if row["held_out_ratio"] != ""])
-        worst = chosen[int(values.argmax())]
+        of_both = [float(row["held_out_ratio"]) for row in every if row["held_out_ratio"] != ""]
+        held = torch.tensor([value for value in of_both if not math.isnan(value)])
+        worst: Row = chosen[int(values.argmax())] if chosen else {"ratio": math.nan, "task": "none"}
         yield {
             "rule": rule,
             "against": against,
@@ -189,7 +225,8 @@ def _summary(ratios: Rows) -> Iterable[Row]:
             "tasks": len(chosen),
             "worst": worst["ratio"],
             "worst_task": worst["task"],
-            "diverged": int((~values.isfinite()).sum()),
+            "diverged": sides[0],
+            "baseline_diverged": sides[1],
         }
 
 

@@ -28,12 +28,13 @@ from torch.optim.optimizer import ParamsT
 from learned_optim import LearnedOptimizer
 from learned_optim.weights import Weights, resolve_weights
 from meta_train.baselines import Setting
+from meta_train.files import write_atomically
 from meta_train.judging.held_out_kinds import HELD_OUT_KINDS, LONG_KINDS
 from meta_train.judging.real import real_tasks
 from meta_train.judging.real_data import prepared
 from meta_train.judging.stress import stress_tasks
 from meta_train.judging.task import JudgingTask, Outcome, train_case
-from meta_train.run_dir import write_atomically
+from meta_train.provenance import here
 
 TUNING_SEED = 1000
 SEEDS = (0, 1, 2)
@@ -160,13 +161,13 @@ class Runner:
         suite: What to run.
         cache: Directory of outcomes.
         data: Directory of real data, for suites that need it.
-        horizon: Leave out longer horizons.
+        horizon: Leave out longer horizons, and tasks that have no others.
         workers: Processes, one thread each; 0 runs everything in this one.
         progress: Wraps a list of runs, to show how far it is.
         only: Names of the tasks to judge on; empty for all.
 
     Raises:
-        ValueError: If the suite has no task of a name.
+        ValueError: If the suite has no task of a name, or no horizon that is short enough.
     """
 
     def __init__(
@@ -182,11 +183,18 @@ class Runner:
         self.suite, self.cache, self.data, self.workers, self.progress = suite, cache / suite.name, data, workers, progress
         self.cache.mkdir(parents=True, exist_ok=True)
         self.tried: dict[tuple[str, str], list[Setting]] = {}
-        limit = horizon or math.inf
-        self.tasks = {task.name: _limited(task, limit) for task in suite.tasks(self.cache, data)}
-        if unknown := [name for name in only if name not in self.tasks]:
-            raise ValueError(f"the suite {suite.name} has no task {unknown[0]!r}; it has {', '.join(self.tasks)}")
-        self.tasks = {name: task for name, task in self.tasks.items() if not only or name in only}
+        self.used: set[Path] = set()
+        every = {task.name: task for task in suite.tasks(self.cache, data)}
+        if unknown := [name for name in only if name not in every]:
+            raise ValueError(f"the suite {suite.name} has no task {unknown[0]!r}; it has {', '.join(every)}")
+        chosen = [task for name, task in every.items() if not only or name in only]
+        limited = [_limited(task, math.inf if horizon is None else horizon) for task in chosen]
+        self.tasks = {task.name: task for task in limited if task.horizons}
+        if short := [task for task in chosen if task.name not in self.tasks and (only or not self.tasks)]:
+            least = min(short, key=lambda task: min(task.horizons))
+            raise ValueError(
+                f"a longest horizon of {horizon} leaves nothing of {least.name}; its shortest is {min(least.horizons)}"
+            )
 
     def runs_of(self, contestant: Contestant, task: JudgingTask, seeds: Sequence[int]) -> list[Run]:
         """Return the runs that give a contestant's result at every horizon: a schedule needs one for each."""
@@ -218,8 +226,9 @@ class Runner:
         return run.file(self.cache, self.tasks[run.task])
 
     def outcome(self, run: Run) -> Outcome:
-        """Load what a finished run found."""
-        with safe_open(self._file(run), "pt") as file:
+        """Load what a finished run found; its file is one of those ``used``."""
+        self.used.add(path := self._file(run))
+        with safe_open(path, "pt") as file:
             return Outcome(
                 file.get_tensor("losses"), {int(k): v for k, v in json.loads(file.metadata()["held_out"]).items()}
             )
@@ -295,7 +304,7 @@ def _limited(task: JudgingTask, limit: float) -> JudgingTask:
 def _make(run: Run, cache: Path, task: JudgingTask) -> None:
     schedule: Callable[[Optimizer, int], LRScheduler] | None = run.contestant.schedule
     outcome = train_case(task, run.contestant.make, run.horizon, run.seed, schedule)
-    about = {"run": repr(run), "held_out": json.dumps(outcome.held_out)}
+    about = {**here(), "run": repr(run), "held_out": json.dumps(outcome.held_out)}
     write_atomically(run.file(cache, task), save({"losses": outcome.losses}, about))
 
 

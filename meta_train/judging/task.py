@@ -87,11 +87,15 @@ def train_case(
 ) -> Outcome:
     """Train one model, as any training loop would.
 
+    Known flaw, kept because every committed figure depends on it: a task that draws its data from a generator at ``seed``,
+    as all held-out kinds do, draws them from the numbers that initialise the module, so the two are correlated; and
+    minibatches come from the stream that initialises the module of the next seed (docs/judging.md).
+
     Args:
         task: What to train.
         make_optimizer: From parameters to optimizer.
         horizon: Inner steps.
-        seed: Decides initialisation and minibatches.
+        seed: Decides initialisation and minibatches, and the data of tasks that are made from it.
         schedule: From optimizer and horizon to a schedule of the rate.
 
     Returns:

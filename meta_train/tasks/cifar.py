@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meta_train.tasks.images import CIFAR10, read_images
-from meta_train.tasks.task import Optimizee, Params, Task, seeded
+from meta_train.tasks.task import Count, NotNegative, Optimizee, Params, Task, seeded
 
-Count = Annotated[int, msgspec.Meta(ge=1)]
 Labels = tuple[Annotated[int, msgspec.Meta(ge=0, le=9)], ...]
 
 
@@ -48,7 +47,7 @@ class Cifar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
     kernel: Count = 5
     dense: tuple[Count, ...] = (32,)
     batch: Count = 128
-    initial_std: float = 0.01
+    initial_std: NotNegative = 0.01
     problems: Count = 1
 
     def __post_init__(self) -> None:

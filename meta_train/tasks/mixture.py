@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from typing import Annotated
 
 import msgspec
 import torch
@@ -24,7 +25,7 @@ from meta_train.tasks.data import (
     regression_stream,
 )
 from meta_train.tasks.models import ACTIVATIONS, ConvNet, Mlp, PatchTransformer, TinyRecurrent, TinyTransformer
-from meta_train.tasks.task import Optimizee, Params, seeded
+from meta_train.tasks.task import Count, Optimizee, Params, seeded
 
 Batch = tuple[Tensor, ...]
 Kind = Callable[[random.Random, torch.Generator, int, int], Optimizee]
@@ -308,9 +309,18 @@ class Mixture(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
         reparametrise: Largest factor by which parameters are rescaled (:func:`rescale`), log-uniformly; 1 leaves them.
     """
 
-    problems: int = 4
+    problems: Count = 4
     kinds: tuple[str, ...] = ()
-    reparametrise: float = 1.0
+    reparametrise: Annotated[float, msgspec.Meta(ge=1)] = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse kinds that do not exist.
+
+        Raises:
+            ValueError: If a name is not in :data:`KINDS`.
+        """
+        if unknown := [name for name in self.kinds if name not in KINDS]:
+            raise ValueError(f"kinds has no {unknown[0]!r}; there are {', '.join(KINDS)}")
 
     def sample(self, seed: int) -> Optimizee:
         """Return P problems of one kind.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
 import torch
@@ -14,9 +14,8 @@ from torch import Tensor
 
 from meta_train.tasks.images import MNIST, read_images
 from meta_train.tasks.models import ACTIVATIONS
-from meta_train.tasks.task import Optimizee, Params, Task, seeded
+from meta_train.tasks.task import Count, NotNegative, Optimizee, Params, Task, seeded
 
-Count = Annotated[int, msgspec.Meta(ge=1)]
 HALVES = {"first": range(30_000), "second": range(30_000, 60_000)}
 """Disjoint halves of the training images: one to meta-train on, one to judge on."""
 
@@ -40,7 +39,7 @@ class Mnist(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
     activation: Literal["sigmoid", "relu", "tanh"] = "sigmoid"
     half: Literal["first", "second"] = "first"
     batch: Count = 128
-    initial_std: float = 0.01
+    initial_std: NotNegative = 0.01
     problems: Count = 1
 
     def sample(self, seed: int) -> Optimizee:

@@ -9,16 +9,15 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
 import torch
 from torch import Tensor
 
 from meta_train.tasks.features import SQUEEZENET, Features, Network, feature_extractor
-from meta_train.tasks.task import LossFunction, Optimizee, Params, Task, seeded
+from meta_train.tasks.task import Count, LossFunction, NotNegative, Optimizee, Params, Positive, Task, seeded
 
-Positive = Annotated[float, msgspec.Meta(gt=0)]
 Split = Literal["train", "validation", "tuning", "test"]
 SPLITS: dict[int, Split] = {0: "test", 1: "tuning", 2: "validation"}
 """Of every ten photos, in the order of their names, one goes to each of these; the others to ``"train"``."""
@@ -56,11 +55,11 @@ class NeuralArt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fie
 
     split: Split = "train"
     style: str = "starry_night"
-    size: int = 64
-    problems: int = 1
-    content_weight: float = 30.0
-    style_weight: float = 1000.0
-    smooth: float = 300.0
+    size: Count = 64
+    problems: Count = 1
+    content_weight: NotNegative = 30.0
+    style_weight: NotNegative = 1000.0
+    smooth: NotNegative = 300.0
     stiffness: tuple[Positive, Positive] = (1.0, 1.0)
     network: Network = SQUEEZENET
     network_file: str = "squeezenet_v1.0_imagenet.safetensors"

@@ -6,7 +6,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from meta_train.tasks.task import Optimizee, Params, seeded
+from meta_train.tasks.task import Count, Optimizee, Params, seeded
 
 
 class Quadratic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="name", tag="quadratic"):
@@ -21,8 +21,8 @@ class Quadratic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fie
         code (which draws W and y uniformly).
     """
 
-    dimension: int = 10
-    functions: int = 128
+    dimension: Count = 10
+    functions: Count = 128
 
     def sample(self, seed: int) -> Optimizee:
         """Return a fresh batch of functions.
@@ -54,8 +54,8 @@ class Quartic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
         functions: Independent functions side by side (P).
     """
 
-    dimension: int = 10
-    functions: int = 128
+    dimension: Count = 10
+    functions: Count = 128
 
     def sample(self, seed: int) -> Optimizee:
         """Return fresh functions, ``w ~ U(0.5, 1.5)``, ``x_0 ~ U(-1, 1)``.

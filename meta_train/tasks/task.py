@@ -5,11 +5,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+"""Numbers of a recipe; beside these every number must be finite."""
 
 Params = dict[str, Tensor]
 """Optimizee parameters by name, each ``(P, *shape)``: P independent problems side by side."""
@@ -111,7 +117,8 @@ def module_optimizee(
         make_module: Builds and initialises one module, from torch's global generator.
         loss: ``loss(module, batch)`` returns a 0-dim tensor.
         next_batch: Draws a minibatch from a generator; every tensor has a leading dimension P.
-        seed: Decides initialisations and minibatches.
+        seed: Decides initialisations and minibatches, which are drawn from the streams of ``seed`` and ``seed + 1``: draw
+            what else belongs to a problem, such as its data, from another, or it is correlated with its initial weights.
         num_problems: Problems side by side, P.
 
     Returns:

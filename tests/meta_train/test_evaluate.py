@@ -1,9 +1,11 @@
+import dataclasses
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from learned_optim import Weights
 from meta_train import evaluate, figures
@@ -11,8 +13,9 @@ from meta_train.__main__ import main
 from meta_train.baselines import FIXED, Setting, best_setting, rates, settings
 from meta_train.publish import publish
 from meta_train.run_dir import RunDir
-from meta_train.tasks import Quadratic, Quartic
+from meta_train.tasks import NeuralArt, Quadratic, Quartic
 from tests.cases import small_rule
+from tests.meta_train.pictures import NETWORK, make_data
 from tests.meta_train.test_recipe import TINY
 
 TASK = Quadratic(dimension=2, functions=3)
@@ -142,7 +145,17 @@ def test_processes_find_what_this_one_finds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", evaluate.ARENAS)
-def test_finished_runs_are_kept_under_all_that_decides_a_task(name: str) -> None:
+def test_finished_runs_are_kept_under_all_that_decides_a_task(name: str, tmp_path: Path) -> None:
+    """Of opened tasks too: those of real data are classes of their own."""
     arena = evaluate.ARENAS[name]
-    for task in (arena.task, arena.tuning_task or arena.task):
-        assert " at 0x" not in repr(task), "an address says nothing"
+    if isinstance(arena.task, NeuralArt):
+        make_data(tmp_path)
+        small = {"size": 8, "network": NETWORK, "network_file": "net.safetensors", "style": "other"}
+        test, tuning = (replace(task, **small) for task in (arena.task, arena.tuning_task))
+        arena = dataclasses.replace(arena, task=test, tuning_task=tuning)
+    opened, again = arena.on(tmp_path), arena.on(tmp_path)
+    for what in ("task", "tuning_task"):
+        task, closed = getattr(opened, what), getattr(arena, what)
+        assert repr(task) == repr(getattr(again, what)), "an address says nothing"
+        assert repr(closed) in repr(task), "nothing is left out"
+        assert (task is closed) == (not hasattr(closed, "on")), "real data are opened"

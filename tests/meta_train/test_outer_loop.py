@@ -59,6 +59,25 @@ def test_losses_below_the_floor_weigh_no_more_than_the_floor(objective: str) -> 
     torch.testing.assert_close(tiny, torch.full((2, 1), 1 / (0.01 * 2)))
 
 
+def test_a_reported_meta_loss_is_no_lower_than_the_floor() -> None:
+    losses, initial = torch.tensor([[1e-9, 1e-9], [0.5, 0.5]]), torch.ones(2)
+    expected = {0.01: (math.log(0.01) + math.log(0.5)) / 2, 0.0: (math.log(1e-9) + math.log(0.5)) / 2}
+    for floor, value in expected.items():
+        outer = OuterLoop(steps=1, lr=0.1, objective="relative", loss_floor=floor)
+        assert meta_loss(outer, losses, initial) == pytest.approx(value, rel=1e-5)
+
+
+def test_horizons_are_drawn_log_uniformly_and_vary() -> None:
+    run = MetaTraining(parse_recipe(TINY.replace("horizon = [6, 12]", "horizon = [10, 1000]")))
+    (phase,) = run.phases
+    horizons = torch.tensor([run._draw(phase)[1] for _ in range(400)], dtype=torch.float64)
+    assert (horizons.min() < 15, horizons.max() > 700) == (True, True)
+    assert (horizons.min() >= 10, horizons.max() <= 1000) == (True, True)
+    # Half of them below the geometric mean of the ends, 100; a uniform draw would have a tenth there.
+    assert float((horizons < 100).double().mean()) == pytest.approx(0.5, abs=0.08)
+    assert [run._draw(phase)[1] for _ in range(3)] != [run._draw(phase)[1] for _ in range(3)]
+
+
 @pytest.mark.parametrize("case", RULE_CASES)
 def test_the_meta_gradient_is_a_finite_difference_with_gradients_held_constant(case: str) -> None:
     """The definition itself: replay a recorded gradient sequence with moved meta-parameters, add up updates, weigh."""

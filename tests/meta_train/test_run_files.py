@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,9 @@ import torch
 
 from learned_optim import Weights
 from learned_optim.weights import resolve_weights
+from meta_train import figures, files
+from meta_train.files import write_atomically
+from meta_train.provenance import environment
 from meta_train.publish import publish
 from meta_train.run_dir import (
     BEST,
@@ -20,9 +25,7 @@ from meta_train.run_dir import (
     METRICS,
     RECIPE,
     RunDir,
-    environment,
     training_table,
-    write_atomically,
 )
 from tests.meta_train.test_recipe import FROM_DEFAULT, TINY
 
@@ -174,3 +177,71 @@ def test_resuming_under_other_conditions_is_noticed(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / ENVIRONMENT).read_text())
     (tmp_path / ENVIRONMENT).write_text(json.dumps({**kept, "threads": 64}))
     assert run.changes_since_start() == [f"threads 64 -> {kept['threads']}"]
+
+
+def test_one_process_at_a_time_has_a_run(tmp_path: Path) -> None:
+    """Two would mix their metrics, and each begins by dropping what the other wrote after its checkpoint."""
+    pytest.importorskip("fcntl")
+    first = RunDir(tmp_path, TINY)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    message = f"another process is at work in {tmp_path}; wait for its end, or choose another --out"
+
+    def elsewhere(code: str) -> str:
+        command = [sys.executable, "-c", f"import sys; from pathlib import Path; {code}", tmp_path]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stderr.strip().rpartition("\n")[2]
+
+    train = "from meta_train.run_dir import RunDir; RunDir(sys.argv[1], (Path(sys.argv[1]) / 'recipe.toml').read_text())"
+    lock = "from meta_train.files import lock; lock(Path(sys.argv[1]))"
+    assert elsewhere(train) == elsewhere(lock) == f"ValueError: {message}"
+    again = RunDir(tmp_path, TINY)  # This process may, as in a notebook whose cell is run again.
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    del first
+    assert elsewhere(lock), "one of the two is still here"
+    del again
+    assert not elsewhere(lock)
+
+
+def test_a_run_that_could_not_be_opened_is_free_for_others(tmp_path: Path) -> None:
+    RunDir(tmp_path, TINY)
+    with pytest.raises(ValueError, match="another recipe") as error:
+        RunDir(tmp_path, TINY.replace("lr = 0.01", "lr = 0.02"))
+    assert error.traceback, "it still holds the one that failed"
+    assert not files._locked
+
+
+def test_metrics_of_another_run_are_not_taken_for_this_one_s(tmp_path: Path) -> None:
+    start(tmp_path, 4)
+    kept = (tmp_path / METRICS).read_text().splitlines(keepends=True)
+    mixed = {"that of outer step 1": [kept[0], kept[0], *kept[1:]], "no record": [kept[0], "{\n", *kept[1:]]}
+    for what, lines in mixed.items():
+        (tmp_path / METRICS).write_text("".join(lines))
+        with pytest.raises(ValueError, match=f"line 2 of .*{METRICS} is {what}: .* restore or remove it"):
+            RunDir(tmp_path, TINY)
+        with pytest.raises(ValueError, match=f"line 2 of .* is {what}"):
+            training_table([tmp_path])
+        assert (tmp_path / METRICS).read_text() == "".join(lines), "nothing is thrown away"
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text"])
+def test_a_checkpoint_that_cannot_be_read_is_named(damage: str, tmp_path: Path, finished: Path) -> None:
+    start(tmp_path, 4)
+    whole = (tmp_path / CHECKPOINT).read_bytes()
+    (tmp_path / CHECKPOINT).write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"hello"}[damage])
+    with pytest.raises(ValueError, match=rf"{CHECKPOINT} cannot be read; restore it, or remove it to begin again"):
+        RunDir(tmp_path, TINY)
+    (tmp_path / CHECKPOINT).unlink()
+    assert list(RunDir(tmp_path, TINY).train(checkpoint_every=5))
+    assert (tmp_path / BEST).read_bytes() == (finished / BEST).read_bytes()
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"run": "a", "outer_step": "1", "meta_loss": "1", "validation": "1", "measure": "optimizee loss"}]
+    for ending in (".svg", ".png"):
+        picture = tmp_path / f"training{ending}"
+        figures.training_process(rows, picture)
+        before = picture.read_bytes()
+        with monkeypatch.context() as broken:
+            broken.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            with pytest.raises(OSError, match="No space left"):
+                figures.training_process(rows * 2, picture)
+        assert picture.read_bytes() == before

@@ -1,0 +1,77 @@
+"""Files that are whole or not there, and directories that one process has at a time."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader or a kill sees either the old one or the whole new one.
+
+    Args:
+        path: The file.
+        data: Its new content.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+_locked: dict[Path, list[int | None]] = {}
+"""Directories that this process has, each with its descriptor as often as it was locked."""
+
+
+def lock(path: Path) -> None:
+    """Keep other processes out of a directory, where the system can; the lock ends with the process, however that ends.
+
+    This process may lock it again, and must then unlock it as often.
+
+    Args:
+        path: The directory.
+
+    Raises:
+        ValueError: If another process has it.
+    """
+    held = _locked.setdefault(path.resolve(), [])
+    try:
+        held.append(held[0] if held else _descriptor(path))
+    finally:
+        if not held:
+            del _locked[path.resolve()]
+
+
+def unlock(path: Path) -> None:
+    """Let other processes into a directory again, once it was unlocked as often as it was locked.
+
+    Args:
+        path: The directory.
+    """
+    held = _locked[path.resolve()]
+    descriptor = held.pop()
+    if not held:
+        del _locked[path.resolve()]
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _descriptor(path: Path) -> int | None:
+    if sys.platform == "win32":
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ValueError(f"another process is at work in {path}; wait for its end, or choose another --out") from error
+    except OSError:  # Some network file systems lock no directories.
+        os.close(descriptor)
+        return None
+    return descriptor
