@@ -105,8 +105,8 @@ def _processor() -> str:
     return f"{names[0] if names else 'unknown'}, {vector}"
 
 
-_CODE = (":/", ":(exclude,top)docs/results")
-"""Everything but the tables, which an evaluation that asks is busy writing."""
+_CODE = (":/", ":(exclude,top)docs/results", ":(exclude,top)benchmarks/*.csv", ":(exclude,top)benchmarks/*.svg")
+"""Everything but the tables and their figures, which an evaluation or a benchmark that asks is busy writing."""
 
 
 def _commit() -> str:
