@@ -72,6 +72,13 @@ def test_a_value_without_meaning_is_named_with_its_place(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture(autouse=True)
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake that is not met would otherwise be hours of judging."""
+    monkeypatch.setattr(Runner, "complete", lambda *_: pytest.fail("a suite was run"))
+    monkeypatch.setattr(evaluate, "judge", lambda *_, **__: pytest.fail("a task was run"))
+
+
 @pytest.fixture
 def weights(tmp_path: Path) -> list[str]:
     """Two weight files of one stem."""
