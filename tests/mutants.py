@@ -732,6 +732,42 @@ MUTANTS = (
         CHECKPOINT,
         "shares_the_network",
     ),
+    _one(
+        "another shape",
+        "is not noticed",
+        OPTIMIZER,
+        'if state and state["hidden"].shape[:-1] != as_real(param).shape:',
+        "if False:",
+        STEP,
+        "another_shape",
+    ),
+    _one(
+        "same memory",
+        "two are stepped at once",
+        "backends/__init__.py",
+        "if alone else (items,)",
+        "if False else (items,)",
+        "tests/backends/test_native_plan.py",
+        "take_turns",
+    ),
+    _one(
+        "a load out of memory",
+        "half a state stays",
+        OPTIMIZER,
+        "            self.state.clear()  # Half a memory would be taken for a whole one.\n",
+        "",
+        CHECKPOINT,
+        "runs_out_of_memory",
+    ),
+    _one(
+        "kernels of other sources",
+        "are loaded",
+        "backends/native_library.py",
+        "if digest is None or",
+        "if True or",
+        "tests/backends/test_native_plan.py",
+        "other_sources",
+    ),
     # Two processes
     _one(
         "FSDP2", "state is whole on every rank", SHARDING, "    if shard is like:\n", "    if True:\n", DISTRIBUTED, "fsdp2"
