@@ -143,7 +143,7 @@ class UpdateRule(nn.Module, ABC):
         """Return the one statistic a rule may take over a whole tensor, or None where it takes none.
 
         It is computed before a tensor is cut into chunks or shards, so neither changes the update; the sum is taken in
-        float64, so that its order cannot either.
+        float64, so that its order cannot either. A tensor with a NaN counts as one of zeros: the others go on.
 
         Args:
             param: A parameter tensor.
@@ -165,7 +165,7 @@ class UpdateRule(nn.Module, ABC):
         else:
             norm = torch.linalg.vector_norm(param, dim=dims, dtype=torch.float64) if dims else param.abs().double()
         numel = max(param.shape[batch_dims:].numel(), 1)
-        return (norm / numel**0.5).clamp(*self.scale_bounds(numel)).to(self.readout.weight.dtype)
+        return (norm / numel**0.5).nan_to_num(0.0).clamp(*self.scale_bounds(numel)).to(self.readout.weight.dtype)
 
     def tensor_scales(self, params: Sequence[Tensor]) -> list[Tensor | None]:
         """Return :meth:`tensor_scale` of many tensors; on a GPU in a few launches, however many tensors there are.
@@ -180,6 +180,7 @@ class UpdateRule(nn.Module, ABC):
         if not together or torch.compiler.is_compiling():
             return [self.tensor_scale(param) for param in params]
         norms = torch._foreach_norm([param.detach() for param in params], 2, dtype=torch.float64)
+        norms = torch.stack(norms).nan_to_num(0.0).unbind()
         torch._foreach_div_(norms, [param.numel() ** 0.5 for param in params])
         floors, ceilings = zip(*(self.scale_bounds(param.numel()) for param in params), strict=True)
         torch._foreach_clamp_min_(norms, floors)

@@ -157,6 +157,17 @@ def test_complex_parameters_step_as_pairs_of_reals(rule: UpdateRule, shape: tupl
     assert_identical(memories(optimizer, [param]), memories(twin, [real]))
 
 
+def test_a_parameter_that_is_nan_stops_no_other(rule: UpdateRule) -> None:
+    params = make_params([(5,), (40_000,)])
+    for param in params:
+        param.data[2] = torch.nan
+    before = copies(params)
+    take_steps(LearnedOptimizer(params, weights=rule), params, 2)
+    for param, old in zip(params, before, strict=True):
+        assert param.isnan().nonzero().tolist() == [[2]]
+        assert (param[:2] != old[:2]).all()
+
+
 def test_a_conjugate_gradient_is_a_gradient(rule: UpdateRule) -> None:
     params, expected = make_params([(3,)], torch.complex64), make_params([(3,)], torch.complex64)
     gradient = torch.randn(3, dtype=torch.complex64)

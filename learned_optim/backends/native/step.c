@@ -113,7 +113,7 @@ HELPER float scale_of(const struct rule *rule, double mean_square, int64_t size)
   double root = sqrt(mean_square), small = 0.5 / sqrt(sqrt((double)size));
   if (small > rule->small_min_scale) small = rule->small_min_scale;
   double floor = small < rule->min_scale ? rule->min_scale : small;
-  root = root < floor ? floor : root;
+  root = root > floor ? root : floor; /* of NaN too */
   return (float)(root > rule->max_scale ? rule->max_scale : root);
 }
 
