@@ -19,7 +19,7 @@ from learned_optim.backends import StepItem, apply_step, check_backend
 from learned_optim.backends.native_plan import Plan, make_plan
 from learned_optim.guard import check_guard, judge, nominal, snapshot
 from learned_optim.rules import UpdateRule
-from learned_optim.rules.storage import MOMENT_DTYPES, STATE_DTYPES, layout, names
+from learned_optim.rules.storage import CELL_SCALE, MOMENT_DTYPES, STATE_DTYPES, layout, names
 from learned_optim.sharding import as_real, gradient_of, local, whole, zeros_like
 from learned_optim.summary import summarize
 from learned_optim.weights import Weights, resolve_weights
@@ -276,7 +276,7 @@ class LearnedOptimizer(Optimizer):
                 raise RuntimeError(
                     "LearnedOptimizer does not support sparse gradients; build the embedding with sparse=False"
                 )
-            if not state and _is_captured(param):
+            if not state and _capturing(param):
                 raise RuntimeError("a CUDA graph cannot hold the first step of a parameter; take one before you capture")
             if state and state["hidden"].shape[:-1] != as_real(param).shape:
                 shape = tuple(state["hidden"].shape[:-1])
@@ -434,7 +434,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
-def _is_captured(param: Tensor) -> bool:
+def _capturing(param: Tensor) -> bool:
     return param.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
@@ -482,7 +482,8 @@ def _is_plain_memory(value: Any) -> bool:
 def _check_memory(index: int, saved: dict[str, Any], param: Tensor, group: dict[str, Any], rule: UpdateRule) -> None:
     """Refuse one parameter's saved state if it is not this rule's memory of this parameter."""
     shape = tuple(as_real(param).shape)
-    if any(name in saved and not _is_plain_memory(saved[name]) for name in ("hidden", "cell", *rule.moment_names)):
+    own = ("hidden", "cell", CELL_SCALE, *rule.moment_names)
+    if any(name in saved and not _is_plain_memory(saved[name]) for name in own):
         raise ValueError(f"the memory of parameter {index} in the checkpoint is not all of dense tensors; was it edited?")
     if missing := [name for name in ("step", *names(rule, saved)) if name not in saved]:
         raise ValueError(f"the checkpoint lacks {', '.join(missing)} of parameter {index}; was it edited?")

@@ -745,7 +745,7 @@ MUTANTS = (
         "same memory",
         "two are stepped at once",
         "backends/__init__.py",
-        "if alone else (items,)",
+        "if one_by_one else (items,)",
         "if False else (items,)",
         "tests/backends/test_native_plan.py",
         "take_turns",

@@ -72,8 +72,9 @@ def apply_step(
     """
     module = choose_backend(backend, rule)
     on_cpu = rule.readout.weight.device.type == "cpu" and not torch.compiler.is_compiling()
-    alone = on_cpu and chunks.share_memory([item.param for item in items])
-    for part in ([item] for item in items) if alone else (items,):
+    # Two that lie in the same memory, stepped at once, would each undo part of what the other does.
+    one_by_one = on_cpu and chunks.overlap([item.param for item in items])
+    for part in ([item] for item in items) if one_by_one else (items,):
         module.apply_step(rule, part, lr=lr, weight_decay=weight_decay, maximize=maximize)
 
 

@@ -21,6 +21,7 @@ CHUNK = 65_536
 """Coordinates processed at once."""
 
 PLAIN_TENSORS = {Tensor, nn.Parameter}
+"""Types whose memory may be taken by its address."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ def apply_step(
             piece.write_back()
 
 
-def share_memory(params: Sequence[Tensor]) -> bool:
-    """Return whether any two plain tensors lie in the same memory, as after ``a.data = b.data``: they must take turns.
+def overlap(params: Sequence[Tensor]) -> bool:
+    """Return whether any two plain tensors lie in the same memory, as after ``a.data = b.data``.
 
     Args:
         params: Of one device.

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learned_optim.backends.chunks import PLAIN_TENSORS, StepItem, share_memory
+from learned_optim.backends.chunks import PLAIN_TENSORS, StepItem, overlap
 from learned_optim.backends.native import VALUE_TYPES, Table, describe, packed, struct, supports, takes
 from learned_optim.backends.native_library import AVAILABLE, LIBRARY, pointer
 from learned_optim.rules import UpdateRule
@@ -255,7 +255,7 @@ def make_plan(groups: Sequence[Group], rules: Sequence[UpdateRule], state: dict[
         params, grads = _with_gradient(group["params"])
         if not all(_fits(rule, *each, state.get(each[0])) for each in zip(params, grads, strict=True)):
             return None
-        if len({names(rule, state[param]) for param in params}) > 1 or share_memory(params):
+        if len({names(rule, state[param]) for param in params}) > 1 or overlap(params):
             return None
     return Plan(look, groups, rules, state)
 

@@ -228,7 +228,7 @@ INLINE float sum_lanes(vec x) {
 #else
 #define TILE_COLUMNS 3 /* 16 registers hold 12 */
 #endif
-#define SUM_TILE(COUNT, column, stride, d_row)                                                  \
+#define SUM_TILE(COUNT, column, stride, d_row)                                              \
   do {                                                                                      \
     vec acc_[4][COUNT];                                                                     \
     for (int g_ = 0; g_ < 4; g_++)                                                          \
@@ -261,8 +261,8 @@ static size_t packed_size(int F, int H, int L) {
   return 4 * (size_t)H * (F + H + 1) + (size_t)(L - 1) * 4 * H * (2 * H + 1);
 }
 
-/* inputs (K, N, F); hidden, cell (N, L*H) at the start, L at most 16; active (K, N) or NULL. With d_top (K, N, H) NULL the top hidden
- * states go to top (K, N, H); otherwise the gradient of sum(d_top * top) is added to d_weights, packed like weights.
+/* inputs (K, N, F); hidden, cell (N, L*H) at the start, L at most 16; active (K, N) or NULL. With d_top (K, N, H) NULL the
+ * top hidden states go to top (K, N, H); otherwise the gradient of sum(d_top * top) is added to d_weights, packed like weights.
  * Each thread sums its own share of the blocks, and shares are added in order: a result depends on the thread count alone. */
 static int NAME(lstm_sequence)(int K, int64_t N, int F, int H, int L, const float *inputs, const float *hidden,
                                 const float *cell, const uint8_t *active, const float *weights, float *top,

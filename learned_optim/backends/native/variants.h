@@ -1,5 +1,5 @@
-/* Compile KERNEL, the name of a header, once for each instruction set, and define DISPATCH, which calls the best that the processor
- * has. The header sees LANES, SUFFIX and perhaps ISA_AVX2 or ISA_AVX512, and undefines what it defines. */
+/* Compile KERNEL, the name of a header, once for each instruction set, and define DISPATCH, which calls the best that the
+ * processor has. The header sees LANES, SUFFIX and perhaps ISA_AVX2 or ISA_AVX512, and undefines what it defines. */
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
