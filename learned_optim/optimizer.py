@@ -61,7 +61,7 @@ class LearnedOptimizer(Optimizer):
         moment_dtype: ``torch.float32`` or ``torch.bfloat16`` for the moments, all but the mean square, which stays float32.
             By default bfloat16 beside int8 memory, else float32.
         backend: ``"auto"`` (of the others the fastest that fits and costs nothing to start), ``"reference"`` (PyTorch),
-            ``"native"`` (compiled, on the CPU), ``"triton"`` (fused, on CUDA) or ``"compiled"`` (``torch.compile``, which
+            ``"native"`` (compiled, on the CPU), ``"triton"`` (fused, on CUDA) or ``"compiled"`` (TorchInductor, which
             takes up to a minute at the first step).
         guard: Watch the updates and, where ``step`` gets a closure, the loss, and fall back to plain Adam where they
             misbehave: :mod:`learned_optim.guard`. Costs a copy of the parameters during each step.

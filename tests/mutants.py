@@ -54,6 +54,7 @@ SCHEDULERS, RULES, NATIVE = (
     "tests/rules/test_rules.py",
     "tests/backends/test_native_lstm.py",
 )
+COMPILED, COMPILED_TESTS = "backends/compiled.py", "tests/backends/test_compiled.py"
 STORAGE, STORED = "rules/storage.py", "tests/rules/test_storage.py"
 GUARD, RECORDER, SUMMARY = (f"tests/optimizer/test_{name}.py" for name in ("guard", "recorder", "summary"))
 
@@ -848,6 +849,36 @@ MUTANTS = (
         SUMMARY,
         "allocated",
     ),
+    # The compiled backend
+    _one(
+        "autocast",
+        "a step inside autocast computes in half precision",
+        "backends/__init__.py",
+        "torch.is_autocast_enabled(device)",
+        "False",
+        COMPANY,
+        "autocast",
+    ),
+    _one(
+        "compiled",
+        "what was made contiguous is not copied back",
+        COMPILED,
+        "if new is not values:",
+        "if len(new) > len(values):",
+        COMPILED_TESTS,
+        "strided",
+    ),
+    _one("compiled", "a graph serves any threads", COMPILED, "torch.get_num_threads(), ", "", COMPILED_TESTS, "strided"),
+    _one(
+        "compiled",
+        "meta-parameters are numbers of the graph",
+        COMPILED,
+        "self, dict(zip(names, tensors, strict=False)), tensors",
+        "self, {}, tensors",
+        COMPILED_TESTS,
+        "fifty",
+    ),
+    _one("compiled", "a cell forgets half as much", COMPILED, "0.5 * f, g", "f, g", COMPILED_TESTS, "fractions"),
 )
 
 

@@ -5,6 +5,7 @@ can run a rule where that rule lies; and ``apply_step(rule, items, lr=, weight_d
 hands to the reference what it cannot take.
 """
 
+import contextlib
 import functools
 import logging
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ _INSTALL = {
 
 BACKENDS = ("auto", "reference", *_MODULES)
 """``reference`` is eager PyTorch, ``triton`` fused on CUDA, ``native`` compiled C on the CPU, ``compiled`` goes through
-``torch.compile``; ``auto`` takes ``triton``, ``native`` or ``reference``, the first that works."""
+TorchInductor; ``auto`` takes ``triton``, ``native`` or ``reference``, the first that works."""
 
 
 def check_backend(name: str) -> None:
@@ -71,11 +72,14 @@ def apply_step(
         maximize: Ascend instead of descend.
     """
     module = choose_backend(backend, rule)
-    on_cpu = rule.readout.weight.device.type == "cpu" and not torch.compiler.is_compiling()
+    device = rule.readout.weight.device.type
+    on_cpu = device == "cpu" and not torch.compiler.is_compiling()
     # Two that lie in the same memory, stepped at once, would each undo part of what the other does.
     one_by_one = on_cpu and chunks.overlap([item.param for item in items])
-    for part in ([item] for item in items) if one_by_one else (items,):
-        module.apply_step(rule, part, lr=lr, weight_decay=weight_decay, maximize=maximize)
+    narrowed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if narrowed else contextlib.nullcontext():
+        for part in ([item] for item in items) if one_by_one else (items,):
+            module.apply_step(rule, part, lr=lr, weight_decay=weight_decay, maximize=maximize)
 
 
 def choose_backend(name: str, rule: UpdateRule) -> ModuleType:

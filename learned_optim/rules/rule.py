@@ -244,10 +244,19 @@ class UpdateRule(nn.Module, ABC):
         Returns:
             Its numbers, each ``(..., N)``.
         """
-        if torch.compiler.is_compiling():  # Sums are fused with what stands around them; a matmul is a call of its own.
-            rows = zip(self.readout.weight.unbind(), self.readout.bias.unbind(), strict=True)
-            return tuple((hidden * weight).sum(-1) + bias for weight, bias in rows)
-        return self.readout(hidden).unbind(-1)
+        return self.read_by_sums(hidden) if torch.compiler.is_compiling() else self.readout(hidden).unbind(-1)
+
+    def read_by_sums(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Apply the readout like :meth:`read`, for compilers: they fuse sums with what stands around them, not a matmul.
+
+        Args:
+            hidden: ``(..., N, H)``.
+
+        Returns:
+            Its numbers, each ``(..., N)``.
+        """
+        rows = zip(self.readout.weight.unbind(), self.readout.bias.unbind(), strict=True)
+        return tuple((hidden * weight).sum(-1) + bias for weight, bias in rows)
 
     def recur(self, inputs: Tensor, carry: Carry, *, fused: bool = False) -> tuple[Tensor, Carry]:
         """Run the LSTM over a sequence of inputs.

@@ -56,6 +56,16 @@ def test_a_grad_scaler_changes_nothing_and_skips_bad_steps_whole(rule: UpdateRul
     assert scaler.get_scale() == 512.0
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_step_inside_autocast_equals_one_outside(backend: str) -> None:
+    inside, outside = make_params(((5,), (3, 4))), make_params(((5,), (3, 4)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        take_steps(LearnedOptimizer(inside, weights=small_rule(), backend=backend), inside, 3)
+        assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == torch.bfloat16  # What it was set to holds again.
+    take_steps(LearnedOptimizer(outside, weights=small_rule(), backend=backend), outside, 3)
+    assert_identical(inside, outside)
+
+
 def test_unscaled_and_clipped_gradients_are_what_the_rule_sees(rule: UpdateRule) -> None:
     clipped, by_hand = make_model(), make_model()
     optimizer = LearnedOptimizer(clipped.parameters(), weights=rule)
