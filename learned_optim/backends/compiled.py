@@ -119,7 +119,8 @@ def _graph(rule: UpdateRule, names: tuple[str, ...], maximize: bool, tensors: Se
         return chunk.step
     with _compiling:
         try:
-            _graphs[form] = compile_graph(*trace(chunk.step, tensors))
+            if form not in _graphs:  # As another thread may have seen to it by now.
+                _graphs[form] = compile_graph(*trace(chunk.step, tensors))
         except Exception as error:  # Compilers raise whatever they like; nothing has run yet.
             _failures.append(str(error))
             logging.getLogger("learned_optim").warning(
