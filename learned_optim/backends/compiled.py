@@ -188,6 +188,7 @@ def compile_graph(graph: fx.GraphModule, fakes: Sequence[Tensor]) -> Callable[..
     Returns:
         The same function, compiled.
     """
+    from torch._dynamo import utils
     from torch._inductor import compile as inductor
     from torch._inductor import config
 
@@ -195,6 +196,8 @@ def compile_graph(graph: fx.GraphModule, fakes: Sequence[Tensor]) -> Callable[..
     # scratch memory of each chunk anew, page by page, would take twice as long as the step itself.
     torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
     options = {f"cpp.{name}": value for name, value in OPTIONS.items() if hasattr(config.cpp, name)}
+    if not hasattr(getattr(utils, "CompileEventLogger", None), "try_"):
+        options["fx_graph_cache"] = False  # Older torch counts what it finds there, and fails outside torch.compile.
     compiled: Any = inductor(graph, list(fakes), options)
     return compiled
 
