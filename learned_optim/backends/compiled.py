@@ -26,15 +26,15 @@ from learned_optim.backends.chunks import StepItem
 from learned_optim.rules import Memory, UpdateRule
 from learned_optim.rules.lstm import Carry, lstm_cell
 
-SIZES = (66_560, 8_320, 1_040)
-"""Coordinates of a chunk: few sizes, for each is compiled for itself."""
-
 NARROW = 8
 """Units of a layer that fill no more than half a vector of sixteen numbers."""
 
 BLOCK = 1_040
 """Coordinates side by side of each unit of a narrow layer; what threads share out is blocks. Not a power of two: the numbers
 of all units would lie a multiple of 4,096 bytes apart, where they are in one another's way in a processor's cache."""
+
+SIZES = (64 * BLOCK, 8 * BLOCK, BLOCK)
+"""Coordinates of a chunk: few sizes, for each is compiled for itself; whole blocks."""
 
 OPTIONS = {"use_decompose_tanh": True, "enable_floating_point_contract_flag": "fast"}
 """Of the compiler on a CPU. tanh(x) is computed as 2 sigmoid(2x) - 1, to 1e-7, for its own takes as long as sixteen
