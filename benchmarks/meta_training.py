@@ -7,9 +7,13 @@ gradient, then backpropagates the summed losses. Both take one truncation of 20 
 the paper's 2 x 20 LSTM.
 
 Then one truncation of twelve problems of the default recipe: its inner steps by the fused kernel of the optimizer, and by
-``nn.LSTM``; everything else is the same.
+``nn.LSTM``; everything else is the same. Beside them the problems' own passes alone, which no way of stepping can undercut.
+
+Last the recipe itself, some outer steps of it: by this process on one thread and on all, and by worker processes of one
+thread each. All take the same steps.
 """
 
+import time
 from collections.abc import Callable
 from unittest import mock
 
@@ -21,21 +25,24 @@ from learned_optim import build_rule
 from learned_optim.rules.lstm import Carry
 from meta_train import meta_gradient
 from meta_train.inner_steps import PlainSteps
-from meta_train.meta_gradient import backpropagate, roll_out, sample_coordinates, start_episode, unroll
+from meta_train.meta_gradient import backpropagate, loss_and_grad, roll_out, sample_coordinates, start_episode, unroll
+from meta_train.outer_loop import MetaTraining
 from meta_train.publish import WEIGHTS_DIR
 from meta_train.recipe import read_recipe
 from meta_train.tasks import Quadratic, seeded
+from meta_train.workers import Workers
 
 TRUNCATION = 20
 PROBLEMS = 12
+OUTER_STEPS, WARM_UP = 40, 4
 
 
 def main() -> None:
     """Time the ways side by side."""
     torch.manual_seed(0)
     rows = []
-    for ways in (ways_on_quadratics(), ways_on_the_mixture()):
-        seconds = side_by_side(ways, repeats=12)
+    of_one_step = (side_by_side(ways, repeats=12) for ways in (ways_on_quadratics(), ways_on_the_mixture()))
+    for seconds in (*of_one_step, the_recipe()):
         slowest = next(iter(seconds.values()))
         for name, value in seconds.items():
             print(f"{name:<42}{1 / value:>8.1f} outer steps/s{slowest / value:>8.1f} x")
@@ -109,7 +116,37 @@ def ways_on_the_mixture() -> dict[str, Callable[[], object]]:
         with mock.patch.object(meta_gradient, "inner_steps", LstmSteps):
             outer_step()
 
-    return {"mixture, inner steps by nn.LSTM": by_lstm, "mixture, inner steps by the kernel": outer_step}
+    def passes_alone() -> None:
+        for optimizee, carry in zip(optimizees, carries, strict=True):
+            for _ in range(length):
+                loss_and_grad(optimizee, carry.params)
+
+    return {
+        "mixture, inner steps by nn.LSTM": by_lstm,
+        "mixture, inner steps by the kernel": outer_step,
+        "mixture, its problems' own passes alone": passes_alone,
+    }
+
+
+def the_recipe() -> dict[str, float]:
+    """Return the mean time of an outer step of the default recipe, by threads and by workers; they take it in turns."""
+    recipe, threads = read_recipe(WEIGHTS_DIR / "default.toml"), torch.get_num_threads()
+    count = min(threads, recipe.outer.episodes)
+    with Workers(count) as workers:
+        runs = {
+            "recipe, one thread": (1, iter(MetaTraining(recipe))),
+            f"recipe, {threads} threads": (threads, iter(MetaTraining(recipe))),
+            f"recipe, {count} workers": (1, iter(MetaTraining(recipe, each=workers.map))),
+        }
+        seconds = dict.fromkeys(runs, 0.0)
+        for step in range(-WARM_UP, OUTER_STEPS):
+            for name, (own_threads, run) in runs.items():
+                torch.set_num_threads(own_threads)
+                start = time.perf_counter()
+                next(run)
+                seconds[name] += (time.perf_counter() - start) / OUTER_STEPS * (step >= 0)
+    torch.set_num_threads(threads)
+    return seconds
 
 
 if __name__ == "__main__":

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import re
 import sys
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,9 @@ from meta_train.recipe import parse_recipe, read_recipe
 from meta_train.responses import responses
 from meta_train.run_dir import RunDir, training_table
 from meta_train.validation import repeat_validation
+from meta_train.workers import Each, Workers
 
+WORKERS = "processes of one thread each; default: 0, this one alone"
 HONESTY = """\
 The optimizees are those of the committed tables. With the same torch, processor and threads the figures are equal to the
 last digit; elsewhere rounding differs, and agreement within two standard errors is all that can be promised."""
@@ -53,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"meta_train: {error}", file=sys.stderr)
         return 2
+    except BrokenProcessPool:
+        print("meta_train: a worker was killed, perhaps for want of memory; start it again, with fewer", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("meta_train: interrupted; a training run resumes when it is started again", file=sys.stderr)
         return 130
@@ -67,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, required=True, help="run directory")
     train.add_argument("--data", type=Path, help="directory of the real data, for tasks that need it")
     train.add_argument("--seed", type=int, help="replace the recipe's seed")
+    train.add_argument("--workers", type=int, default=0, help=f"{WORKERS}; no more than outer.episodes have work")
     train.set_defaults(verb=_train)
 
     judge = verbs.add_parser("evaluate", help="compare weights with tuned baselines on fresh optimizees")
@@ -116,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     validate = verbs.add_parser("validate", help="repeat the validation that chose weights, by the recipe inside them")
     validate.add_argument("weights", help="bundled name, file or Hub id; all parts of a model joined by +")
     validate.add_argument("--data", type=Path, help="directory of the real data, for tasks that need it")
+    validate.add_argument("--workers", type=int, default=0, help=WORKERS)
     validate.set_defaults(verb=_validate)
 
     to_package = verbs.add_parser("publish", help="put a run's best weights beside their recipe, or on the Hub")
@@ -145,21 +151,40 @@ def _train(options: argparse.Namespace) -> int:
     text = options.recipe.read_text()
     if options.seed is not None:
         text = _with_seed(text, options.seed)
-    run = RunDir(options.out, text, options.data)
-    if run.run.step and (changes := run.changes_since_start()):
-        print(f"resuming elsewhere than it started, so not bit for bit: {', '.join(changes)}", file=sys.stderr)
-    total = run.run.recipe.steps
-    with tqdm(total=total, initial=run.run.step, unit="step", smoothing=0.05, dynamic_ncols=True) as bar:
-        validation = "none yet"
-        for record in run.train():
-            if record.validation is not None:
-                validation = f"{record.validation:.4g} (best {run.run.best.validation:.4g})"
-            bar.set_postfix_str(f"meta-loss {record.meta_loss:.4g}, validation {validation}", refresh=False)
-            bar.update()
+    with _each(options.workers) as each:
+        run = RunDir(options.out, text, options.data, each)
+        if run.run.step and (changes := run.changes_since_start()):
+            print(f"resuming elsewhere than it started, so not bit for bit: {', '.join(changes)}", file=sys.stderr)
+        total = run.run.recipe.steps
+        with tqdm(total=total, initial=run.run.step, unit="step", smoothing=0.05, dynamic_ncols=True) as bar:
+            validation = "none yet"
+            for record in run.train():
+                if record.validation is not None:
+                    validation = f"{record.validation:.4g} (best {run.run.best.validation:.4g})"
+                bar.set_postfix_str(f"meta-loss {record.meta_loss:.4g}, validation {validation}", refresh=False)
+                bar.update()
     if not all(path.exists() for path in run.best_files):
         raise ValueError(f"no validation of {run.path} was finite: there are no weights worth keeping; lower outer.lr")
     print(f"best weights: {', '.join(map(str, run.best_files))} (validation {run.run.best.validation:.4g})")
     return 0
+
+
+@contextmanager
+def _each(workers: int) -> Iterator[Each]:
+    """Give what goes over independent pieces of work: ``map``, or that of workers."""
+    if workers < 0:
+        raise ValueError(f"--workers must not be negative, got {workers}")
+    if workers == 0:
+        yield map
+        return
+    threads = torch.get_num_threads()
+    with Workers(workers) as processes:
+        # One here too, for the same bits whatever is computed where.
+        torch.set_num_threads(1)
+        try:
+            yield processes.map
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _with_seed(text: str, seed: int) -> str:
@@ -261,12 +286,12 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise ValueError(f"{', '.join(given)} says nothing of a task; give a --suite, or leave it out")
     weights, arena = _labelled(options.weights), evaluate.ARENAS[options.task].on(options.data)
     used: set[Path] = set()
-    with ExitStack() as stack:
+    with _each(options.workers or 0) as each:
         judgement = evaluate.judge(
             weights,
             arena,
             cache=options.cache / "arenas",
-            each=stack.enter_context(_processes(options.workers)).map if options.workers else map,
+            each=each,
             progress=lambda settings: tqdm(list(settings), unit="setting", dynamic_ncols=True),
             used=used,
         )
@@ -290,12 +315,6 @@ def _evaluate(options: argparse.Namespace) -> int:
             f"+- {row['standard_error']:<9.2g} {ratio:>21}  {row['setting']}"
         )
     return 0
-
-
-def _processes(count: int) -> ProcessPoolExecutor:
-    """Return processes of one thread each."""
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(count, context, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def _drawn(results: Path) -> list[dict[str, str]]:
@@ -401,9 +420,11 @@ def _verify(options: argparse.Namespace) -> int:
 def _validate(options: argparse.Namespace) -> int:
     (weights,) = _labelled([options.weights])
     agrees = True
-    for figure in repeat_validation(weights, options.data):
-        agrees &= figure.agrees
-        print(f"{figure.name.replace('_', ' '):<16}  kept {figure.kept}, now {figure.now:.6g}: {figure.verdict}", flush=True)
+    with _each(options.workers) as each:
+        for figure in repeat_validation(weights, options.data, each):
+            agrees &= figure.agrees
+            name = figure.name.replace("_", " ")
+            print(f"{name:<16}  kept {figure.kept}, now {figure.now:.6g}: {figure.verdict}", flush=True)
     return 0 if agrees else 1
 
 

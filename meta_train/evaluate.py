@@ -43,15 +43,14 @@ from meta_train.baselines import (
     best_setting,
 )
 from meta_train.files import write_atomically
-from meta_train.outer_loop import derive_seed
 from meta_train.parts import part_of
 from meta_train.provenance import environment, here, read_environment
-from meta_train.tasks import Cifar, Mixture, Mnist, NeuralArt, Optimizee, Quadratic, Quartic, Task, with_data
+from meta_train.tasks import Cifar, Mixture, Mnist, NeuralArt, Optimizee, Quadratic, Quartic, Task, derive_seed, with_data
+from meta_train.workers import Each
 
 Row = dict[str, str | int | float]
 Rows = list[Row]
 MakeSchedule = Callable[[Optimizer, int], LRScheduler]
-Each = Callable[[Callable[[int], list[float]], Iterable[int]], Iterable[list[float]]]
 
 LEARNED = "LSTM"
 HORIZONS = (100, 200)

@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import copy
-import hashlib
+import functools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from learned_optim.weights import resolve_weights
-from meta_train.meta_gradient import (
-    Carry,
-    Objective,
-    Sample,
-    backpropagate,
-    imitate,
-    no_coordinate,
-    roll_out,
-    sample_coordinates,
-    start_episode,
-    unroll,
-)
+from meta_train.episodes import Episode, Share, advance, antithetic_pair, whole_episode
 from meta_train.parts import AnyRule, members
-from meta_train.recipe import Evolution, Horizons, OuterLoop, Phase, Recipe
-from meta_train.tasks import Optimizee, Task, seeded, with_data
+from meta_train.recipe import Horizons, Phase, Recipe
+from meta_train.tasks import Task, derive_seed, with_data
+from meta_train.workers import Each
 
 
 @dataclass(frozen=True)
@@ -73,23 +62,6 @@ class Best:
     final: float | None = None
 
 
-@dataclass
-class Episode:
-    """One optimizee on its way from start to horizon.
-
-    Args:
-        seed: Of the optimizee, and of the horizon.
-        horizon: Inner steps to take.
-        optimizee: Sampled from ``seed``.
-        carry: Where it stands.
-    """
-
-    seed: int
-    horizon: int
-    optimizee: Optimizee
-    carry: Carry
-
-
 class MetaTraining:
     """The state of a meta-training run, complete enough to go on bit for bit.
 
@@ -97,10 +69,12 @@ class MetaTraining:
         recipe: What to do.
         task: Draw optimizees from here instead of from the recipe's task: any object with ``sample(seed)``.
         data: Directory of real data, for tasks that need it.
+        each: Goes over the episodes of an outer step and of a validation: ``map``, or that of
+            :class:`~meta_train.workers.Workers`, which needs a task that can be pickled. The results are the same.
     """
 
-    def __init__(self, recipe: Recipe, task: Task | None = None, data: Path | None = None) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, task: Task | None = None, data: Path | None = None, each: Each = map) -> None:
+        self.recipe, self.each = recipe, each
         self.phases = recipe.phases
         self.teacher = recipe.imitation.build_teacher() if recipe.imitation else None
         self.task: Task = with_data(recipe.task if task is None else task, data)
@@ -153,15 +127,8 @@ class MetaTraining:
         outer = phase.outer
         if done == 0 and self.step > 0:
             self._start_stage()
-        objective = OBJECTIVES[outer.objective](outer)
-        self.outer_optimizer.zero_grad()
-        if outer.evolution:
-            meta_losses = [self._antithetic_pair(phase, outer.evolution) for _ in range(outer.evolution.pairs)]
-        else:
-            meta_losses = [self._truncation(slot, phase, objective) for slot in range(outer.episodes)]
-        for parameter in self.rule.parameters():
-            if parameter.grad is not None:
-                parameter.grad /= len(meta_losses)
+        shares = self._shares(phase)
+        self._set_mean_gradient(shares)
         norm = torch.nn.utils.clip_grad_norm_(self.rule.parameters(), outer.clip)
         lr = outer.lr * cosine(done / outer.steps, outer.final_lr)
         for group in self.outer_optimizer.param_groups:
@@ -178,68 +145,31 @@ class MetaTraining:
         if is_best and validation is not None:
             self.best = Best(self.in_use(self.average), validation, self.step)
         final = self._end_phase() if last and self.recipe.validation.final_horizon else None
-        return OuterStep(self.step, sum(meta_losses) / len(meta_losses), float(norm), lr, validation, is_best, final)
+        meta_loss = sum(share.meta_loss for share in shares) / len(shares)
+        return OuterStep(self.step, meta_loss, float(norm), lr, validation, is_best, final)
 
-    def _truncation(self, slot: int, phase: Phase, objective: Objective) -> float:
-        """Advance one episode by a truncation, adding its meta-gradient; return its meta-loss."""
-        inner, outer, imitates = phase
-        episode = self.episodes[slot] or self._start(phase)
-        carry = episode.carry
-        length = min(inner.truncation, episode.horizon - carry.step)
-        figure = None
-        if imitates:
-            chosen = self._coordinates(episode, outer)
-            record, episode.carry = roll_out(self.rule, episode.optimizee, carry, length, chosen, self.teacher)
-            losses, figure = record.losses, imitate(self.rule, record)
-        elif outer.second_derivatives:
-            losses, episode.carry = unroll(self.rule, episode.optimizee, carry, length, objective, second_derivatives=True)
-        else:
-            chosen = self._coordinates(episode, outer)
-            record, episode.carry = roll_out(self.rule, episode.optimizee, carry, length, chosen)
-            losses = record.losses
-            if losses.isfinite().all():
-                backpropagate(self.rule, record, objective(losses, carry.initial_loss), outer.discount)
-        finished = episode.carry.step >= episode.horizon or not bool(losses.isfinite().all())
-        self.episodes[slot] = None if finished else episode
-        return meta_loss(outer, losses, carry.initial_loss) if figure is None else figure
+    def _shares(self, phase: Phase) -> list[Share]:
+        """Let every episode go on, and return what they give to this outer step."""
+        if evolution := phase.outer.evolution:
+            pair = functools.partial(antithetic_pair, self.rule, phase.outer, evolution)
+            return list(self.each(pair, [self._draw(phase) for _ in range(evolution.pairs)]))
+        under_way = [episode or self._draw(phase) for episode in self.episodes]
+        shares = list(self.each(functools.partial(advance, self.rule, self.teacher, phase), under_way))
+        self.episodes = [share.episode for share in shares]
+        return shares
 
-    def _antithetic_pair(self, phase: Phase, evolution: Evolution) -> float:
-        """Run an episode with meta-parameters moved either way, adding the estimated meta-gradient; return its meta-loss."""
-        seed, horizon = self._draw(phase)
-        generator = seeded(derive_seed(seed, "evolution"))
-        named = [(name, parameter) for name, parameter in self.rule.named_parameters() if evolution.only in name]
-        moves = {name: torch.randn(parameter.shape, generator=generator) for name, parameter in named}
-        figures = []
-        for size in (evolution.noise, -evolution.noise):
-            moved = copy.deepcopy(self.rule)
-            with torch.no_grad():
-                for name, move in moves.items():
-                    moved.get_parameter(name).add_(move, alpha=size)
-            figures.append(whole_episode(moved, self.task.sample(seed), horizon, phase.outer))
-        forth, back = figures
-        for name, parameter in named:
-            slope = (forth - back) / (2 * evolution.noise) * moves[name]
-            parameter.grad = slope if parameter.grad is None else parameter.grad + slope
-        return (forth + back) / 2
-
-    def _draw(self, phase: Phase) -> tuple[int, int]:
-        """Return the seed of the next episode and its horizon."""
+    def _draw(self, phase: Phase) -> Episode:
+        """Return the next episode, not begun."""
         seed = derive_seed(self.recipe.seed, "train", self.episodes_started)
         self.episodes_started += 1
         shortest, longest = phase.inner.horizon
-        return seed, round(math.exp(random.Random(seed).uniform(math.log(shortest), math.log(longest))))
+        horizon = math.exp(random.Random(seed).uniform(math.log(shortest), math.log(longest)))
+        return Episode(self.task, seed, round(horizon))
 
-    def _start(self, phase: Phase) -> Episode:
-        seed, horizon = self._draw(phase)
-        optimizee = self.task.sample(seed)
-        teacher = self.teacher if phase.imitates else None
-        return Episode(seed, horizon, optimizee, start_episode(self.rule, optimizee, teacher=teacher))
-
-    def _coordinates(self, episode: Episode, outer: OuterLoop) -> Sample | None:
-        if outer.coordinates == 0:
-            return None
-        generator = seeded(derive_seed(episode.seed, "coordinates", episode.carry.step))
-        return sample_coordinates(episode.optimizee, outer.coordinates, generator, by_tensor=outer.sampling == "tensors")
+    def _set_mean_gradient(self, shares: Sequence[Share]) -> None:
+        for parameter, *every in zip(self.rule.parameters(), *(share.grads for share in shares), strict=True):
+            grads = [grad for grad in every if grad is not None]
+            parameter.grad = sum(grads[1:], grads[0]) / len(shares) if grads else None
 
     def _validate(self, *, last: bool) -> float | None:
         if self.step % self.recipe.validation.every and not last:
@@ -268,7 +198,8 @@ class MetaTraining:
         """
         validation = self.recipe.validation
         used = self.in_use(rule, **validation.use)
-        return validate(used, self.validation_task, self.recipe, validation.final_horizon if final else None)
+        horizon = validation.final_horizon if final else None
+        return validate(used, self.validation_task, self.recipe, horizon, self.each)
 
     def in_use(self, rule: AnyRule, **options: Any) -> AnyRule:
         """Return a copy of a rule of this run as it will be used: with the recipe's ``use``, and these options over it."""
@@ -287,17 +218,7 @@ class MetaTraining:
             "outer_optimizer": self.outer_optimizer.state_dict(),
             "step": self.step,
             "episodes_started": self.episodes_started,
-            "episodes": [
-                None
-                if episode is None
-                else {
-                    "seed": episode.seed,
-                    "horizon": episode.horizon,
-                    "generator": episode.optimizee.generator.get_state(),
-                    "carry": vars(episode.carry),
-                }
-                for episode in self.episodes
-            ],
+            "episodes": [episode and episode.state_dict() for episode in self.episodes],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -313,13 +234,7 @@ class MetaTraining:
         self.outer_optimizer.load_state_dict(state["outer_optimizer"])
         self.step = state["step"]
         self.episodes_started = state["episodes_started"]
-        for slot, saved in enumerate(state["episodes"]):
-            if saved is None:
-                self.episodes[slot] = None
-                continue
-            optimizee = self.task.sample(saved["seed"])
-            optimizee.generator.set_state(saved["generator"])
-            self.episodes[slot] = Episode(saved["seed"], saved["horizon"], optimizee, Carry(**saved["carry"]))
+        self.episodes = [saved and Episode.from_state(self.task, saved) for saved in state["episodes"]]
 
     def _packed(self, best: Best) -> dict[str, Any]:
         return vars(best) | {"rule": best.rule.state_dict()}
@@ -330,7 +245,7 @@ class MetaTraining:
         return Best(**(saved | {"rule": rule}))
 
 
-def validate(rule: AnyRule, task: Task, recipe: Recipe, horizon: Horizons | None = None) -> float:
+def validate(rule: AnyRule, task: Task, recipe: Recipe, horizon: Horizons | None = None, each: Each = map) -> float:
     """Return the recipe's validation figure over whole episodes of fixed optimizees.
 
     Args:
@@ -338,100 +253,24 @@ def validate(rule: AnyRule, task: Task, recipe: Recipe, horizon: Horizons | None
         task: Where optimizees come from.
         recipe: Says how many, for how long, and what the objective is.
         horizon: For how long instead.
+        each: Goes over the episodes.
 
     Returns:
-        Mean of :func:`whole_episode` over optimizees; infinite if any diverges. Lower is better.
+        Mean of :func:`~meta_train.episodes.whole_episode` over optimizees; infinite if any diverges. Lower is better.
     """
-    total, horizon = 0.0, horizon or recipe.validation.horizon
+    horizon = horizon or recipe.validation.horizon
     horizons = horizon if isinstance(horizon, tuple) else (horizon,)
-    for index in range(recipe.validation.optimizees):
-        optimizee = task.sample(derive_seed(0, "validation", index))
-        total += whole_episode(rule, optimizee, horizons[index % len(horizons)], recipe.outer)
+    figures = each(functools.partial(_validated, rule, task, recipe, horizons), range(recipe.validation.optimizees))
+    total = sum(figures, 0.0)
     return total / recipe.validation.optimizees if math.isfinite(total) else math.inf
 
 
-def whole_episode(rule: AnyRule, optimizee: Optimizee, horizon: int, outer: OuterLoop) -> float:
-    """Return how good a rule is on one optimizee; lower is better.
-
-    Args:
-        rule: The rule to judge.
-        optimizee: Freshly sampled.
-        horizon: Inner steps.
-        outer: Says what the objective is.
-
-    Returns:
-        With the mean objective the mean loss. With the others the mean of ``log(loss / initial loss)`` around a fifth of the
-        horizon and at its end, as a rule must be good early and late; with the last objective at its end alone.
-    """
-    carry = start_episode(rule, optimizee)
-    record, _ = roll_out(rule, optimizee, carry, horizon, no_coordinate())
-    losses = record.losses
-    if outer.objective != "mean":
-        early, late = (losses[int(0.9 * end) : end] for end in (max(horizon // 5, 1), horizon))
-        losses = torch.stack((early.mean(0), late.mean(0)))
-    return meta_loss(outer, losses, carry.initial_loss)
-
-
-def meta_loss(outer: OuterLoop, losses: Tensor, initial: Tensor) -> float:
-    """Return the scalar that an objective's weights are the derivative of.
-
-    Args:
-        outer: Names the objective.
-        losses: ``(K, P)``.
-        initial: ``(P,)``.
-
-    Returns:
-        The mean loss, or the mean of ``log(loss / initial loss)``.
-    """
-    if outer.objective == "mean":
-        return float(losses.mean())
-    ratio = (_last_tenth(losses) if outer.objective == "last" else losses) / initial
-    return float(ratio.clamp(min=max(outer.loss_floor, 1e-12)).log().mean())
-
-
-def _mean_objective(outer: OuterLoop) -> Objective:
-    return lambda losses, initial: torch.full_like(losses, 1 / losses.numel())
-
-
-def _log_objective(outer: OuterLoop) -> Objective:
-    def weights(losses: Tensor, initial: Tensor) -> Tensor:
-        return 1 / (losses.clamp(min=1e-12).maximum(outer.loss_floor * initial) * losses.numel())
-
-    return weights
-
-
-def _relative_objective(outer: OuterLoop) -> Objective:
-    def weights(losses: Tensor, initial: Tensor) -> Tensor:
-        level = losses.mean(0, keepdim=True).clamp(min=1e-12).maximum(outer.loss_floor * initial)
-        return (1 / (level * losses.numel())).expand_as(losses)
-
-    return weights
-
-
-def _last_objective(outer: OuterLoop) -> Objective:
-    relative = _relative_objective(outer)
-
-    def weights(losses: Tensor, initial: Tensor) -> Tensor:
-        result = torch.zeros_like(losses)
-        _last_tenth(result).copy_(relative(_last_tenth(losses), initial))
-        return result
-
-    return weights
-
-
-def _last_tenth(losses: Tensor) -> Tensor:
-    return losses[-max(len(losses) // 10, 1) :]
-
-
-OBJECTIVES = {"mean": _mean_objective, "log": _log_objective, "relative": _relative_objective, "last": _last_objective}
+def _validated(rule: AnyRule, task: Task, recipe: Recipe, horizons: tuple[int, ...], index: int) -> float:
+    """Return the figure of one optimizee; they take the horizons in turns."""
+    optimizee = task.sample(derive_seed(0, "validation", index))
+    return whole_episode(rule, optimizee, horizons[index % len(horizons)], recipe.outer)
 
 
 def cosine(progress: float, final: float) -> float:
     """Return the factor of a cosine decay from 1 to ``final`` as ``progress`` goes from 0 to 1."""
     return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def derive_seed(seed: int, purpose: str, index: int = 0) -> int:
-    """Derive an independent seed, so that training, validation and evaluation never share an optimizee."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
-    return int.from_bytes(digest[:7], "little")

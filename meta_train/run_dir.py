@@ -27,6 +27,7 @@ from meta_train.outer_loop import MetaTraining, OuterStep
 from meta_train.parts import AnyRule, members
 from meta_train.provenance import WHERE, environment, read_environment
 from meta_train.recipe import Recipe, parse_recipe
+from meta_train.workers import Each
 
 RECIPE, ENVIRONMENT, METRICS, CHECKPOINT = "recipe.toml", "environment.json", "metrics.jsonl", "checkpoint.pt"
 BEST, LAST = "best.safetensors", "last.safetensors"
@@ -45,25 +46,26 @@ class RunDir:
         path: The directory; created if missing.
         recipe_text: TOML of the recipe. Comments may differ from those of a run that is resumed, values may not.
         data: Directory of real data, for tasks that need it.
+        each: Goes over episodes, as :class:`MetaTraining` says.
 
     Raises:
         ValueError: If another process has the run, or the directory holds one of another recipe, or its files cannot be
             read or do not belong together.
     """
 
-    def __init__(self, path: str | Path, recipe_text: str, data: Path | None = None) -> None:
+    def __init__(self, path: str | Path, recipe_text: str, data: Path | None = None, each: Each = map) -> None:
         self.path = Path(path)
         recipe = parse_recipe(recipe_text)
         self.path.mkdir(parents=True, exist_ok=True)
         lock(self.path)
         self._release = weakref.finalize(self, unlock, self.path)
         try:
-            self._open(recipe, recipe_text, data)
+            self._open(recipe, recipe_text, data, each)
         except BaseException:
             self._release()
             raise
 
-    def _open(self, recipe: Recipe, recipe_text: str, data: Path | None) -> None:
+    def _open(self, recipe: Recipe, recipe_text: str, data: Path | None, each: Each) -> None:
         self._remove_leftovers()
         kept = self.path / RECIPE
         self.recipe_text = kept.read_text() if kept.exists() else recipe_text
@@ -75,7 +77,7 @@ class RunDir:
         if not kept.exists():
             write_atomically(kept, recipe_text.encode())
         read_environment(self.path / ENVIRONMENT, *WHERE, "threads")
-        self.run = MetaTraining(recipe, data=data)
+        self.run = MetaTraining(recipe, data=data, each=each)
         if (self.path / CHECKPOINT).exists():
             self._go_on_from(self.path / CHECKPOINT)
         self._validations = self._keep_metrics_up_to(self.run.step)

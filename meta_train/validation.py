@@ -10,6 +10,7 @@ from meta_train.evaluate import AnyWeights, of_all_parts
 from meta_train.outer_loop import MetaTraining
 from meta_train.parts import Parts, members
 from meta_train.recipe import parse_recipe
+from meta_train.workers import Each
 
 TOLERANCE = 0.03
 """Share of a figure that rounding may change: optimizees are the same everywhere, their last digits are not, and thousands
@@ -43,12 +44,13 @@ class Repeated:
         return f"{'agrees within' if self.agrees else 'DIFFERS by more than'} {TOLERANCE:.0%}"
 
 
-def repeat_validation(weights: AnyWeights, data: Path | None = None) -> Iterator[Repeated]:
+def repeat_validation(weights: AnyWeights, data: Path | None = None, each: Each = map) -> Iterator[Repeated]:
     """Validate weights as their run did, over each set of horizons of which they carry a figure.
 
     Args:
         weights: Published weights, or those of all parts of a model.
         data: Directory of real data, for tasks that need it.
+        each: Goes over episodes, as :class:`MetaTraining` says.
 
     Yields:
         Each figure, as soon as it is known.
@@ -61,7 +63,7 @@ def repeat_validation(weights: AnyWeights, data: Path | None = None) -> Iterator
         raise ValueError(
             f"{weights.name} does not say how it was validated: only what `publish` wrote holds recipe and figure"
         )
-    run = MetaTraining(parse_recipe(one.recipe), data=data)
+    run = MetaTraining(parse_recipe(one.recipe), data=data, each=each)
     rules = {part.metadata.get("part", ""): part.rule for part in of_all_parts(weights)}
     parts = members(run.rule)
     if missing := [part for part in parts if part not in rules]:

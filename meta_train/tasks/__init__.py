@@ -5,7 +5,7 @@ from meta_train.tasks.mixture import Mixture
 from meta_train.tasks.mnist import Mnist
 from meta_train.tasks.neural_art import NeuralArt
 from meta_train.tasks.quadratic import Quadratic, Quartic
-from meta_train.tasks.task import Optimizee, Task, module_optimizee, seeded, with_data
+from meta_train.tasks.task import Optimizee, Task, derive_seed, module_optimizee, seeded, with_data
 
 TaskRecipe = Quadratic | Quartic | Mixture | NeuralArt | Mnist | Cifar
 """The tasks a recipe can name."""
@@ -20,6 +20,7 @@ __all__ = [
     "Quartic",
     "Task",
     "TaskRecipe",
+    "derive_seed",
     "module_optimizee",
     "seeded",
     "with_data",

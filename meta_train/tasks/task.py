@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Protocol, runtime_checkable
@@ -99,6 +100,12 @@ def with_data(task: Task, data: Path | None) -> Task:
 def seeded(seed: int) -> torch.Generator:
     """Return a CPU generator at ``seed``."""
     return torch.Generator().manual_seed(seed)
+
+
+def derive_seed(seed: int, purpose: str, index: int = 0) -> int:
+    """Derive an independent seed, so that training, validation and evaluation never share an optimizee."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
+    return int.from_bytes(digest[:7], "little")
 
 
 def module_optimizee(

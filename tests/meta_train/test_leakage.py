@@ -16,9 +16,9 @@ from meta_train.judging.real import real_tasks
 from meta_train.judging.report import judge_suite
 from meta_train.judging.suite import SEEDS, SUITES, TUNING_SEED, Learned, Run, Runner, Suite, learned
 from meta_train.judging.task import Case, JudgingTask, Outcome, regression_loss
-from meta_train.outer_loop import MetaTraining, derive_seed, validate
+from meta_train.outer_loop import MetaTraining, validate
 from meta_train.recipe import parse_recipe, read_recipe
-from meta_train.tasks import Cifar, Mnist, NeuralArt, Optimizee, Quadratic, Quartic
+from meta_train.tasks import Cifar, Mnist, NeuralArt, Optimizee, Quadratic, Quartic, derive_seed
 from tests.cases import small_rule
 from tests.meta_train.test_recipe import TINY, WEIGHTS
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from learned_optim.weights import resolve_weights
-from meta_train import outer_loop
+from meta_train import episodes, outer_loop
+from meta_train.episodes import OBJECTIVES, meta_loss, whole_episode
 from meta_train.meta_gradient import Sample, backpropagate, roll_out, sample_coordinates, start_episode
-from meta_train.outer_loop import OBJECTIVES, MetaTraining, cosine, derive_seed, meta_loss, validate, whole_episode
+from meta_train.outer_loop import MetaTraining, cosine, validate
 from meta_train.recipe import OuterLoop, parse_recipe
-from meta_train.tasks import Optimizee, Quadratic, seeded
+from meta_train.tasks import Optimizee, Quadratic, derive_seed, seeded
 from tests.cases import RULE_CASES, small_rule
 from tests.meta_train.test_recipe import FROM_DEFAULT, TINY
 
@@ -70,12 +71,12 @@ def test_a_reported_meta_loss_is_no_lower_than_the_floor() -> None:
 def test_horizons_are_drawn_log_uniformly_and_vary() -> None:
     run = MetaTraining(parse_recipe(TINY.replace("horizon = [6, 12]", "horizon = [10, 1000]")))
     (phase,) = run.phases
-    horizons = torch.tensor([run._draw(phase)[1] for _ in range(400)], dtype=torch.float64)
+    horizons = torch.tensor([run._draw(phase).horizon for _ in range(400)], dtype=torch.float64)
     assert (horizons.min() < 15, horizons.max() > 700) == (True, True)
     assert (horizons.min() >= 10, horizons.max() <= 1000) == (True, True)
     # Half of them below the geometric mean of the ends, 100; a uniform draw would have a tenth there.
     assert float((horizons < 100).double().mean()) == pytest.approx(0.5, abs=0.08)
-    assert [run._draw(phase)[1] for _ in range(3)] != [run._draw(phase)[1] for _ in range(3)]
+    assert [run._draw(phase).horizon for _ in range(3)] != [run._draw(phase).horizon for _ in range(3)]
 
 
 @pytest.mark.parametrize("case", RULE_CASES)
@@ -254,7 +255,7 @@ def test_a_recipe_may_name_several_horizons_of_validation_but_not_none() -> None
 def test_the_best_of_each_phase_meet_over_the_final_horizons(monkeypatch: pytest.MonkeyPatch) -> None:
     finals, asked = iter([-3.0, -5.0, -4.0]), []
 
-    def scripted(rule: object, task: object, recipe: object, horizon: object = None) -> float:
+    def scripted(rule: object, task: object, recipe: object, horizon: object, each: object) -> float:
         asked.append(horizon)
         return -float(len(asked)) if horizon is None else next(finals)
 
@@ -283,8 +284,6 @@ def test_a_phase_that_finds_nothing_better_is_no_finalist_of_its_own(monkeypatch
 
 
 def _validation_seeds() -> list[int]:
-    from meta_train.outer_loop import derive_seed
-
     return [derive_seed(0, "validation", index) for index in range(2)]
 
 
@@ -331,7 +330,7 @@ def test_a_stage_may_draw_coordinates_in_another_way(monkeypatch: pytest.MonkeyP
         draws.append(by_tensor)
         return sample_coordinates(*args, by_tensor=by_tensor)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(outer_loop, "sample_coordinates", recorded)
+    monkeypatch.setattr(episodes, "sample_coordinates", recorded)
     stage = STAGE.replace("truncation = 8", 'sampling = "uniform"')
     run = MetaTraining(parse_recipe(TINY.replace("[outer]", '[outer]\nsampling = "tensors"') + stage))
     assert len(list(run)) == 12 + 6

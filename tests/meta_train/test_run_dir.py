@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from learned_optim.weights import read_weights
-from meta_train.outer_loop import MetaTraining, derive_seed
+from meta_train.outer_loop import MetaTraining
 from meta_train.recipe import parse_recipe
 from meta_train.run_dir import BEST, LAST, METRICS, RunDir
+from meta_train.tasks import derive_seed
 from tests.meta_train.test_recipe import TINY
 
 MIXTURE = TINY.replace('name = "quadratic"\ndimension = 3\nfunctions = 4', 'name = "mixture"\nproblems = 2').replace(

@@ -1,0 +1,76 @@
+"""Processes that share the independent pieces of a piece of work: episodes, optimizees."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+class Each(Protocol):
+    """Calls a function with each of several arguments, in any order, and gives its results in theirs: ``map`` does."""
+
+    def __call__(self, function: Callable[[Any], Result], arguments: Iterable[Any], /) -> Iterable[Result]:
+        """Return the results."""
+        ...
+
+
+class Workers:
+    """Processes of one thread each, until this context is left.
+
+    Args:
+        count: How many.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_start)
+
+    def __enter__(self) -> Workers:
+        """Return these."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let them finish what they are at, and end them."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def map(self, function: Callable[[Any], Result], arguments: Iterable[Any], /) -> Iterator[Result]:
+        """Call a function in the processes.
+
+        Args:
+            function: Can be pickled, as its arguments and results can.
+            arguments: One for each call.
+
+        Returns:
+            Its results, in the order of the arguments.
+        """
+        # As bytes, through pipes: torch would put tensors into shared memory, of which a container may have next to none.
+        calls = [pickle.dumps((function, argument)) for argument in arguments]
+        return map(pickle.loads, self._pool.map(_answer, calls))
+
+
+def _start() -> None:
+    torch.set_num_threads(1)
+    # Whoever interrupts means the process that has these; it ends them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Leave no process behind when the one that has these is killed."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
+
+
+def _answer(call: bytes) -> bytes:
+    function, argument = pickle.loads(call)
+    return pickle.dumps(function(argument))

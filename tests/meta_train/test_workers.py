@@ -1,0 +1,138 @@
+"""Processes that share a run: the same bits as one process, and none left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from meta_train import __main__ as command_line
+from meta_train.__main__ import main
+from meta_train.outer_loop import MetaTraining
+from meta_train.publish import publish
+from meta_train.recipe import parse_recipe
+from meta_train.run_dir import BEST, LAST, METRICS, RunDir
+from meta_train.workers import Workers
+from tests.meta_train.test_outer_loop import STAGE
+from tests.meta_train.test_recipe import TINY
+from tests.meta_train.test_run_dir import MIXTURE
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Workers]:
+    with Workers(2) as processes:
+        yield processes
+
+
+RECIPES = {
+    "quadratic": TINY + STAGE,
+    "mixture": MIXTURE,
+    "every coordinate": TINY.replace("coordinates = 7", "coordinates = 0"),
+    "second derivatives": TINY.replace("[outer]", "[outer]\nsecond_derivatives = true"),
+    "evolution": TINY.replace("[outer]", "[outer]\nevolution = {noise = 0.1, pairs = 3, only = 'readout'}"),
+    "imitation": TINY + '[imitation]\nteacher = "default"\nsteps = 7\nlr = 0.1\n',
+}
+
+
+@pytest.mark.parametrize("text", RECIPES.values(), ids=list(RECIPES))
+def test_a_run_has_the_same_bits_whatever_is_computed_where(text: str, workers: Workers) -> None:
+    recipe = parse_recipe(text)
+    alone, shared = MetaTraining(recipe), MetaTraining(recipe, each=workers.map)
+    assert list(shared) == list(alone)
+    for name, value in alone.best.rule.state_dict().items():
+        assert torch.equal(shared.best.rule.state_dict()[name], value), name
+
+
+def test_a_run_may_go_on_with_another_number_of_workers(tmp_path: Path, workers: Workers) -> None:
+    assert list(RunDir(tmp_path / "alone", MIXTURE).train())
+    for each, until in ((workers.map, 4), (map, 9), (workers.map, 12)):
+        # None of these steps is one after which a checkpoint is made but the last, so some are taken twice.
+        for record in RunDir(tmp_path / "shared", MIXTURE, each=each).train(checkpoint_every=3):
+            if record.step == until:
+                break
+    for name in (BEST, LAST, METRICS):
+        assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
+
+
+def test_the_command_line_trains_and_validates_with_workers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.toml").write_text(TINY)
+    torch.set_num_threads(2)
+    try:
+        assert main(["train", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run"), "--workers", "1"]) == 0
+        assert torch.get_num_threads() == 2, "as before"
+    finally:
+        torch.set_num_threads(1)
+    assert '"threads": 1' in (tmp_path / "run" / "environment.json").read_text()
+    (path, *_) = publish(tmp_path / "run", "mine", tmp_path)
+    assert main(["validate", str(path), "--workers", "1"]) == 0
+    assert "equal" in capsys.readouterr().out
+    assert main(["train", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run"), "--workers", "-1"]) == 2
+    assert "--workers must not be negative, got -1" in capsys.readouterr().err
+
+
+def test_a_worker_that_dies_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dying(*arguments: object, each: object = None) -> object:
+        with Workers(1) as processes:
+            return list(processes.map(os._exit, [1]))
+
+    (tmp_path / "recipe.toml").write_text(TINY)
+    monkeypatch.setattr(command_line, "RunDir", dying)
+    assert main(["train", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run")]) == 2
+    assert "a worker was killed" in capsys.readouterr().err
+
+
+def _doubled(value: Tensor) -> Tensor:
+    return 2 * value
+
+
+def _who(_: object) -> tuple[int, int]:
+    return os.getpid(), torch.get_num_threads()
+
+
+def test_results_come_in_order_and_not_through_shared_memory(workers: Workers) -> None:
+    sent = [torch.full((1000,), float(number)) for number in range(8)]
+    for value, result in zip(sent, workers.map(_doubled, sent), strict=True):
+        assert torch.equal(result, 2 * value)
+        assert not value.is_shared()
+        assert not result.is_shared()
+
+
+def test_workers_have_one_thread_and_leave_interruptions_to_their_parent(workers: Workers) -> None:
+    before = set(workers.map(_who, range(20)))
+    assert os.getpid() not in {process for process, _ in before}
+    assert {threads for _, threads in before} == {1}
+    for process, _ in before:
+        os.kill(process, signal.SIGINT)
+    assert {process for process, _ in workers.map(_who, range(20))} <= {process for process, _ in before}
+
+
+PARENT = """
+import sys, time
+from meta_train.workers import Workers
+from tests.meta_train.test_workers import _who
+if __name__ == "__main__":
+    with Workers(1) as processes:
+        print(next(processes.map(_who, [0]))[0], flush=True)
+        time.sleep(60)
+"""
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(PARENT)
+    here = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": here}
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "parent.py"], env=environment, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        assert int(parent.stdout.readline()) != parent.pid
+        parent.kill()
+        # The worker holds the other end of this pipe until it ends.
+        assert parent.communicate(timeout=30)[0] == ""
