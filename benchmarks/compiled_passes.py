@@ -18,10 +18,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from benchmarks.timing import side_by_side, write_table
 from learned_optim.backends.compiled import compile_graph
-from meta_train.evaluate import Row
 from meta_train.meta_gradient import start_episode
 from meta_train.publish import WEIGHTS_DIR
 from meta_train.recipe import Recipe, read_recipe
+from meta_train.rows import Row
 from meta_train.tasks.task import Optimizee
 
 SEEDS = (3, 4, 7, 8, 9)

@@ -28,7 +28,6 @@ from tqdm import tqdm
 from benchmarks.wider_rules import NotingSteps, TensorRule, ValueRule, WiderOptimizer, WiderRule, build_wider_rule
 from learned_optim import LearnedOptimizer
 from learned_optim.rules import UpdateRule
-from meta_train.evaluate import Rows, read_rows, write_rows
 from meta_train.files import write_atomically
 from meta_train.judging.held_out_kinds import HELD_OUT_KINDS
 from meta_train.judging.suite import smoothed_final
@@ -37,6 +36,7 @@ from meta_train.outer_loop import MetaTraining
 from meta_train.provenance import environment
 from meta_train.publish import WEIGHTS_DIR
 from meta_train.recipe import Evolution, Recipe, read_recipe
+from meta_train.rows import Rows, read_rows, write_rows
 from meta_train.tasks.data import digit_stream
 from meta_train.tasks.mixture import KINDS
 

@@ -22,8 +22,8 @@ from learned_optim import LearnedOptimizer, UpdateRule, build_rule
 from learned_optim.backends import BACKENDS, check_backend
 from learned_optim.rules.lstm import Carry
 from learned_optim.weights import resolve_weights
-from meta_train.evaluate import Row, Rows
 from meta_train.figures import STYLE
+from meta_train.rows import Row, Rows
 
 RULES = {
     "2x20": build_rule("paper", inputs="log_and_sign", output_scale=0.1),

@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from meta_train.evaluate import Rows, write_rows
 from meta_train.provenance import environment
+from meta_train.rows import Rows, write_rows
 
 HERE = Path(__file__).parent
 _SHORTEST = 2e-3  # Seconds; what takes less is called several times, so that the clock does not tell.

@@ -17,13 +17,16 @@ from tqdm import tqdm
 from learned_optim.rules import AdamModulationConfig
 from learned_optim.weights import Weights, available_weights, resolve_weights
 from meta_train import evaluate, figures
+from meta_train.arenas import ARENAS
+from meta_train.contestants import LEARNED, learned_with, load_contestants, of_all_parts, refuse_repeated
 from meta_train.evidence import RESULTS, evidence
 from meta_train.judging.report import judge_suite, label, read_baselines
 from meta_train.judging.suite import SEEDS, SUITES, TUNING_SEED, Runner, learned
 from meta_train.provenance import WHERE, elsewhere, read_environment
 from meta_train.publish import publish
 from meta_train.recipe import parse_recipe, read_recipe
-from meta_train.responses import responses
+from meta_train.responses import probe, responses
+from meta_train.rows import read_rows, write_judgement, write_rows
 from meta_train.run_dir import RunDir, training_table
 from meta_train.validation import repeat_validation
 from meta_train.workers import Each, Workers
@@ -82,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     judge.add_argument("--out", type=Path, required=True, help="directory for the tables")
     what = judge.add_mutually_exclusive_group()
-    what.add_argument("--task", choices=evaluate.ARENAS, default="quadratic", help="default: %(default)s")
+    what.add_argument("--task", choices=ARENAS, default="quadratic", help="default: %(default)s")
     what.add_argument("--suite", choices=SUITES, help="judge on whole models instead: synthetic kinds, or real data")
     judge.add_argument("--data", type=Path, help="directory of the real data, for what needs it (docs/judging.md)")
     judge.add_argument(
@@ -195,32 +198,6 @@ def _with_seed(text: str, seed: int) -> str:
     return (head if count else f"seed = {seed}\n{head}") + rest
 
 
-def _labelled(names: Sequence[str]) -> list[evaluate.AnyWeights]:
-    """Load weights under short names; those of a model's parts come joined by ``+``."""
-    loaded = [_contestant([name] if Path(name).exists() else name.split("+")) for name in names]
-    _refuse_repeated([one.name for one in loaded])
-    return loaded
-
-
-def _refuse_repeated(labels: Sequence[str]) -> None:
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"weights need different names to share a table, got {', '.join(labels)}; publish them first")
-
-
-def _contestant(names: Sequence[str]) -> evaluate.AnyWeights:
-    loaded = [
-        Weights(one.rule, Path(name).stem if name.endswith(".safetensors") else name, one.recipe, one.metadata)
-        for name, one in zip(names, map(resolve_weights, names), strict=True)
-    ]
-    if len(loaded) == 1:
-        return loaded[0]
-    if whole := [one.name for one in loaded if "part" not in one.metadata]:
-        raise ValueError(f"{whole[0]} moves a whole model; only weights that were meta-trained as parts of one go together")
-    together = {one.metadata["part"]: one for one in loaded}
-    shared = list(dict.fromkeys(one.name.removesuffix(f"-{part}") for part, one in together.items()))
-    return evaluate.WeightsOfParts("+".join(shared), together)
-
-
 _OUT = "runs/results"
 """Where a printed command writes: anywhere will do."""
 
@@ -231,7 +208,7 @@ def _judge_suite(options: argparse.Namespace) -> int:
     if len(set(lrs)) < len(lrs):
         raise ValueError(f"--lr needs different factors, got {', '.join(f'{lr:g}' for lr in lrs)}")
     rules = [learned(name, lr) for name in options.weights for lr in lrs]
-    _refuse_repeated([label(rule).removeprefix("LSTM ") for rule in rules])
+    refuse_repeated([label(rule).removeprefix("LSTM ") for rule in rules])
 
     def progress(runs: Iterable[Any], total: int) -> Iterable[Any]:
         return tqdm(runs, total=total, unit="run", dynamic_ncols=True, disable=not total)
@@ -261,7 +238,7 @@ def _judge_suite(options: argparse.Namespace) -> int:
         **about_baselines,
         **_made_elsewhere(runner.used),
     }
-    evaluate.write_judgement(report, options.out, about)
+    write_judgement(report, options.out, about)
     for row in report.summary:
         print(
             f"{row['horizon']:>6} steps  {row['rule']:<16} against {row['against']:<22} {row['ratio']:>6.3f} x  "
@@ -284,7 +261,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     of_suites = {name: getattr(options, name) for name in ("lr", "horizon", "only", "baselines")}
     if given := [f"--{name}" for name, value in of_suites.items() if value not in (None, [])]:
         raise ValueError(f"{', '.join(given)} says nothing of a task; give a --suite, or leave it out")
-    weights, arena = _labelled(options.weights), evaluate.ARENAS[options.task].on(options.data)
+    weights, arena = load_contestants(options.weights), ARENAS[options.task].on(options.data)
     used: set[Path] = set()
     with _each(options.workers or 0) as each:
         judgement = evaluate.judge(
@@ -295,8 +272,8 @@ def _evaluate(options: argparse.Namespace) -> int:
             progress=lambda settings: tqdm(list(settings), unit="setting", dynamic_ncols=True),
             used=used,
         )
-    drawn = evaluate.of_all_parts(weights[0])[0]
-    names = ["+".join(part.name for part in evaluate.of_all_parts(one)) for one in weights]
+    drawn = of_all_parts(weights[0])[0]
+    names = ["+".join(part.name for part in of_all_parts(one)) for one in weights]
     about = {
         "task": options.task,
         "trained_to": parse_recipe(drawn.recipe).inner.horizon[1] if drawn.recipe else None,
@@ -306,8 +283,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         f"{' --data DIR' if options.data else ''} --out {_OUT}",
         **_made_elsewhere(used),
     }
-    evaluate.write_judgement(judgement, options.out, about)
-    evaluate.write_rows(options.out / "probe.csv", evaluate.probe(drawn, scale=0.01))
+    write_judgement(judgement, options.out, about)
+    write_rows(options.out / "probe.csv", probe(drawn, scale=0.01))
     for row in judgement.summary:
         ratio = f"{row['ratio_to_best_baseline']:.3f} x best baseline" if row["ratio_to_best_baseline"] != "" else ""
         print(
@@ -319,10 +296,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _drawn(results: Path) -> list[dict[str, str]]:
     """Read the curves that are drawn: of several weights the first, and the default."""
-    rows = evaluate.read_rows(results / "curves.csv")
+    rows = read_rows(results / "curves.csv")
     if "task" in rows[0]:
         return rows
-    ours = list(dict.fromkeys(row["optimizer"] for row in rows if row["optimizer"].startswith(evaluate.LEARNED)))
+    ours = list(dict.fromkeys(row["optimizer"] for row in rows if row["optimizer"].startswith(LEARNED)))
     return [row for row in rows if row["optimizer"] not in ours[1:] or row["optimizer"] == figures.DEFAULT]
 
 
@@ -331,11 +308,11 @@ def _figures(options: argparse.Namespace) -> int:
     if options.runs:
         rows = training_table(options.runs)
         options.results.mkdir(parents=True, exist_ok=True)
-        evaluate.write_rows(training, rows)
+        write_rows(training, rows)
     endings = (".svg", ".png")
     if training.exists():
         for ending in endings:
-            figures.training_process(evaluate.read_rows(training), training.with_suffix(ending))
+            figures.training_process(read_rows(training), training.with_suffix(ending))
     if training.exists() and not (options.results / "curves.csv").exists():
         return 0
     drawn = _drawn(options.results)
@@ -343,7 +320,7 @@ def _figures(options: argparse.Namespace) -> int:
         for ending in endings:
             figures.suite_curves(drawn, options.results / f"curves{ending}")
         return 0
-    probe = evaluate.read_rows(options.results / "probe.csv")
+    probe = read_rows(options.results / "probe.csv")
     about = {"task": "", "trained_to": None, **read_environment(options.results / "environment.json")}
     longest = max(int(row["inner_step"]) for row in drawn)
     trained_to = about["trained_to"] if about["trained_to"] and about["trained_to"] < longest else None
@@ -355,15 +332,15 @@ def _figures(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    (weights,) = _labelled([options.weights])
-    config = evaluate.of_all_parts(weights)[0].rule.config
+    (weights,) = load_contestants([options.weights])
+    config = of_all_parts(weights)[0].rule.config
     if not isinstance(weights, Weights) or not isinstance(config, AdamModulationConfig):
         raise ValueError(f"{weights.name}: only a rule that modulates an Adam step can be compared with one")
     rows = responses(weights, config.step_size)
     options.out.mkdir(parents=True, exist_ok=True)
-    evaluate.write_rows(options.out / "responses.csv", rows)
+    write_rows(options.out / "responses.csv", rows)
     for ending in (".svg", ".png"):
-        figures.rule_responses(evaluate.read_rows(options.out / "responses.csv"), options.out / f"responses{ending}")
+        figures.rule_responses(read_rows(options.out / "responses.csv"), options.out / f"responses{ending}")
     return 0
 
 
@@ -375,36 +352,36 @@ def _figures_of_variants(results: Path) -> None:
     curves = {path.name: _drawn(path) for path in variants}
     grid = evaluate.size_table(path.parent for path in sorted(results.rglob("curves.csv")))
     if grid:
-        evaluate.write_rows(results / "grid.csv", grid)
+        write_rows(results / "grid.csv", grid)
     for ending in (".svg", ".png"):
         figures.variant_curves(curves, results / f"variants{ending}")
         if grid:
-            figures.size_grid(evaluate.read_rows(results / "grid.csv"), results / f"grid{ending}")
+            figures.size_grid(read_rows(results / "grid.csv"), results / f"grid{ending}")
 
 
 def _verify(options: argparse.Namespace) -> int:
-    (weights,) = _labelled([options.weights])
+    (weights,) = load_contestants([options.weights])
     name = weights.name
     results = options.results or RESULTS / name
     if not (results / "summary.csv").exists():
         raise ValueError(f"there is no committed evidence for {name!r}: {results.name}/summary.csv is missing")
-    rows = evaluate.read_rows(results / "summary.csv")
+    rows = read_rows(results / "summary.csv")
     if rows and "optimizer" not in rows[0]:
         raise ValueError(f"the tables in {results.name} are of a suite, not of a task; `evaluate --suite` makes them again")
-    expected = [row for row in rows if row["optimizer"] == f"{evaluate.LEARNED} ({name})"]
+    expected = [row for row in rows if row["optimizer"] == f"{LEARNED} ({name})"]
     if not expected:
         raise ValueError(f"the tables in {results.name} say nothing of {name!r}; evaluate it under that name")
     about = read_environment(results / "environment.json", "task", "fingerprints")
-    if about["task"] not in evaluate.ARENAS:
+    if about["task"] not in ARENAS:
         raise ValueError(f"the tables in {results.name} are of an unknown task {about['task']!r}")
-    arena = evaluate.ARENAS[about["task"]].on(options.data)
+    arena = ARENAS[about["task"]].on(options.data)
     print(HONESTY)
     agrees = about["fingerprints"].get(name) == weights.fingerprint
     if not agrees:
         print("The committed tables were made with OTHER weights of that name: only their spread can be compared.")
         agrees = options.weights not in available_weights()
     horizon, count = max(arena.horizons), int(expected[0]["n"])
-    fresh = evaluate.curves(arena.task, evaluate.learned_with(weights), horizon, "evaluation", count)
+    fresh = evaluate.curves(arena.task, learned_with(weights), horizon, "evaluation", count)
     for row in expected:
         now = float(evaluate.measure(row["criterion"], fresh, int(row["horizon"]), arena.last).mean())
         committed, error = float(row["mean"]), float(row["standard_error"])
@@ -418,7 +395,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    (weights,) = _labelled([options.weights])
+    (weights,) = load_contestants([options.weights])
     agrees = True
     with _each(options.workers) as each:
         for figure in repeat_validation(weights, options.data, each):

@@ -8,126 +8,29 @@ the mean of the last few.
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
-import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Adam, Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.optimizer import ParamsT
 
-from learned_optim import LearnedOptimizer
-from learned_optim.weights import Weights
-from meta_train.baselines import (
-    CIFAR,
-    CIFAR_TWO,
-    CLASSIFICATION,
-    FIXED,
-    LBFGS_STEPS,
-    MNIST,
-    PICTURES,
-    QUADRATIC,
-    QUARTIC,
-    UNTUNED,
-    MakeOptimizer,
-    Setting,
-    best_setting,
-)
+from meta_train.arenas import ARENAS, Arena
+from meta_train.baselines import MakeOptimizer, Setting, best_setting
+from meta_train.contestants import LEARNED, AnyWeights, Contestant, learned_with
 from meta_train.files import write_atomically
-from meta_train.parts import part_of
-from meta_train.provenance import environment, here, read_environment
-from meta_train.tasks import Cifar, Mixture, Mnist, NeuralArt, Optimizee, Quadratic, Quartic, Task, derive_seed, with_data
+from meta_train.provenance import here, read_environment
+from meta_train.rows import Row, Rows, read_rows, rounded
+from meta_train.tasks import Mnist, Optimizee, Task, derive_seed
 from meta_train.workers import Each
 
-Row = dict[str, str | int | float]
-Rows = list[Row]
 MakeSchedule = Callable[[Optimizer, int], LRScheduler]
-
-LEARNED = "LSTM"
-HORIZONS = (100, 200)
-CRITERIA = ("sum", "final")
-
-
-@dataclass(frozen=True)
-class Arena:
-    """What optimizers are judged on.
-
-    Args:
-        task: Where optimizees come from.
-        sweep: Every setting of every baseline.
-        untuned: Settings that are reported as they are.
-        tuning: Optimizees to tune baselines on.
-        fresh: Optimizees to report on.
-        last: Losses averaged into the final one; 1 where the loss has no noise.
-        horizons: Inner steps to report at; curves are drawn of baselines as tuned for the first.
-        tuning_task: Where the optimizees to tune on come from; by default the same task.
-        criteria: What to report, of :data:`CRITERIA`.
-    """
-
-    task: Task
-    sweep: Sequence[Setting]
-    untuned: Sequence[Setting] = ()
-    tuning: int = 10
-    fresh: int = 20
-    last: int = 1
-    horizons: Sequence[int] = HORIZONS
-    tuning_task: Task | None = None
-    criteria: Sequence[str] = CRITERIA
-
-    def on(self, data: Path | None) -> Arena:
-        """Return the arena with the real data of a directory, where its tasks need any."""
-        tuning_task = with_data(self.tuning_task, data) if self.tuning_task else None
-        return replace(self, task=with_data(self.task, data), tuning_task=tuning_task)
-
-
-def _neural_art(**changes: Any) -> Arena:
-    """Judge pictures of new contents; baselines are tuned on other contents, but the same style and resolution."""
-    task = NeuralArt(split="test", **changes)
-    tuning_task = NeuralArt(split="tuning", **changes)
-    return Arena(task, PICTURES, LBFGS_STEPS, tuning=5, horizons=(128,), tuning_task=tuning_task)
-
-
-def _mnist(*hidden: int, activation: Literal["sigmoid", "relu"] = "sigmoid") -> Arena:
-    """Judge on the half of MNIST that nothing was meta-trained on."""
-    return Arena(Mnist(hidden, activation, half="second"), MNIST, UNTUNED, tuning=5, last=10)
-
-
-ANIMALS = (2, 3, 4, 5, 7)
-"""Classes of CIFAR-5, and the first two of CIFAR-2; the others can be meta-trained on alone."""
-
-
-def _cifar(*labels: int, sweep: Sequence[Setting] = CIFAR) -> Arena:
-    """Judge on the half of CIFAR-10 that nothing was meta-trained on, some classes of it or all; minutes a run."""
-    task = Cifar("second", labels or tuple(range(10)))
-    return Arena(task, sweep, tuning=1, last=20, horizons=(1000, 100), criteria=("final",))
-
-
-ARENAS = {
-    "quadratic": Arena(Quadratic(), QUADRATIC, FIXED),
-    "quartic": Arena(Quartic(functions=1), QUARTIC, UNTUNED, tuning=20, fresh=50),
-    "digits": Arena(Mixture(problems=1, kinds=("digit-mlp",)), CLASSIFICATION, UNTUNED, last=10),
-    "mnist": _mnist(20),
-    "mnist-relu": _mnist(20, activation="relu"),
-    **{f"mnist-{size}x{depth}": _mnist(*[size] * depth) for size in (5, 10, 20, 40, 80) for depth in (1, 2)},
-    "cifar": _cifar(),
-    "cifar-5": _cifar(*ANIMALS),
-    "cifar-2": _cifar(*ANIMALS[:2], sweep=CIFAR_TWO),
-    "neural-art": _neural_art(),
-    "neural-art-style": _neural_art(style="the_scream"),
-    "neural-art-double": _neural_art(size=128),
-}
-"""Arenas by name: the paper's quadratics, the quartic toy, small dense classifiers of 8x8 digits, MNIST with nets of many
-sizes, CIFAR-10 and five and two of its classes, and neural art with new contents, with a new style too, and at double
-resolution."""
 
 
 def run(
@@ -236,49 +139,6 @@ class Judgement:
     fixed: Rows = field(default_factory=list)
 
 
-@dataclass(frozen=True, eq=False)
-class WeightsOfParts:
-    """Weights that share a model.
-
-    Args:
-        name: In tables.
-        weights: By the beginning of the names of the parameters that they move.
-    """
-
-    name: str
-    weights: Mapping[str, Weights]
-
-    @property
-    def fingerprint(self) -> str:
-        """The fingerprints of all, joined by ``+``."""
-        return "+".join(weights.fingerprint for weights in self.weights.values())
-
-    def make(self, params: ParamsT) -> Optimizer:
-        """Build the shipped optimizer, with a group for each part.
-
-        Args:
-            params: Named parameters.
-
-        Returns:
-            The optimizer.
-        """
-        groups: list[dict[str, Any]] = [{"params": [], "weights": weights} for weights in self.weights.values()]
-        for name, param in dict(params).items():  # type: ignore[arg-type]
-            groups[part_of(self.weights, name)]["params"].append((name, param))
-        return LearnedOptimizer(groups)
-
-
-AnyWeights = Weights | WeightsOfParts
-
-
-def of_all_parts(learned: AnyWeights) -> tuple[Weights, ...]:
-    """Return the weights of every part of a model."""
-    return tuple(learned.weights.values()) if isinstance(learned, WeightsOfParts) else (learned,)
-
-
-Contestant = Setting | AnyWeights
-
-
 def _ways(contestant: Contestant) -> tuple[MakeOptimizer, MakeSchedule | None]:
     if isinstance(contestant, Setting):
         return contestant.make, contestant.schedule
@@ -369,7 +229,7 @@ def judge(
     settings = list(dict.fromkeys(arena.sweep))
     for setting in progress(settings):
         scores = {
-            f"{criterion}_{end}": _rounded(runs.score(setting, criterion, end, "tuning").mean())
+            f"{criterion}_{end}": rounded(runs.score(setting, criterion, end, "tuning").mean())
             for end in arena.horizons
             for criterion in arena.criteria
         }
@@ -386,17 +246,6 @@ def judge(
                 row: Row = {"horizon": end, "criterion": criterion, "optimizer": setting.optimizer, "setting": str(setting)}
                 judgement.fixed.append({**row, **_statistics(runs.score(setting, criterion, end))})
     return judgement
-
-
-def learned_with(weights: AnyWeights) -> MakeOptimizer:
-    """Return a maker of the shipped optimizer with the given weights."""
-    if isinstance(weights, WeightsOfParts):
-        return weights.make
-
-    def make(params: ParamsT) -> Optimizer:
-        return LearnedOptimizer(params, weights=weights)
-
-    return make
 
 
 def _tuned(runs: _Runs, settings: Sequence[Setting], criterion: str, end: int) -> dict[str, Setting]:
@@ -418,7 +267,7 @@ def _summary(
     best = min(float(values.mean()) for _, values in results.values())
     ours = {f"{LEARNED} ({weights.name})": ("", runs.score(weights, criterion, end)) for weights in learned}
     for name, (text, values) in (results | ours).items():
-        ratio = _rounded(float(values.mean()) / best) if best > 0 else ""
+        ratio = rounded(float(values.mean()) / best) if best > 0 else ""
         row: Row = {"horizon": end, "criterion": criterion, "optimizer": name, "setting": text}
         yield {**row, **_statistics(values), "ratio_to_best_baseline": ratio}
 
@@ -433,7 +282,7 @@ def _curves(runs: _Runs, chosen: Mapping[str, Setting], learned: Sequence[AnyWei
 
 def _statistics(values: Tensor) -> dict[str, float | int]:
     error = values.std() / len(values) ** 0.5 if len(values) > 1 else torch.tensor(0.0)
-    return {"mean": _rounded(values.mean()), "standard_error": _rounded(error), "n": len(values)}
+    return {"mean": rounded(values.mean()), "standard_error": rounded(error), "n": len(values)}
 
 
 def size_table(places: Iterable[Path]) -> Rows:
@@ -456,83 +305,3 @@ def size_table(places: Iterable[Path]) -> Rows:
             if (row["criterion"], row["horizon"]) == ("final", str(arena.horizons[0])):
                 table.append({**size, **{key: row[key] for key in ("optimizer", "setting", "mean", "standard_error", "n")}})
     return table
-
-
-def _rounded(value: Tensor | float) -> float:
-    return float(f"{float(value):.6g}")
-
-
-GRADIENTS: dict[str, Callable[[int], float]] = {
-    "constant": lambda step: 1.0,
-    "pulse": lambda step: 1.0 if step < 5 else 0.0,
-    "alternating": lambda step: (-1.0) ** step,
-    "decaying": lambda step: 0.95**step,
-}
-
-
-def probe(weights: Weights, scale: float = 1.0, adam_lr: float = 0.1, steps: int = 60) -> Rows:
-    """Record what a rule does with simple gradients over time, beside Adam.
-
-    Args:
-        weights: The rule.
-        scale: Size of the gradients.
-        adam_lr: Adam's rate.
-        steps: Inner steps.
-
-    Returns:
-        A row for each gradient and inner step, with both updates.
-    """
-    rows: Rows = []
-    for name, gradient in GRADIENTS.items():
-        ours, theirs = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
-        optimizers = (LearnedOptimizer([ours], weights=weights), Adam([theirs], lr=adam_lr))
-        for step in range(steps):
-            before = (ours.item(), theirs.item())
-            for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
-                parameter.grad = torch.full((1,), scale * gradient(step))
-                optimizer.step()
-            updates = {"learned": _rounded(ours.item() - before[0]), "adam": _rounded(theirs.item() - before[1])}
-            rows.append({"gradient": name, "inner_step": step, "value": _rounded(scale * gradient(step)), **updates})
-    return rows
-
-
-def write_judgement(judgement: object, out: Path, about: Mapping[str, Any] | None = None) -> None:
-    """Write the tables of a judgement and where they were made.
-
-    Args:
-        judgement: A dataclass whose every field is a table, such as :class:`Judgement`.
-        out: Directory; created if missing.
-        about: Anything else that a reader needs to make them again, for ``environment.json``.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    for name, rows in vars(judgement).items():
-        if rows:
-            write_rows(out / f"{name}.csv", rows)
-    write_atomically(out / "environment.json", (json.dumps({**environment(), **(about or {})}, indent=2) + "\n").encode())
-
-
-def write_rows(path: Path, rows: Rows) -> None:
-    """Write rows as CSV, atomically.
-
-    Args:
-        path: The file.
-        rows: At least one; all with the same columns.
-    """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Read a CSV written by :func:`write_rows`.
-
-    Args:
-        path: The file.
-
-    Returns:
-        One dict a row, every value a string.
-    """
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))

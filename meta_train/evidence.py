@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from learned_optim.weights import Weights
-from meta_train.evaluate import ARENAS, LEARNED, read_rows
+from meta_train.arenas import ARENAS
+from meta_train.contestants import LEARNED
+from meta_train.rows import read_rows
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 

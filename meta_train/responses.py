@@ -1,6 +1,6 @@
 """What a rule learned: its response to synthetic gradients, beside that of an Adam step of the same nominal size.
 
-Everything is measured on the shipped optimizer, coordinate by coordinate, on a parameter that is put back after every step:
+:func:`responses` uses the shipped optimizer, coordinate by coordinate, on a parameter that is put back after every step:
 only the gradients tell, and no model is involved.
 """
 
@@ -14,7 +14,7 @@ from torch.optim import Adam, Optimizer
 
 from learned_optim import LearnedOptimizer
 from learned_optim.weights import Weights
-from meta_train.evaluate import Row, Rows
+from meta_train.rows import Row, Rows, rounded
 from meta_train.tasks.task import seeded
 
 COORDINATES = 4000
@@ -138,3 +138,37 @@ def impulse_response(make: Callable[[nn.Parameter], Optimizer]) -> Tensor:
 
 def _row(response: str, series: str, x: float, learned: float, adam: float) -> Row:
     return {"response": response, "series": series, "x": x, "learned": f"{learned:.4g}", "adam": f"{adam:.4g}"}
+
+
+GRADIENTS: dict[str, Callable[[int], float]] = {
+    "constant": lambda step: 1.0,
+    "pulse": lambda step: 1.0 if step < 5 else 0.0,
+    "alternating": lambda step: (-1.0) ** step,
+    "decaying": lambda step: 0.95**step,
+}
+
+
+def probe(weights: Weights, scale: float = 1.0, adam_lr: float = 0.1, steps: int = 60) -> Rows:
+    """Record what a rule does with simple gradients over time, beside Adam.
+
+    Args:
+        weights: The rule.
+        scale: Size of the gradients.
+        adam_lr: Adam's rate.
+        steps: Inner steps.
+
+    Returns:
+        A row for each gradient and inner step, with both updates.
+    """
+    rows: Rows = []
+    for name, gradient in GRADIENTS.items():
+        ours, theirs = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        optimizers = (LearnedOptimizer([ours], weights=weights), Adam([theirs], lr=adam_lr))
+        for step in range(steps):
+            before = (ours.item(), theirs.item())
+            for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+                parameter.grad = torch.full((1,), scale * gradient(step))
+                optimizer.step()
+            updates = {"learned": rounded(ours.item() - before[0]), "adam": rounded(theirs.item() - before[1])}
+            rows.append({"gradient": name, "inner_step": step, "value": rounded(scale * gradient(step)), **updates})
+    return rows

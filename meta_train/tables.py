@@ -14,9 +14,10 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from meta_train.evaluate import LEARNED, read_rows
+from meta_train.contestants import LEARNED
 from meta_train.evidence import RESULTS, cell, comparison, where
 from meta_train.files import write_atomically
+from meta_train.rows import read_rows
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from meta_train.evaluate import AnyWeights, of_all_parts
+from meta_train.contestants import AnyWeights, of_all_parts
 from meta_train.outer_loop import MetaTraining
 from meta_train.parts import Parts, members
 from meta_train.recipe import parse_recipe

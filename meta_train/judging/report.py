@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from meta_train.baselines import Setting
-from meta_train.evaluate import Row, Rows, read_rows
 from meta_train.judging.suite import SEEDS, TUNING_SEED, Contestant, Learned, Runner, smoothed_final
 from meta_train.judging.task import Outcome
+from meta_train.rows import Row, Rows, read_rows
 
 CURVE_POINTS = 60
 """Points of each drawn curve, at logarithmically spaced inner steps."""

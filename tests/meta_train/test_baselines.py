@@ -7,7 +7,9 @@ import torch
 
 from learned_optim import Weights
 from meta_train import evaluate
+from meta_train.arenas import Arena
 from meta_train.baselines import CLASSIFICATION, FIXED, QUADRATIC, QUARTIC, UNTUNED, Setting, best_setting, settings
+from meta_train.contestants import learned_with
 from meta_train.tasks import Quadratic
 from tests.cases import small_rule
 
@@ -45,7 +47,7 @@ def test_a_cosine_ends_at_rate_zero_and_gets_a_run_for_each_horizon() -> None:
 
     evaluate.run(TASK.sample(0), make, 10, setting.schedule)
     assert seen["optimizer"].param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
-    runs = evaluate._Runs(evaluate.Arena(TASK, [setting], tuning=1, fresh=1), None, map)
+    runs = evaluate._Runs(Arena(TASK, [setting], tuning=1, fresh=1), None, map)
     assert runs.of(setting, 100, "tuning").shape == (1, 101)
     assert runs.of(setting, 200, "tuning").shape == (1, 201)
     assert runs.of(Setting("Adam", 0.1), 100, "tuning").shape == (1, 201)
@@ -60,7 +62,7 @@ def test_tuning_passes_over_a_setting_that_diverges_on_fresh_optimizees(monkeypa
 
     monkeypatch.setattr(evaluate, "_curve", curve)
     group = [Setting("SGD", 0.01), safe, tempting, Setting("SGD", 10.0)]
-    runs = evaluate._Runs(evaluate.Arena(TASK, group, tuning=2, fresh=2), None, map)
+    runs = evaluate._Runs(Arena(TASK, group, tuning=2, fresh=2), None, map)
     assert not runs.diverges(safe, 100)
     assert runs.diverges(tempting, 100)
     monkeypatch.setattr(evaluate, "best_setting", lambda scores, group: min(group[1:3], key=lambda s: scores[str(s)]))
@@ -91,5 +93,5 @@ def test_a_rule_at_rest_is_what_it_is_in_the_tables() -> None:
     with torch.no_grad():
         for parameter in rule.readout.parameters():
             parameter.zero_()
-    losses = evaluate.curves(TASK, evaluate.learned_with(Weights(rule, "still")), 3, "evaluation", 2)
+    losses = evaluate.curves(TASK, learned_with(Weights(rule, "still")), 3, "evaluation", 2)
     assert torch.equal(losses, losses[:, :1].expand(-1, 4))

@@ -8,17 +8,18 @@ import pytest
 from learned_optim import Weights, available_weights
 from learned_optim.weights import write_weights
 from meta_train import __main__ as command_line
-from meta_train import evaluate
 from meta_train.__main__ import main
+from meta_train.arenas import ARENAS, Arena
 from meta_train.baselines import Setting, settings
 from meta_train.publish import publish
 from meta_train.recipe import parse_recipe
+from meta_train.rows import read_rows, write_rows
 from meta_train.run_dir import RunDir, training_table
 from meta_train.tasks import Quadratic
 from tests.cases import small_rule
 from tests.meta_train.test_recipe import TINY
 
-ARENA = evaluate.Arena(
+ARENA = Arena(
     Quadratic(dimension=2, functions=3),
     settings("Adam", [0.001, 1.0, 300.0]),
     untuned=[Setting("Adam", 0.1)],
@@ -35,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert list(RunDir(place / f"run-{seed}", TINY.replace("seed = 0", f"seed = {seed}")).train())
         assert main(["publish", str(place / f"run-{seed}"), "--name", f"tiny-{seed}", "--to", str(place)]) == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(evaluate.ARENAS, "quadratic", ARENA)
+        patch.setitem(ARENAS, "quadratic", ARENA)
         names = [str(place / f"tiny-{seed}.safetensors") for seed in (0, 1)]
         assert main(["evaluate", *names, "--out", str(place / "results")]) == 0
     return place
@@ -43,11 +44,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def tiny_arena(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(evaluate.ARENAS, "quadratic", ARENA)
+    monkeypatch.setitem(ARENAS, "quadratic", ARENA)
 
 
 def test_tables_carry_short_names_and_no_paths(place: Path) -> None:
-    rows = evaluate.read_rows(place / "results" / "summary.csv")
+    rows = read_rows(place / "results" / "summary.csv")
     assert {row["optimizer"] for row in rows} == {"Adam", "LSTM (tiny-0)", "LSTM (tiny-1)"}
     assert all(str(place) not in path.read_text() for path in (place / "results").iterdir())
     about = json.loads((place / "results" / "environment.json").read_text())
@@ -59,7 +60,7 @@ def test_tables_carry_short_names_and_no_paths(place: Path) -> None:
 
 def test_every_table_counts_its_optimizees(place: Path) -> None:
     for name, count in (("summary", 3), ("curves", 3), ("fixed", 3), ("sweep", 2)):
-        rows = evaluate.read_rows(place / "results" / f"{name}.csv")
+        rows = read_rows(place / "results" / f"{name}.csv")
         assert {row["n"] for row in rows} == {str(count)}, name
 
 
@@ -103,9 +104,9 @@ def test_verify_agrees_with_its_own_tables(place: Path, capsys: pytest.CaptureFi
 def test_verify_fails_where_the_figures_differ(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (place / "results").glob("*.[cj]s*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    rows = evaluate.read_rows(tmp_path / "summary.csv")
+    rows = read_rows(tmp_path / "summary.csv")
     changed = [{**row, "mean": float(row["mean"]) + 3 * float(row["standard_error"])} for row in rows]
-    evaluate.write_rows(tmp_path / "summary.csv", changed)  # type: ignore[arg-type]
+    write_rows(tmp_path / "summary.csv", changed)  # type: ignore[arg-type]
     assert main(["verify", str(place / "tiny-0.safetensors"), "--results", str(tmp_path)]) == 1
     assert "DIFFERS by more than two standard errors" in capsys.readouterr().out
 

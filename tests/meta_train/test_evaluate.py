@@ -10,8 +10,11 @@ from msgspec.structs import replace
 from learned_optim import Weights
 from meta_train import evaluate, figures
 from meta_train.__main__ import main
+from meta_train.arenas import ARENAS, Arena
 from meta_train.baselines import FIXED, Setting, best_setting, rates, settings
 from meta_train.publish import publish
+from meta_train.responses import probe
+from meta_train.rows import read_rows, write_judgement, write_rows
 from meta_train.run_dir import RunDir
 from meta_train.tasks import NeuralArt, Quadratic, Quartic
 from tests.cases import small_rule
@@ -63,14 +66,14 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "best_setting", lambda scores, group: min(group, key=lambda s: scores[str(s)]))
         weights = [Weights(small_rule("paper-raw"), "a"), Weights(small_rule("paper-raw", 1), "b")]
-        judgement = evaluate.judge(weights, evaluate.Arena(TASK, SWEEP, FIXED, tuning=2, fresh=3))
-    evaluate.write_judgement(judgement, out)
-    evaluate.write_rows(out / "probe.csv", evaluate.probe(weights[0], steps=8))
+        judgement = evaluate.judge(weights, Arena(TASK, SWEEP, FIXED, tuning=2, fresh=3))
+    write_judgement(judgement, out)
+    write_rows(out / "probe.csv", probe(weights[0], steps=8))
     return out
 
 
 def test_tables_agree_with_each_other(judged: Path) -> None:
-    curves, summary = evaluate.read_rows(judged / "curves.csv"), evaluate.read_rows(judged / "summary.csv")
+    curves, summary = read_rows(judged / "curves.csv"), read_rows(judged / "summary.csv")
     ours = [float(row["mean"]) for row in curves if row["optimizer"] == "LSTM (a)"]
     assert len(ours) == 201
     for row in summary:
@@ -80,14 +83,14 @@ def test_tables_agree_with_each_other(judged: Path) -> None:
             assert float(row["mean"]) == pytest.approx(expected, rel=1e-4)
     ratios = [float(row["ratio_to_best_baseline"]) for row in summary if not row["optimizer"].startswith("LSTM")]
     assert min(ratios) == pytest.approx(1)
-    assert len(evaluate.read_rows(judged / "sweep.csv")) == len(SWEEP)
+    assert len(read_rows(judged / "sweep.csv")) == len(SWEEP)
 
 
 def test_the_same_tables_give_the_same_pictures(judged: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        rows = evaluate.read_rows(judged / "curves.csv")
+        rows = read_rows(judged / "curves.csv")
         figures.learning_curves(rows, tmp_path / name / "curves.svg", trained_to=100)
-        figures.update_probe(evaluate.read_rows(judged / "probe.csv"), tmp_path / name / "probe.svg")
+        figures.update_probe(read_rows(judged / "probe.csv"), tmp_path / name / "probe.svg")
     for picture in ("curves.svg", "probe.svg"):
         first = (tmp_path / "one" / picture).read_bytes()
         assert first == (tmp_path / "two" / picture).read_bytes()
@@ -125,7 +128,7 @@ def test_train_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_what_was_judged_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arena = evaluate.Arena(TASK, SWEEP, tuning=1, fresh=2, horizons=(6, 3))
+    arena = Arena(TASK, SWEEP, tuning=1, fresh=2, horizons=(6, 3))
     weights = [Weights(small_rule("paper-raw"), "one")]
     first = evaluate.judge(weights, arena, cache=tmp_path)
     runs = []
@@ -137,17 +140,17 @@ def test_what_was_judged_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_processes_find_what_this_one_finds(tmp_path: Path) -> None:
-    arena = evaluate.Arena(TASK, SWEEP, tuning=1, fresh=2, horizons=(6, 3))
+    arena = Arena(TASK, SWEEP, tuning=1, fresh=2, horizons=(6, 3))
     weights = [Weights(small_rule("paper-raw"), "one")]
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         judgement = evaluate.judge(weights, arena, cache=tmp_path, each=pool.map)
     assert judgement == evaluate.judge(weights, arena)
 
 
-@pytest.mark.parametrize("name", evaluate.ARENAS)
+@pytest.mark.parametrize("name", ARENAS)
 def test_finished_runs_are_kept_under_all_that_decides_a_task(name: str, tmp_path: Path) -> None:
     """Of opened tasks too: those of real data are classes of their own."""
-    arena = evaluate.ARENAS[name]
+    arena = ARENAS[name]
     if isinstance(arena.task, NeuralArt):
         make_data(tmp_path)
         small = {"size": 8, "network": NETWORK, "network_file": "net.safetensors", "style": "other"}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import exploration
-from meta_train.evaluate import read_rows
+from meta_train.rows import read_rows
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:

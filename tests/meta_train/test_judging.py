@@ -9,7 +9,6 @@ from torch import nn
 
 from meta_train.__main__ import main
 from meta_train.baselines import Setting
-from meta_train.evaluate import read_rows, write_judgement
 from meta_train.judging.held_out_kinds import HELD_OUT_KINDS, LONG_KINDS
 from meta_train.judging.models import CharLSTM, CharTransformer, VisionTransformer, conv_net, mlp
 from meta_train.judging.real_data import prepared
@@ -17,6 +16,7 @@ from meta_train.judging.report import Report, judge_suite, read_baselines
 from meta_train.judging.stress import stress_tasks
 from meta_train.judging.suite import SUITES, Runner, Suite, learned, smoothed_final
 from meta_train.judging.task import Case, JudgingTask, regression_loss, train_case
+from meta_train.rows import read_rows, write_judgement
 
 
 def _line(seed: int) -> Case:

@@ -9,8 +9,8 @@ from torch import nn
 
 from learned_optim import Weights
 from meta_train import evaluate
+from meta_train.arenas import ARENAS, Arena
 from meta_train.baselines import Setting
-from meta_train.evaluate import ARENAS
 from meta_train.judging.held_out_kinds import HELD_OUT_KINDS
 from meta_train.judging.real import real_tasks
 from meta_train.judging.report import judge_suite
@@ -54,7 +54,7 @@ def test_baselines_are_tuned_on_other_optimizees_than_they_are_reported_on(
 
     monkeypatch.setattr(evaluate, "_curve", noted)
     sweep = [Setting("Adam", lr) for lr in (1e-6, 0.1, 1e3)]
-    arena = evaluate.Arena(task, sweep, tuning=3, fresh=4, horizons=(5,), tuning_task=tuning_task if apart else None)
+    arena = Arena(task, sweep, tuning=3, fresh=4, horizons=(5,), tuning_task=tuning_task if apart else None)
     evaluate.judge([Weights(small_rule("paper-raw"), "mine")], arena)
     tuning = {derive_seed(0, "tuning", index) for index in range(3)}
     fresh = {derive_seed(0, "evaluation", index) for index in range(4)}
@@ -74,7 +74,7 @@ def test_what_is_best_on_fresh_optimizees_is_not_chosen_for_that(monkeypatch: py
 
     monkeypatch.setattr(evaluate, "_curve", curve)
     group = [Setting("SGD", lr) for lr in (0.01, 0.1, 0.2, 1.0)]
-    runs = evaluate._Runs(evaluate.Arena(Quadratic(), group, tuning=2, fresh=2), None, map)
+    runs = evaluate._Runs(Arena(Quadratic(), group, tuning=2, fresh=2), None, map)
     assert evaluate._tuned(runs, group, "final", 100) == {"SGD": Setting("SGD", 0.1)}
 
 

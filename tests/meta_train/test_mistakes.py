@@ -13,6 +13,7 @@ from meta_train import evaluate
 from meta_train.__main__ import main
 from meta_train.judging.suite import SUITES, Runner
 from meta_train.recipe import parse_recipe
+from meta_train.rows import Rows, write_rows
 from meta_train.run_dir import ENVIRONMENT, METRICS, RunDir
 from tests.cases import small_rule
 from tests.meta_train.test_judging import TINY as SUITE
@@ -173,8 +174,8 @@ def test_an_environment_that_says_nothing_is_named(tmp_path: Path, capsys: pytes
 
 
 def test_verify_needs_to_know_which_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows: evaluate.Rows = [{"optimizer": "LSTM (quadratic)", "n": 1}]
-    evaluate.write_rows(tmp_path / "summary.csv", rows)
+    rows: Rows = [{"optimizer": "LSTM (quadratic)", "n": 1}]
+    write_rows(tmp_path / "summary.csv", rows)
     about = tmp_path / "environment.json"
     for text, message in (({}, "does not say task, fingerprints"), ({"task": "x", "fingerprints": {}}, "unknown task 'x'")):
         about.write_text(json.dumps(text))

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from msgspec.structs import replace
 from torch import Tensor
 
-from meta_train import evaluate
 from meta_train.__main__ import main
+from meta_train.arenas import ARENAS, Arena
 from meta_train.baselines import settings
 from meta_train.meta_gradient import loss_and_grad
+from meta_train.rows import read_rows
 from meta_train.tasks import Mnist, mnist
 from meta_train.tasks.images import MNIST, read_images
 from tests.meta_train.digits import make_digits
@@ -99,21 +100,21 @@ def test_a_recipe_names_the_task_and_no_place(asked: list[Path | None], tmp_path
 def test_other_architectures_lie_in_subdirectories(
     asked: list[Path | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny = evaluate.Arena(
+    tiny = Arena(
         Mnist((3,), batch=64, initial_std=0.5), settings("Adam", [1e-5, 0.1, 1e4]), tuning=2, fresh=2, horizons=(30,)
     )
     names = {"": "mnist", "sizes/deep": "mnist-20x2", "kinked": "mnist-relu", "wide": "mnist-40x1"}
     tasks = [replace(tiny.task, **new) for new in ({}, {"hidden": (4, 4)}, {"activation": "relu"}, {"hidden": (7,)})]
     results = tmp_path / "results"
     for (place, name), task in zip(names.items(), tasks, strict=True):
-        monkeypatch.setitem(evaluate.ARENAS, name, dataclasses.replace(tiny, task=task))
+        monkeypatch.setitem(ARENAS, name, dataclasses.replace(tiny, task=task))
         rules = ["quadratic", "default"] if place else ["quadratic", "default", "neural-art"]
         assert main(["evaluate", *rules, "--task", name, "--out", str(results / place)]) == 0
     assert main(["figures", str(results)]) == 0
-    rows = evaluate.read_rows(results / "grid.csv")
+    rows = read_rows(results / "grid.csv")
     assert {(row["units"], row["layers"]) for row in rows} == {("3", "1"), ("4", "2"), ("7", "1")}
     assert {row["optimizer"] for row in rows} == {"Adam", "LSTM (quadratic)", "LSTM (default)", "LSTM (neural-art)"}
-    deep = evaluate.read_rows(results / "sizes" / "deep" / "summary.csv")
+    deep = read_rows(results / "sizes" / "deep" / "summary.csv")
     final = {row["optimizer"]: row["mean"] for row in deep if row["criterion"] == "final"}
     assert {row["optimizer"]: row["mean"] for row in rows if row["units"] == "4"} == final
     variants = (results / "variants.svg").read_text()

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from meta_train import evaluate
 from meta_train.__main__ import main
+from meta_train.arenas import ARENAS, Arena
 from meta_train.baselines import LBFGS_STEPS, Setting, settings
 from meta_train.meta_gradient import loss_and_grad
+from meta_train.rows import read_rows
 from meta_train.tasks import NeuralArt, features
 from meta_train.tasks.features import Conv, Network, feature_extractor, read_network
 from meta_train.tasks.neural_art import Split, gram
@@ -184,16 +186,16 @@ def place(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main(["train", str(place / "tiny.toml"), "--out", run, *to_data]) == 0
     assert main(["publish", run, "--name", "tiny", "--to", str(place)]) == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(evaluate.ARENAS, "neural-art", arena())
+        patch.setitem(ARENAS, "neural-art", arena())
         command = ["evaluate", str(place / "tiny.safetensors"), "default", "--task", "neural-art", *to_data]
         assert main([*command, "--out", str(place / "results")]) == 0
     return place
 
 
-def arena() -> evaluate.Arena:
+def arena() -> Arena:
     test, tuning = (msgspec.structs.replace(TASK, problems=1, split=split) for split in ("test", "tuning"))
     sweep = settings("Adam", [1e-6, 0.01, 1e6])
-    return evaluate.Arena(test, sweep, LBFGS_STEPS, tuning=2, fresh=3, horizons=(5,), tuning_task=tuning)
+    return Arena(test, sweep, LBFGS_STEPS, tuning=2, fresh=3, horizons=(5,), tuning_task=tuning)
 
 
 def test_no_file_says_where_the_data_are(place: Path, data: Path) -> None:
@@ -202,7 +204,7 @@ def test_no_file_says_where_the_data_are(place: Path, data: Path) -> None:
 
 
 def test_tables_have_the_arena_s_horizon_and_lbfgs_only_for_show(place: Path) -> None:
-    summary, fixed, curves = (evaluate.read_rows(place / "results" / f"{n}.csv") for n in ("summary", "fixed", "curves"))
+    summary, fixed, curves = (read_rows(place / "results" / f"{n}.csv") for n in ("summary", "fixed", "curves"))
     assert {row["horizon"] for row in summary} == {"5"}
     assert {row["optimizer"] for row in summary} == {"Adam", "LSTM (tiny)", "LSTM (default)"}
     assert {row["optimizer"] for row in fixed} == {"L-BFGS"}
@@ -230,7 +232,7 @@ def test_the_figure_shows_the_default_rule_too(place: Path) -> None:
 def test_verify_and_train_need_the_data(
     place: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(evaluate.ARENAS, "neural-art", arena())
+    monkeypatch.setitem(ARENAS, "neural-art", arena())
     verify = ["verify", str(place / "tiny.safetensors"), "--results", str(place / "results")]
     train = ["train", str(place / "tiny.toml"), "--out", str(tmp_path)]
     for command in (verify, train, ["evaluate", "default", "--task", "neural-art", "--out", str(tmp_path)]):

@@ -12,11 +12,14 @@ from learned_optim import LearnedOptimizer, Weights
 from learned_optim.backends import native as native_backend
 from meta_train import evaluate, meta_gradient
 from meta_train.__main__ import main
+from meta_train.arenas import ARENAS, Arena
 from meta_train.baselines import Setting
+from meta_train.contestants import WeightsOfParts
 from meta_train.evidence import evidence
 from meta_train.meta_gradient import Sample, backpropagate, roll_out, start_episode, unroll
 from meta_train.parts import Parts, members, part_of
 from meta_train.publish import publish
+from meta_train.rows import read_rows
 from meta_train.run_dir import RunDir
 from meta_train.tasks import Optimizee, seeded
 from tests.cases import RULE_CASES, small_rule
@@ -85,9 +88,7 @@ def test_a_roll_out_is_what_an_optimizer_with_groups_does(case: str) -> None:
     rule, optimizee, twin = parts(case), two_layers(2, 1), two_layers(2, 1)
     _, carry = roll_out(rule, optimizee, start_episode(rule, optimizee), 9)
     params = {name: nn.Parameter(value[0].clone()) for name, value in twin.params.items()}
-    optimizer = evaluate.WeightsOfParts("both", {part: Weights(one) for part, one in members(rule).items()}).make(
-        params.items()
-    )
+    optimizer = WeightsOfParts("both", {part: Weights(one) for part, one in members(rule).items()}).make(params.items())
     for _ in range(9):
         optimizer.zero_grad()
         twin.losses({name: param.unsqueeze(0) for name, param in params.items()}).sum().backward()
@@ -153,7 +154,7 @@ def test_parts_are_validated_together(place: Path, capsys: pytest.CaptureFixture
 
 def test_parts_are_judged_together(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = [Setting("Adam", lr) for lr in (1e-6, 0.1, 1e6)]
-    monkeypatch.setitem(evaluate.ARENAS, "digits", evaluate.Arena(Two(), sweep, tuning=1, fresh=2, horizons=(6, 3)))
+    monkeypatch.setitem(ARENAS, "digits", Arena(Two(), sweep, tuning=1, fresh=2, horizons=(6, 3)))
     paths = publish(place / "run", "both", place)
     together = "+".join(map(str, paths))
     command = ["evaluate", together, "--task", "digits", "--out", str(place / "out"), "--cache", str(place / "cache")]
@@ -164,7 +165,7 @@ def test_parts_are_judged_together(place: Path, monkeypatch: pytest.MonkeyPatch,
     assert all("both" in evidence(Weights.from_pretrained(path), place / "out") for path in paths)
     (row,) = [
         row
-        for row in evaluate.read_rows(place / "out" / "summary.csv")
+        for row in read_rows(place / "out" / "summary.csv")
         if (row["optimizer"], row["criterion"], row["horizon"]) == ("LSTM (both)", "final", "6")
     ]
     finals = []

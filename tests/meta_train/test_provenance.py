@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from learned_optim import Weights
 from meta_train import evaluate, provenance
 from meta_train.__main__ import main
+from meta_train.arenas import ARENAS, Arena
 from meta_train.baselines import Setting, settings
 from meta_train.judging.suite import SUITES, Run, Runner
 from meta_train.provenance import elsewhere, here, read_environment
@@ -19,7 +20,7 @@ from tests.cases import small_rule
 from tests.meta_train.test_judging import LINE, TINY
 
 THERE = {"torch": "1.0", "processor": "an abacus", "commit": "0123456789ab"}
-ARENA = evaluate.Arena(Quadratic(2, 3), settings("Adam", [1e-6, 0.1, 1e3]), tuning=1, fresh=2, horizons=(5,))
+ARENA = Arena(Quadratic(2, 3), settings("Adam", [1e-6, 0.1, 1e3]), tuning=1, fresh=2, horizons=(5,))
 
 
 def test_a_run_of_a_suite_says_where_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +52,7 @@ def test_a_run_of_an_arena_says_where_it_was_made(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["--task", "--suite"])
 def test_tables_of_kept_runs_say_where_those_were_made(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(evaluate.ARENAS, "quadratic", ARENA)
+    monkeypatch.setitem(ARENAS, "quadratic", ARENA)
     monkeypatch.setitem(SUITES, "stress", TINY)
     Weights(small_rule("paper-raw"), "mine").save(tmp_path / "mine.safetensors")
     Weights(small_rule("paper-raw", 1), "other").save(tmp_path / "other.safetensors")
