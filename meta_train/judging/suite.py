@@ -10,10 +10,8 @@ import functools
 import hashlib
 import json
 import math
-import multiprocessing
 import re
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +33,7 @@ from meta_train.judging.real_data import prepared
 from meta_train.judging.stress import stress_tasks
 from meta_train.judging.task import JudgingTask, Outcome, train_case
 from meta_train.provenance import here
+from meta_train.workers import Workers
 
 TUNING_SEED = 1000
 SEEDS = (0, 1, 2)
@@ -215,11 +214,9 @@ class Runner:
             for run in self.progress(todo, len(todo)):
                 _make(run, self.cache, self.tasks[run.task])
             return
-        context = multiprocessing.get_context("spawn")
-        setup = (self.suite.name, self.cache, self.data)
-        with ProcessPoolExecutor(self.workers, context, initializer=_start_worker, initargs=setup) as pool:
-            pending = [pool.submit(_work, run) for run in todo]
-            for done in self.progress((future.result() for future in as_completed(pending)), len(todo)):
+        work = functools.partial(_work, self.suite.name, self.cache, self.data)
+        with Workers(self.workers) as workers:
+            for done in self.progress(workers.map(work, todo), len(todo)):
                 del done
 
     def _file(self, run: Run) -> Path:
@@ -308,15 +305,12 @@ def _make(run: Run, cache: Path, task: JudgingTask) -> None:
     write_atomically(run.file(cache, task), save({"losses": outcome.losses}, about))
 
 
-_worker: dict[str, tuple[Path, dict[str, JudgingTask]]] = {}
+@functools.cache
+def _tasks(suite: str, cache: Path, data: Path | None) -> dict[str, JudgingTask]:
+    """Return a suite's tasks, once a process: they hold functions, which do not travel."""
+    return {task.name: task for task in SUITES[suite].tasks(cache, data)}
 
 
-def _start_worker(suite: str, cache: Path, data: Path | None) -> None:
-    torch.set_num_threads(1)
-    _worker["setup"] = (cache, {task.name: task for task in SUITES[suite].tasks(cache, data)})
-
-
-def _work(run: Run) -> Run:
-    cache, tasks = _worker["setup"]
-    _make(run, cache, tasks[run.task])
+def _work(suite: str, cache: Path, data: Path | None, run: Run) -> Run:
+    _make(run, cache, _tasks(suite, cache, data)[run.task])
     return run

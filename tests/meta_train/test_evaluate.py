@@ -1,6 +1,4 @@
 import dataclasses
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from meta_train.responses import probe
 from meta_train.rows import read_rows, write_judgement, write_rows
 from meta_train.run_dir import RunDir
 from meta_train.tasks import NeuralArt, Quadratic, Quartic
+from meta_train.workers import Workers
 from tests.cases import small_rule
 from tests.meta_train.pictures import NETWORK, make_data
 from tests.meta_train.test_recipe import TINY
@@ -142,8 +141,8 @@ def test_what_was_judged_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Mo
 def test_processes_find_what_this_one_finds(tmp_path: Path) -> None:
     arena = Arena(TASK, SWEEP, tuning=1, fresh=2, horizons=(6, 3))
     weights = [Weights(small_rule("paper-raw"), "one")]
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        judgement = evaluate.judge(weights, arena, cache=tmp_path, each=pool.map)
+    with Workers(1) as workers:
+        judgement = evaluate.judge(weights, arena, cache=tmp_path, each=workers.map)
     assert judgement == evaluate.judge(weights, arena)
 
 
