@@ -46,9 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 1 where ``verify`` or ``validate`` disagrees, 2 for a mistake in the request, 130 if interrupted.
     """
-    options = _parser().parse_args(arguments)
+    options, threads = _parser().parse_args(arguments), torch.get_num_threads()
     try:
         _check_data(getattr(options, "data", None))
+        _settle_workers(options)
         return options.verb(options)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
@@ -63,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("meta_train: interrupted; a training run resumes when it is started again", file=sys.stderr)
         return 130
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,6 +152,17 @@ def _check_data(data: Path | None) -> None:
         raise ValueError(f"--data {data} is no directory; leave it out to ask the Hub, which has the image sets")
 
 
+def _settle_workers(options: argparse.Namespace) -> None:
+    """Settle how many processes work; where any do, this one has one thread as they have, for the same bits everywhere."""
+    workers = getattr(options, "workers", 0)
+    if workers is None:
+        workers = options.workers = 1 if options.suite else 0
+    if workers < 0:
+        raise ValueError(f"--workers must not be negative, got {workers}")
+    if workers:
+        torch.set_num_threads(1)
+
+
 def _train(options: argparse.Namespace) -> int:
     read_recipe(options.recipe)
     text = options.recipe.read_text()
@@ -175,19 +189,11 @@ def _train(options: argparse.Namespace) -> int:
 @contextmanager
 def _each(workers: int) -> Iterator[Each]:
     """Give what goes over independent pieces of work: ``map``, or that of workers."""
-    if workers < 0:
-        raise ValueError(f"--workers must not be negative, got {workers}")
     if workers == 0:
         yield map
         return
-    threads = torch.get_num_threads()
     with Workers(workers) as processes:
-        # One here too, for the same bits whatever is computed where.
-        torch.set_num_threads(1)
-        try:
-            yield processes.map
-        finally:
-            torch.set_num_threads(threads)
+        yield processes.map
 
 
 def _with_seed(text: str, seed: int) -> str:
@@ -203,7 +209,6 @@ _OUT = "runs/results"
 
 
 def _judge_suite(options: argparse.Namespace) -> int:
-    workers = 1 if options.workers is None else options.workers
     lrs = [1.0] if options.lr is None else options.lr
     if len(set(lrs)) < len(lrs):
         raise ValueError(f"--lr needs different factors, got {', '.join(f'{lr:g}' for lr in lrs)}")
@@ -214,7 +219,7 @@ def _judge_suite(options: argparse.Namespace) -> int:
         return tqdm(runs, total=total, unit="run", dynamic_ncols=True, disable=not total)
 
     suite = SUITES[options.suite]
-    runner = Runner(suite, options.cache, options.data, options.horizon, workers, progress, options.only)
+    runner = Runner(suite, options.cache, options.data, options.horizon, options.workers, progress, options.only)
     baselines, taken = None, ""
     about_baselines: dict[str, Any] = {}
     if options.baselines:
@@ -254,8 +259,6 @@ def _made_elsewhere(finished: Iterable[Path]) -> dict[str, Any]:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    if (options.workers or 0) < 0:
-        raise ValueError(f"--workers must not be negative, got {options.workers}")
     if options.suite:
         return _judge_suite(options)
     of_suites = {name: getattr(options, name) for name in ("lr", "horizon", "only", "baselines")}
@@ -263,7 +266,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise ValueError(f"{', '.join(given)} says nothing of a task; give a --suite, or leave it out")
     weights, arena = load_contestants(options.weights), ARENAS[options.task].on(options.data)
     used: set[Path] = set()
-    with _each(options.workers or 0) as each:
+    with _each(options.workers) as each:
         judgement = evaluate.judge(
             weights,
             arena,

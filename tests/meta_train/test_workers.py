@@ -1,5 +1,6 @@
 """Processes that share a run: the same bits as one process, and none left behind."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from meta_train import __main__ as command_line
 from meta_train.__main__ import main
+from meta_train.arenas import ARENAS
 from meta_train.outer_loop import MetaTraining
 from meta_train.publish import publish
 from meta_train.recipe import parse_recipe
 from meta_train.run_dir import BEST, LAST, METRICS, RunDir
 from meta_train.workers import Workers
+from tests.meta_train.test_command_line import ARENA
 from tests.meta_train.test_outer_loop import STAGE
 from tests.meta_train.test_recipe import TINY
 from tests.meta_train.test_run_dir import MIXTURE
@@ -60,19 +63,25 @@ def test_a_run_may_go_on_with_another_number_of_workers(tmp_path: Path, workers:
         assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
 
 
-def test_the_command_line_trains_and_validates_with_workers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "recipe.toml").write_text(TINY)
+def test_the_command_line_has_one_thread_beside_workers_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(ARENAS, "quadratic", ARENA)
+    recipe, run, out = tmp_path / "recipe.toml", tmp_path / "run", tmp_path / "out"
+    recipe.write_text(TINY)
     torch.set_num_threads(2)
     try:
-        assert main(["train", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run"), "--workers", "1"]) == 0
+        assert main(["train", str(recipe), "--out", str(run), "--workers", "1"]) == 0
+        (path, *_) = publish(run, "mine", tmp_path)
+        assert main(["evaluate", str(path), "--out", str(out), "--cache", str(tmp_path / "cache"), "--workers", "1"]) == 0
         assert torch.get_num_threads() == 2, "as before"
     finally:
         torch.set_num_threads(1)
-    assert '"threads": 1' in (tmp_path / "run" / "environment.json").read_text()
-    (path, *_) = publish(tmp_path / "run", "mine", tmp_path)
+    for place in (run, out):
+        assert json.loads((place / "environment.json").read_text())["threads"] == 1
     assert main(["validate", str(path), "--workers", "1"]) == 0
     assert "equal" in capsys.readouterr().out
-    assert main(["train", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run"), "--workers", "-1"]) == 2
+    assert main(["train", str(recipe), "--out", str(run), "--workers", "-1"]) == 2
     assert "--workers must not be negative, got -1" in capsys.readouterr().err
 
 
