@@ -1,4 +1,4 @@
-"""One episode's share of an outer step, wherever it is computed: in this process, or in another."""
+"""What one episode contributes to an outer step, wherever it is computed: in this process, or in another."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class Episode:
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one episode gives to an outer step.
+class GradientEstimate:
+    """What one episode says of the meta-gradient, in one outer step.
 
     Args:
         meta_loss: As :class:`~meta_train.outer_loop.OuterStep` has it.
@@ -88,7 +88,7 @@ class Share:
     episode: Episode | None = None
 
 
-def advance(rule: AnyRule, teacher: UpdateRule | None, phase: Phase, episode: Episode) -> Share:
+def truncation(rule: AnyRule, teacher: UpdateRule | None, phase: Phase, episode: Episode) -> GradientEstimate:
     """Take the inner steps of one truncation, and differentiate them.
 
     Args:
@@ -98,7 +98,7 @@ def advance(rule: AnyRule, teacher: UpdateRule | None, phase: Phase, episode: Ep
         episode: Goes on.
 
     Returns:
-        Its share of the outer step.
+        Its estimate.
     """
     inner, outer, imitates = phase
     rule.zero_grad()
@@ -118,7 +118,7 @@ def advance(rule: AnyRule, teacher: UpdateRule | None, phase: Phase, episode: Ep
             backpropagate(rule, record, objective(losses, carry.initial_loss), outer.discount)
     episode.carry = reached
     finished = reached.step >= episode.horizon or not bool(losses.isfinite().all())
-    return Share(
+    return GradientEstimate(
         meta_loss(outer, losses, carry.initial_loss) if distance is None else distance,
         [parameter.grad for parameter in rule.parameters()],
         None if finished else episode,
@@ -132,7 +132,7 @@ def _coordinates(episode: Episode, carry: Carry, outer: OuterLoop) -> Sample | N
     return sample_coordinates(episode.optimizee, outer.coordinates, generator, by_tensor=outer.sampling == "tensors")
 
 
-def antithetic_pair(rule: AnyRule, outer: OuterLoop, evolution: Evolution, episode: Episode) -> Share:
+def antithetic_pair(rule: AnyRule, outer: OuterLoop, evolution: Evolution, episode: Episode) -> GradientEstimate:
     """Run a whole episode with meta-parameters moved either way, and estimate the meta-gradient.
 
     Args:
@@ -142,7 +142,7 @@ def antithetic_pair(rule: AnyRule, outer: OuterLoop, evolution: Evolution, episo
         episode: Not begun.
 
     Returns:
-        Its share of the outer step.
+        Its estimate.
     """
     generator = seeded(derive_seed(episode.seed, "evolution"))
     moves = {
@@ -159,7 +159,9 @@ def antithetic_pair(rule: AnyRule, outer: OuterLoop, evolution: Evolution, episo
         figures.append(whole_episode(moved, episode.task.sample(episode.seed), episode.horizon, outer))
     forth, back = figures
     slope = (forth - back) / (2 * evolution.noise)
-    return Share((forth + back) / 2, [slope * moves[name] if name in moves else None for name, _ in rule.named_parameters()])
+    return GradientEstimate(
+        (forth + back) / 2, [slope * moves[name] if name in moves else None for name, _ in rule.named_parameters()]
+    )
 
 
 def whole_episode(rule: AnyRule, optimizee: Optimizee, horizon: int, outer: OuterLoop) -> float:

@@ -218,7 +218,7 @@ def judge(
         arena: What they are judged on.
         cache: Directory of finished runs, each a file named by a hash of task (its ``repr``), contestant, horizon and
             optimizee; what it holds is not run again.
-        each: Calls a function with each of several optimizees' numbers; ``map``, or that of a pool of processes.
+        each: Goes over the optimizees: ``map``, or that of :class:`~meta_train.workers.Workers`.
         progress: Wraps the settings while tuning, to show how far it is.
         used: Collects the files of the finished runs that the judgement is made of.
 

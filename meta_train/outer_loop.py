@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from learned_optim.weights import resolve_weights
-from meta_train.episodes import Episode, Share, advance, antithetic_pair, whole_episode
+from meta_train.episodes import Episode, GradientEstimate, antithetic_pair, truncation, whole_episode
 from meta_train.parts import AnyRule, members
 from meta_train.recipe import Horizons, Phase, Recipe
 from meta_train.tasks import Task, derive_seed, with_data
@@ -127,8 +127,8 @@ class MetaTraining:
         outer = phase.outer
         if done == 0 and self.step > 0:
             self._start_stage()
-        shares = self._shares(phase)
-        self._set_mean_gradient(shares)
+        estimates = self._estimates(phase)
+        self._set_mean_gradient(estimates)
         norm = torch.nn.utils.clip_grad_norm_(self.rule.parameters(), outer.clip)
         lr = outer.lr * cosine(done / outer.steps, outer.final_lr)
         for group in self.outer_optimizer.param_groups:
@@ -145,18 +145,18 @@ class MetaTraining:
         if is_best and validation is not None:
             self.best = Best(self.in_use(self.average), validation, self.step)
         final = self._end_phase() if last and self.recipe.validation.final_horizon else None
-        meta_loss = sum(share.meta_loss for share in shares) / len(shares)
+        meta_loss = sum(estimate.meta_loss for estimate in estimates) / len(estimates)
         return OuterStep(self.step, meta_loss, float(norm), lr, validation, is_best, final)
 
-    def _shares(self, phase: Phase) -> list[Share]:
-        """Let every episode go on, and return what they give to this outer step."""
+    def _estimates(self, phase: Phase) -> list[GradientEstimate]:
+        """Let every episode go on, and return what they say of the meta-gradient."""
         if evolution := phase.outer.evolution:
             pair = functools.partial(antithetic_pair, self.rule, phase.outer, evolution)
             return list(self.each(pair, [self._draw(phase) for _ in range(evolution.pairs)]))
         under_way = [episode or self._draw(phase) for episode in self.episodes]
-        shares = list(self.each(functools.partial(advance, self.rule, self.teacher, phase), under_way))
-        self.episodes = [share.episode for share in shares]
-        return shares
+        estimates = list(self.each(functools.partial(truncation, self.rule, self.teacher, phase), under_way))
+        self.episodes = [estimate.episode for estimate in estimates]
+        return estimates
 
     def _draw(self, phase: Phase) -> Episode:
         """Return the next episode, not begun."""
@@ -166,10 +166,10 @@ class MetaTraining:
         horizon = math.exp(random.Random(seed).uniform(math.log(shortest), math.log(longest)))
         return Episode(self.task, seed, round(horizon))
 
-    def _set_mean_gradient(self, shares: Sequence[Share]) -> None:
-        for parameter, *every in zip(self.rule.parameters(), *(share.grads for share in shares), strict=True):
+    def _set_mean_gradient(self, estimates: Sequence[GradientEstimate]) -> None:
+        for parameter, *every in zip(self.rule.parameters(), *(estimate.grads for estimate in estimates), strict=True):
             grads = [grad for grad in every if grad is not None]
-            parameter.grad = sum(grads[1:], grads[0]) / len(shares) if grads else None
+            parameter.grad = sum(grads[1:], grads[0]) / len(estimates) if grads else None
 
     def _validate(self, *, last: bool) -> float | None:
         if self.step % self.recipe.validation.every and not last:

@@ -1,4 +1,4 @@
-"""Processes that share the independent pieces of a piece of work: episodes, optimizees."""
+"""Worker processes, for work in independent pieces: episodes, optimizees, judged runs."""
 
 from __future__ import annotations
 

@@ -54,8 +54,8 @@ def test_a_run_has_the_same_bits_whatever_is_computed_where(text: str, workers: 
 
 def test_a_run_may_go_on_with_another_number_of_workers(tmp_path: Path, workers: Workers) -> None:
     assert list(RunDir(tmp_path / "alone", MIXTURE).train())
-    for each, until in ((workers.map, 4), (map, 9), (workers.map, 12)):
-        # None of these steps is one after which a checkpoint is made but the last, so some are taken twice.
+    for each, until in ((workers.map, 4), (map, 8), (workers.map, 12)):
+        # Checkpoints are made after steps 3, 6, 9 and 12, so some steps are taken twice, by one and by the other.
         for record in RunDir(tmp_path / "shared", MIXTURE, each=each).train(checkpoint_every=3):
             if record.step == until:
                 break
@@ -125,7 +125,7 @@ def test_workers_have_one_thread_and_leave_interruptions_to_their_parent(workers
 
 
 PARENT = """
-import sys, time
+import time
 from meta_train.workers import Workers
 from tests.meta_train.test_workers import _who
 if __name__ == "__main__":
