@@ -133,4 +133,4 @@ bench: .venv/ready ## time an optimizer step and a meta-training step; run it on
 	$(BIN)/python -m benchmarks.recorder
 
 clean: ## remove what the other targets made
-	rm -rf .venv .venv-oldest build dist site *.egg-info learned_optim/backends/_native*.so demo.png
+	rm -rf .venv .venv-oldest build dist site *.egg-info learned_optim/backends/native/_native*.so demo.png

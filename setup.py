@@ -10,7 +10,7 @@ from setuptools.errors import BaseError
 NATIVE = "learned_optim/backends/native"
 SOURCES = sorted(Path(NATIVE).glob("*.[ch]"))
 DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
-"""As native_library.py computes it, which loads no kernels that were built from other sources than lie beside it."""
+"""As native/library.py computes it, which loads no kernels that were built from other sources than lie beside it."""
 
 UNROLL = ["-funroll-all-loops", "--param=max-completely-peeled-insns=2000", "--param=max-completely-peel-times=64"]
 ATTEMPTS = ([*UNROLL, "-fopenmp"], ["-fopenmp"], [])
@@ -36,7 +36,7 @@ class BuildOptional(build_ext):
 setup(
     ext_modules=[
         Extension(
-            "learned_optim.backends._native",
+            "learned_optim.backends.native._native",
             sources=[str(path) for path in SOURCES if path.suffix == ".c"],
             depends=[str(path) for path in SOURCES],
             define_macros=[("SOURCE_DIGEST", f'"{DIGEST}"')],

@@ -29,16 +29,16 @@ from benchmarks.wider_rules import NotingSteps, TensorRule, ValueRule, WiderOpti
 from learned_optim import LearnedOptimizer
 from learned_optim.rules import UpdateRule
 from meta_train.files import write_atomically
-from meta_train.judging.held_out_kinds import HELD_OUT_KINDS
-from meta_train.judging.suite import smoothed_final
-from meta_train.judging.task import train_case
-from meta_train.outer_loop import MetaTraining
+from meta_train.judging.runner import smoothed_final
+from meta_train.judging.trial import train_case
 from meta_train.provenance import environment
-from meta_train.publish import WEIGHTS_DIR
-from meta_train.recipe import Evolution, Recipe, read_recipe
 from meta_train.rows import Rows, read_rows, write_rows
 from meta_train.tasks.data import digit_stream
+from meta_train.tasks.held_out import HELD_OUT_KINDS
 from meta_train.tasks.mixture import KINDS
+from meta_train.training.outer_loop import MetaTraining
+from meta_train.training.publish import WEIGHTS_DIR
+from meta_train.training.recipe import Evolution, Recipe, read_recipe
 
 RUNS = Path("runs/exploration")
 TABLES = Path(__file__).parents[1] / "docs" / "results" / "exploration"

@@ -26,8 +26,8 @@ from torch import nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from learned_optim import LearnedOptimizer
-from learned_optim.backends import triton_step
-from learned_optim.backends.triton_step import TILED, UNROLLED, Form
+from learned_optim.backends.triton import step as triton_step
+from learned_optim.backends.triton.step import TILED, UNROLLED, Form
 
 MILLION = 1_000_000
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from benchmarks.timing import write_table
 from learned_optim import Weights
-from meta_train.arenas import ARENAS
-from meta_train.baselines import Setting
-from meta_train.contestants import learned_with
-from meta_train.evaluate import MakeOptimizer
+from meta_train.judging.arena_report import MakeOptimizer
+from meta_train.judging.arenas import ARENAS
+from meta_train.judging.baselines import Setting
+from meta_train.judging.contestants import learned_with
 from meta_train.tasks.images import MNIST, read_images
 from meta_train.tasks.mnist import HALVES
 

@@ -15,11 +15,11 @@ import torch
 from tqdm import tqdm
 
 from learned_optim.weights import resolve_weights
-from meta_train.outer_loop import validate
 from meta_train.provenance import environment
-from meta_train.publish import WEIGHTS_DIR
-from meta_train.recipe import parse_recipe, read_recipe
 from meta_train.rows import Rows, read_rows, write_rows
+from meta_train.training.outer_loop import validate
+from meta_train.training.publish import WEIGHTS_DIR
+from meta_train.training.recipe import parse_recipe, read_recipe
 
 TABLE = Path(__file__).parents[1] / "docs" / "results" / "default" / "long.csv"
 OPTIMIZEES = 10

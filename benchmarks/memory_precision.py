@@ -21,14 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer, state_bytes
-from meta_train.arenas import ARENAS
-from meta_train.evaluate import curves
-from meta_train.judging.held_out_kinds import HELD_OUT_KINDS
+from meta_train.judging.arena_report import curves
+from meta_train.judging.arenas import ARENAS
 from meta_train.judging.real import real_tasks
 from meta_train.judging.real_data import prepared
-from meta_train.judging.task import JudgingTask, train_case
+from meta_train.judging.trial import train_case
 from meta_train.provenance import environment
 from meta_train.rows import Row, write_rows
+from meta_train.tasks.case import JudgingTask
+from meta_train.tasks.held_out import HELD_OUT_KINDS
 
 FLOAT32, CONTROL = "float32", "float32, control"
 STORAGES: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ import time
 import torch
 from torch import nn
 
-from learned_optim.backends.native_lstm import native_available, native_sequence
+from learned_optim.backends.native.sequence import native_available, native_sequence
 from learned_optim.rules.lstm import lstm_sequence
 
 CASES = {"2 x 20, F=2": (2, 20, 2, 20, 1280), "1 x 8, F=7": (1, 8, 7, 32, 4096)}

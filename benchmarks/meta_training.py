@@ -23,13 +23,20 @@ from torch import Tensor
 from benchmarks.timing import side_by_side, write_table
 from learned_optim import build_rule
 from learned_optim.rules.lstm import Carry
-from meta_train import meta_gradient
-from meta_train.inner_steps import PlainSteps
-from meta_train.meta_gradient import backpropagate, loss_and_grad, roll_out, sample_coordinates, start_episode, unroll
-from meta_train.outer_loop import MetaTraining
-from meta_train.publish import WEIGHTS_DIR
-from meta_train.recipe import read_recipe
 from meta_train.tasks import Quadratic, seeded
+from meta_train.training import meta_gradient
+from meta_train.training.inner_steps import PlainSteps
+from meta_train.training.meta_gradient import (
+    backpropagate,
+    loss_and_grad,
+    roll_out,
+    sample_coordinates,
+    start_episode,
+    unroll,
+)
+from meta_train.training.outer_loop import MetaTraining
+from meta_train.training.publish import WEIGHTS_DIR
+from meta_train.training.recipe import read_recipe
 from meta_train.workers import Workers
 
 TRUNCATION = 20

@@ -21,11 +21,11 @@ from tqdm import tqdm
 from learned_optim import LearnedOptimizer, Weights
 from learned_optim.rules import build_rule
 from learned_optim.weights import resolve_weights
-from meta_train.judging.held_out_kinds import HELD_OUT_KINDS, LONG_KINDS
-from meta_train.judging.suite import smoothed_final
-from meta_train.judging.task import train_case
+from meta_train.judging.runner import smoothed_final
+from meta_train.judging.trial import train_case
 from meta_train.provenance import environment
 from meta_train.rows import Rows, read_rows, write_rows
+from meta_train.tasks.held_out import HELD_OUT_KINDS, LONG_KINDS
 
 TABLE = Path(__file__).parent / "options_in_use.csv"
 HORIZONS = (200, 500, 1000, 2000, 3500, 5000, 10_000, 20_000)

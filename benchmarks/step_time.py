@@ -22,7 +22,7 @@ from learned_optim import LearnedOptimizer, UpdateRule, build_rule
 from learned_optim.backends import BACKENDS, check_backend
 from learned_optim.rules.lstm import Carry
 from learned_optim.weights import resolve_weights
-from meta_train.figures import STYLE
+from meta_train.evidence.figures import STYLE
 from meta_train.rows import Row, Rows
 
 RULES = {

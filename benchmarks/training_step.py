@@ -12,8 +12,8 @@ from torch.optim import Adam, Optimizer
 
 from benchmarks.timing import side_by_side, write_table
 from learned_optim import LearnedOptimizer
-from meta_train.judging.models import CharTransformer, conv_net, mlp
-from meta_train.judging.task import classification_loss
+from meta_train.tasks.case import classification_loss
+from meta_train.tasks.modules import CharTransformer, conv_net, mlp
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, Tensor]]]] = {
     "MLP 784-20-10, batch 128": lambda: (

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from learned_optim.rules import AdamModulationConfig, AdamModulationRule, Memory
 from learned_optim.rules.rule import Encoded
-from meta_train.inner_steps import PlainSteps
 from meta_train.tasks import Optimizee
+from meta_train.training.inner_steps import PlainSteps
 
 Average = Callable[[Tensor], Tensor]
 """From a number for each coordinate to the mean over its tensor."""

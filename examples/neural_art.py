@@ -18,7 +18,7 @@ from torch.optim import Adam
 from tqdm import tqdm
 
 from learned_optim import LearnedOptimizer
-from meta_train.baselines import LBFGS_STEPS, MakeOptimizer
+from meta_train.judging.baselines import LBFGS_STEPS, MakeOptimizer
 from meta_train.tasks.features import SQUEEZENET, feature_extractor, read_network
 from meta_train.tasks.neural_art import NeuralArt, read_picture, start
 from meta_train.tasks.task import LossFunction

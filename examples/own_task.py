@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer, Weights
-from meta_train.outer_loop import MetaTraining
-from meta_train.recipe import parse_recipe
 from meta_train.tasks import Optimizee, module_optimizee, seeded
+from meta_train.training.outer_loop import MetaTraining
+from meta_train.training.recipe import parse_recipe
 
 RECIPE = """
 seed = 0

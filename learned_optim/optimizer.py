@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from learned_optim.backends import StepItem, apply_step, check_backend
-from learned_optim.backends.native_plan import Plan, make_plan
+from learned_optim.backends.native.plan import Plan, make_plan
 from learned_optim.guard import check_guard, judge, nominal, snapshot
 from learned_optim.rules import UpdateRule
 from learned_optim.rules.storage import CELL_SCALE, MOMENT_DTYPES, STATE_DTYPES, layout, names

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from learned_optim.backends.chunks import CHUNK
+from learned_optim.backends.reference import CHUNK
 from learned_optim.optimizer import LearnedOptimizer, compute_dtype
 from learned_optim.rules import UpdateRule
 from learned_optim.rules.storage import CELL_SCALE, decode

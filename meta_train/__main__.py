@@ -16,19 +16,20 @@ from tqdm import tqdm
 
 from learned_optim.rules import AdamModulationConfig
 from learned_optim.weights import Weights, available_weights, resolve_weights
-from meta_train import evaluate, figures
-from meta_train.arenas import ARENAS
-from meta_train.contestants import LEARNED, learned_with, load_contestants, of_all_parts, refuse_repeated
-from meta_train.evidence import RESULTS, evidence
+from meta_train.evidence import figures
+from meta_train.evidence.cards import RESULTS, evidence
+from meta_train.evidence.responses import probe, responses
+from meta_train.judging import arena_report as evaluate
+from meta_train.judging.arenas import ARENAS
+from meta_train.judging.contestants import LEARNED, learned_with, load_contestants, of_all_parts, refuse_repeated
+from meta_train.judging.repeat import repeat_validation
 from meta_train.judging.report import judge_suite, label, read_baselines
-from meta_train.judging.suite import SEEDS, SUITES, TUNING_SEED, Runner, learned
+from meta_train.judging.runner import SEEDS, SUITES, TUNING_SEED, Runner, learned
 from meta_train.provenance import WHERE, elsewhere, read_environment
-from meta_train.publish import publish
-from meta_train.recipe import parse_recipe, read_recipe
-from meta_train.responses import probe, responses
 from meta_train.rows import read_rows, write_judgement, write_rows
-from meta_train.run_dir import RunDir, training_table
-from meta_train.validation import repeat_validation
+from meta_train.training.publish import publish
+from meta_train.training.recipe import parse_recipe, read_recipe
+from meta_train.training.run_dir import RunDir, training_table
 from meta_train.workers import Each, Workers
 
 WORKERS = "processes of one thread each; default: 0, this one alone"

@@ -54,7 +54,7 @@ def write_judgement(judgement: object, out: Path, about: Mapping[str, Any] | Non
     """Write the tables of a judgement and where they were made.
 
     Args:
-        judgement: A dataclass whose every field is a table, such as :class:`~meta_train.evaluate.Judgement`.
+        judgement: A dataclass whose every field is a table, such as :class:`~meta_train.judging.arena_report.Judgement`.
         out: Directory; created if missing.
         about: Anything else that a reader needs to make them again, for ``environment.json``.
     """

@@ -37,7 +37,7 @@ from pathlib import Path
 import torch
 import learned_optim
 from learned_optim import LearnedOptimizer, available_weights
-from learned_optim.backends.native_library import AVAILABLE
+from learned_optim.backends.native.library import AVAILABLE
 
 assert "site-packages" in learned_optim.__file__, learned_optim.__file__
 assert (Path(learned_optim.__file__).parent / "py.typed").exists()
@@ -157,7 +157,7 @@ def check_wheel(wheel: Path) -> None:
     expected.add("learned_optim/py.typed")
     held = set(zipfile.ZipFile(wheel).namelist())
     about = {name.split("/", 1)[1] for name in held if ".dist-info/" in name}
-    kernels = {name for name in held if re.fullmatch(r"learned_optim/backends/_native\.[\w.-]+\.so", name)}
+    kernels = {name for name in held if re.fullmatch(r"learned_optim/backends/native/_native\.[\w.-]+\.so", name)}
     code = {name for name in held if ".dist-info/" not in name} - kernels
     assert code == expected, f"missing {sorted(expected - code)}, surplus {sorted(code - expected)}"
     assert len(kernels) == 1, kernels

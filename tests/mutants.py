@@ -45,7 +45,7 @@ class Mutant(NamedTuple):
     chosen: tuple[str, ...]
 
 
-OPTIMIZER, SHARDING, CHUNKS = "optimizer.py", "sharding.py", "backends/chunks.py"
+OPTIMIZER, SHARDING, CHUNKS = "optimizer.py", "sharding.py", "backends/reference.py"
 ADAM, PAPER, LSTM = "rules/adam_modulation.py", "rules/paper.py", "rules/lstm.py"
 CONSTRUCTOR, STEP, CHECKPOINT = (f"tests/optimizer/test_{name}.py" for name in ("constructor", "step", "checkpoint"))
 ONE_CORE, COMPANY, DISTRIBUTED = (f"tests/optimizer/test_{name}.py" for name in ("one_core", "company", "distributed"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import learned_optim
-from meta_train import tables
+from meta_train.evidence import tables
 
 if sys.version_info >= (3, 11):
     import tomllib

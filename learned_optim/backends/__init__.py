@@ -14,11 +14,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from learned_optim.backends import chunks, compiled, native, triton_step
-from learned_optim.backends.chunks import StepItem
+from learned_optim.backends import compiled, native, reference, triton
+from learned_optim.backends.items import StepItem, overlap
 from learned_optim.rules import UpdateRule
 
-_MODULES: dict[str, ModuleType] = {"triton": triton_step, "native": native, "compiled": compiled}
+_MODULES: dict[str, ModuleType] = {"triton": triton, "native": native, "compiled": compiled}
 """Every backend but the reference, fastest first."""
 
 _AUTO = ("triton", "native")
@@ -75,7 +75,7 @@ def apply_step(
     device = rule.readout.weight.device.type
     on_cpu = device == "cpu" and not torch.compiler.is_compiling()
     # Two that lie in the same memory, stepped at once, would each undo part of what the other does.
-    one_by_one = on_cpu and chunks.overlap([item.param for item in items])
+    one_by_one = on_cpu and overlap([item.param for item in items])
     narrowed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if narrowed else contextlib.nullcontext():
         for part in ([item] for item in items) if one_by_one else (items,):
@@ -90,7 +90,7 @@ def choose_backend(name: str, rule: UpdateRule) -> ModuleType:
     for module in (_MODULES[name] for name in names if name in _MODULES):
         if module.available() and module.supports(rule):
             return module
-    return chunks
+    return reference
 
 
 @functools.cache

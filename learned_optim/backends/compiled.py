@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from learned_optim.backends import chunks
-from learned_optim.backends.chunks import StepItem
+from learned_optim.backends import reference
+from learned_optim.backends.items import StepItem
 from learned_optim.rules import Memory, UpdateRule
 from learned_optim.rules.lstm import Carry, lstm_cell
 
@@ -69,7 +69,7 @@ def supports(rule: UpdateRule) -> bool:
 def apply_step(
     rule: UpdateRule, items: Sequence[StepItem], *, lr: Tensor | float, weight_decay: float, maximize: bool
 ) -> None:
-    """Apply one inner step in place, like :func:`learned_optim.backends.chunks.apply_step`.
+    """Apply one inner step in place, like :func:`learned_optim.backends.reference.apply_step`.
 
     Args:
         rule: Frozen.
@@ -81,7 +81,7 @@ def apply_step(
     lr = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
     options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
     run = functools.partial(_step_filled, [weight.contiguous() for weight in rule.parameters()])
-    chunks.apply_step(rule, items, run=run, sizes=SIZES, **options)  # type: ignore[arg-type]
+    reference.apply_step(rule, items, run=run, sizes=SIZES, **options)  # type: ignore[arg-type]
 
 
 def _step_filled(
@@ -148,7 +148,7 @@ class _Chunk(nn.Module):
         narrow = self.rule.config.hidden_size <= NARROW
         advance = functools.partial(advance_in_blocks, self.rule) if narrow else None
         options = (lr, shrink, self.maximize, advance)
-        chunks.step_chunk(self.rule, param, grad, stored, step, scale[0] if scale else None, *options)
+        reference.step_chunk(self.rule, param, grad, stored, step, scale[0] if scale else None, *options)
 
     def step(self, *tensors: Tensor) -> tuple[()]:
         """Call it with the meta-parameters before everything else, in their order."""

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from meta_train.judging.models import CharLSTM, CharTransformer, VisionTransformer, conv_net, mlp
 from meta_train.judging.real_data import Tensors
-from meta_train.judging.task import Batch, Case, JudgingTask, classification_loss, regression_loss
+from meta_train.tasks.case import Batch, Case, JudgingTask, classification_loss, regression_loss
+from meta_train.tasks.modules import CharLSTM, CharTransformer, VisionTransformer, conv_net, mlp
 
 LONG = (200, 1000, 5000, 20_000)
 _HELD_OUT_BATCH = 500

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from meta_train.baselines import Setting
-from meta_train.judging.suite import SEEDS, TUNING_SEED, Contestant, Learned, Runner, smoothed_final
-from meta_train.judging.task import Outcome
+from meta_train.judging.baselines import Setting
+from meta_train.judging.runner import SEEDS, TUNING_SEED, Contestant, Learned, Runner, smoothed_final
+from meta_train.judging.trial import Outcome
 from meta_train.rows import Row, Rows, read_rows
 
 CURVE_POINTS = 60

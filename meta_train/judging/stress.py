@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from meta_train.judging.held_out_kinds import HELD_OUT_KINDS
-from meta_train.judging.models import mlp
-from meta_train.judging.task import Batch, Case, JudgingTask, classification_loss
+from meta_train.tasks.case import Batch, Case, JudgingTask, classification_loss
 from meta_train.tasks.data import cluster_stream
+from meta_train.tasks.held_out import HELD_OUT_KINDS
+from meta_train.tasks.modules import mlp
 from meta_train.tasks.task import seeded
 
 LOSS_SCALES = (1e-4, 1e4)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from learned_optim.backends import native_library
+from learned_optim.backends.native import library as native_library
 
 
 @pytest.fixture(params=["plain", "avx2", "avx512"])

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer
-from learned_optim.backends.native_lstm import native_available, native_sequence, native_supports
+from learned_optim.backends.native.sequence import native_available, native_sequence, native_supports
 from learned_optim.rules.lstm import lstm_step
 from tests.cases import RULE_CASES, small_rule
 

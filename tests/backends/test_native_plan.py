@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from learned_optim import LearnedOptimizer
-from learned_optim.backends import native_library, native_plan
+from learned_optim.backends.native import library as native_library
+from learned_optim.backends.native import plan as native_plan
 from tests.cases import assert_identical, copies, make_params, small_rule, take_steps
 
 pytestmark = pytest.mark.skipif(native_plan._look() is None, reason="no kernels, or a torch without what plans need")

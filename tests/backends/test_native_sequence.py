@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from learned_optim.backends.native_lstm import native_available, native_sequence
+from learned_optim.backends.native.sequence import native_available, native_sequence
 from learned_optim.rules.lstm import Carry, lstm_sequence
 from tests.backends.test_native_lstm import SIZES, draw, make_lstm, reference
 

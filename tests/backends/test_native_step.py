@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer, UpdateRule, build_rule
-from learned_optim.backends import chunks, native, native_library, native_plan
-from learned_optim.backends.chunks import StepItem
+from learned_optim.backends import reference
+from learned_optim.backends.items import StepItem
+from learned_optim.backends.native import library as native_library
+from learned_optim.backends.native import plan as native_plan
+from learned_optim.backends.native import step as native
 from learned_optim.rules.storage import layout, names
 from tests.cases import (
     RULE_CASES,
@@ -102,7 +105,7 @@ def compare(rule: UpdateRule, items: list[StepItem], steps: int, rtol: float, at
             other.grad.copy_(item.grad)
             other.step.copy_(item.step)
         native.apply_step(rule, items, **options)
-        chunks.apply_step(rule, others, **options)
+        reference.apply_step(rule, others, **options)
     assert_agree(items, others, rtol, atol)
 
 
@@ -114,7 +117,7 @@ def no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the native backend handed a step to the reference")
 
     fake = type("chunks", (), {"apply_step": staticmethod(refuse)})
-    monkeypatch.setattr(native, "chunks", fake)
+    monkeypatch.setattr(native, "reference", fake)
 
 
 @pytest.mark.usefixtures("no_reference", "instruction_set")
@@ -154,7 +157,7 @@ def test_eight_bit_memory_is_rounded_as_the_reference_rounds(size: tuple[str, in
         others[0].step.copy_(items[0].step)
         before = {name: values.clone() for name, values in items[0].memory.items()}
         native.apply_step(rule, items, lr=0.5, weight_decay=0.0, maximize=step % 2 == 1)
-        chunks.apply_step(rule, others, lr=0.5, weight_decay=0.0, maximize=step % 2 == 1)
+        reference.apply_step(rule, others, lr=0.5, weight_decay=0.0, maximize=step % 2 == 1)
         torch.testing.assert_close(items[0].param, others[0].param, rtol=1e-5, atol=1e-5)
         for name, values in items[0].memory.items():
             assert_stored_alike(values, others[0].memory[name])
@@ -173,7 +176,7 @@ def test_a_hundred_steps_with_eight_bit_memory_stay_within_a_thousandth(size: tu
         draw_gradients(items, step)
         others[0].grad.copy_(items[0].grad)
         others[0].step.copy_(items[0].step)
-        for module, each in ((native, items), (chunks, others)):
+        for module, each in ((native, items), (reference, others)):
             module.apply_step(rule, each, lr=0.5, weight_decay=0.0, maximize=False)
     assert (items[0].param - others[0].param).norm() <= 1e-3 * (others[0].param - start).norm()
 
@@ -297,16 +300,16 @@ def test_the_reference_takes_what_the_kernel_cannot(monkeypatch: pytest.MonkeyPa
         other.grad.copy_(item.grad)
         other.step.copy_(item.step)
     handed: list[int] = []
-    reference = chunks.apply_step
+    original = reference.apply_step
 
     def note(rule: UpdateRule, items: list[StepItem], **options: Any) -> None:
         handed.extend(item.param.numel() for item in items)
-        reference(rule, items, **options)
+        original(rule, items, **options)
 
-    monkeypatch.setattr(native.chunks, "apply_step", note)
+    monkeypatch.setattr(native.reference, "apply_step", note)
     native.apply_step(rule, items, lr=1.0, weight_decay=0.0, maximize=False)
     assert handed == [5, 6]
-    reference(rule, others, lr=1.0, weight_decay=0.0, maximize=False)
+    original(rule, others, lr=1.0, weight_decay=0.0, maximize=False)
     assert_agree(items, others, 1e-5, 1e-6)
 
 
@@ -595,7 +598,7 @@ def test_the_operator_is_registered_properly(memory_dtype: torch.dtype) -> None:
 def test_without_the_library_everything_works_and_auto_says_so_once() -> None:
     program = """
 import logging, sys
-import learned_optim.backends.native_library as library
+import learned_optim.backends.native.library as library
 messages = []
 handler = logging.Handler()
 handler.emit = lambda record: messages.append(record.getMessage())

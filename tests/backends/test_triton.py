@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer, UpdateRule, build_rule
-from learned_optim.backends import StepItem, choose_backend, triton_step
+from learned_optim.backends import StepItem, choose_backend
+from learned_optim.backends.triton import step as triton_step
 from learned_optim.weights import resolve_weights
 from tests.cases import assert_identical, assert_stored_alike, copies, memories, small_rule
 

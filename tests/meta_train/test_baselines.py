@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from learned_optim import Weights
-from meta_train import evaluate
-from meta_train.arenas import Arena
-from meta_train.baselines import CLASSIFICATION, FIXED, QUADRATIC, QUARTIC, UNTUNED, Setting, best_setting, settings
-from meta_train.contestants import learned_with
+from meta_train.judging import arena_report as evaluate
+from meta_train.judging.arenas import Arena
+from meta_train.judging.baselines import CLASSIFICATION, FIXED, QUADRATIC, QUARTIC, UNTUNED, Setting, best_setting, settings
+from meta_train.judging.contestants import learned_with
 from meta_train.tasks import Quadratic
 from tests.cases import small_rule
 

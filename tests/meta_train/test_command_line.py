@@ -9,13 +9,13 @@ from learned_optim import Weights, available_weights
 from learned_optim.weights import write_weights
 from meta_train import __main__ as command_line
 from meta_train.__main__ import main
-from meta_train.arenas import ARENAS, Arena
-from meta_train.baselines import Setting, settings
-from meta_train.publish import publish
-from meta_train.recipe import parse_recipe
+from meta_train.judging.arenas import ARENAS, Arena
+from meta_train.judging.baselines import Setting, settings
 from meta_train.rows import read_rows, write_rows
-from meta_train.run_dir import RunDir, training_table
 from meta_train.tasks import Quadratic
+from meta_train.training.publish import publish
+from meta_train.training.recipe import parse_recipe
+from meta_train.training.run_dir import RunDir, training_table
 from tests.cases import small_rule
 from tests.meta_train.test_recipe import TINY
 

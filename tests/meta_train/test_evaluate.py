@@ -6,15 +6,16 @@ import torch
 from msgspec.structs import replace
 
 from learned_optim import Weights
-from meta_train import evaluate, figures
 from meta_train.__main__ import main
-from meta_train.arenas import ARENAS, Arena
-from meta_train.baselines import FIXED, Setting, best_setting, rates, settings
-from meta_train.publish import publish
-from meta_train.responses import probe
+from meta_train.evidence import figures
+from meta_train.evidence.responses import probe
+from meta_train.judging import arena_report as evaluate
+from meta_train.judging.arenas import ARENAS, Arena
+from meta_train.judging.baselines import FIXED, Setting, best_setting, rates, settings
 from meta_train.rows import read_rows, write_judgement, write_rows
-from meta_train.run_dir import RunDir
 from meta_train.tasks import NeuralArt, Quadratic, Quartic
+from meta_train.training.publish import publish
+from meta_train.training.run_dir import RunDir
 from meta_train.workers import Workers
 from tests.cases import small_rule
 from tests.meta_train.pictures import NETWORK, make_data

@@ -9,9 +9,9 @@ import pytest
 
 from learned_optim import Weights
 from meta_train.__main__ import main
-from meta_train.evidence import RESULTS, evidence
+from meta_train.evidence.cards import RESULTS, evidence
 from meta_train.rows import write_rows
-from meta_train.run_dir import RunDir
+from meta_train.training.run_dir import RunDir
 from tests.cases import small_rule
 from tests.hub_stand_in import NEW, REPO, Hub, close_session, redirect, serve
 from tests.meta_train.test_recipe import TINY

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from meta_train.baselines import Setting
-from meta_train.judging.suite import SUITES, Runner, Suite, _setting
-from meta_train.judging.task import Case, JudgingTask, regression_loss, train_case
+from meta_train.judging.baselines import Setting
+from meta_train.judging.runner import SUITES, Runner, Suite, _setting
+from meta_train.judging.trial import train_case
+from meta_train.tasks.case import Case, JudgingTask, regression_loss
 
 HELD_OUT = (torch.ones(4, 2), torch.ones(4, 1))
 

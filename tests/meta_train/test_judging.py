@@ -8,15 +8,16 @@ import torch
 from torch import nn
 
 from meta_train.__main__ import main
-from meta_train.baselines import Setting
-from meta_train.judging.held_out_kinds import HELD_OUT_KINDS, LONG_KINDS
-from meta_train.judging.models import CharLSTM, CharTransformer, VisionTransformer, conv_net, mlp
+from meta_train.judging.baselines import Setting
 from meta_train.judging.real_data import prepared
 from meta_train.judging.report import Report, judge_suite, read_baselines
+from meta_train.judging.runner import SUITES, Runner, Suite, learned, smoothed_final
 from meta_train.judging.stress import stress_tasks
-from meta_train.judging.suite import SUITES, Runner, Suite, learned, smoothed_final
-from meta_train.judging.task import Case, JudgingTask, regression_loss, train_case
+from meta_train.judging.trial import train_case
 from meta_train.rows import read_rows, write_judgement
+from meta_train.tasks.case import Case, JudgingTask, regression_loss
+from meta_train.tasks.held_out import HELD_OUT_KINDS, LONG_KINDS
+from meta_train.tasks.modules import CharLSTM, CharTransformer, VisionTransformer, conv_net, mlp
 
 
 def _line(seed: int) -> Case:
@@ -69,7 +70,7 @@ def test_tuning_extends_the_grid_until_the_best_rate_lies_inside(runner):
 def test_only_what_changed_is_run_again(runner, monkeypatch):
     judge_suite(runner, [learned("default")], seeds=(0, 1))
     calls = []
-    monkeypatch.setattr("meta_train.judging.suite.train_case", lambda *args: calls.append(args))
+    monkeypatch.setattr("meta_train.judging.runner.train_case", lambda *args: calls.append(args))
     judge_suite(runner, [learned("default")], seeds=(0, 1))
     assert not calls
     kept = {run.file(runner.cache, LINE) for run in runner.runs_of(learned("default"), LINE, (0,))}

@@ -8,17 +8,18 @@ import torch
 from torch import nn
 
 from learned_optim import Weights
-from meta_train import evaluate
-from meta_train.arenas import ARENAS, Arena
-from meta_train.baselines import Setting
-from meta_train.judging.held_out_kinds import HELD_OUT_KINDS
+from meta_train.judging import arena_report as evaluate
+from meta_train.judging.arenas import ARENAS, Arena
+from meta_train.judging.baselines import Setting
 from meta_train.judging.real import real_tasks
 from meta_train.judging.report import judge_suite
-from meta_train.judging.suite import SEEDS, SUITES, TUNING_SEED, Learned, Run, Runner, Suite, learned
-from meta_train.judging.task import Case, JudgingTask, Outcome, regression_loss
-from meta_train.outer_loop import MetaTraining, validate
-from meta_train.recipe import parse_recipe, read_recipe
+from meta_train.judging.runner import SEEDS, SUITES, TUNING_SEED, Learned, Run, Runner, Suite, learned
+from meta_train.judging.trial import Outcome
 from meta_train.tasks import Cifar, Mnist, NeuralArt, Optimizee, Quadratic, Quartic, derive_seed
+from meta_train.tasks.case import Case, JudgingTask, regression_loss
+from meta_train.tasks.held_out import HELD_OUT_KINDS
+from meta_train.training.outer_loop import MetaTraining, validate
+from meta_train.training.recipe import parse_recipe, read_recipe
 from tests.cases import small_rule
 from tests.meta_train.test_recipe import TINY, WEIGHTS
 
@@ -196,7 +197,7 @@ def test_the_suite_for_choosing_and_the_one_for_judging_share_no_task(
 ) -> None:
     chosen = {task.name for task in SUITES["held-out-kinds"].tasks(tmp_path, None)}
     data = {"adult_x": torch.zeros(1, 3)}
-    monkeypatch.setattr("meta_train.judging.suite.prepared", lambda *_: (data, "fingerprint of the data"))
+    monkeypatch.setattr("meta_train.judging.runner.prepared", lambda *_: (data, "fingerprint of the data"))
     judging = SUITES["judge"].tasks(tmp_path, None)
     assert len(judging) == 13
     assert {task.data for task in judging} == {"fingerprint of the data"}

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer, UpdateRule
-from learned_optim.backends import native as native_backend
+from learned_optim.backends.native import step as native_backend
 from learned_optim.rules import plain_adam
-from meta_train import meta_gradient
-from meta_train.inner_steps import CompiledSteps, PlainSteps, plain_step, scale_bounds, tensor_scales
-from meta_train.meta_gradient import (
+from meta_train.tasks import Optimizee, Quadratic, Quartic, module_optimizee, seeded
+from meta_train.training import meta_gradient
+from meta_train.training.inner_steps import CompiledSteps, PlainSteps, plain_step, scale_bounds, tensor_scales
+from meta_train.training.meta_gradient import (
     Carry,
     Sample,
     backpropagate,
@@ -23,7 +24,6 @@ from meta_train.meta_gradient import (
     start_episode,
     unroll,
 )
-from meta_train.tasks import Optimizee, Quadratic, Quartic, module_optimizee, seeded
 from tests.cases import RULE_CASES, small_rule
 
 

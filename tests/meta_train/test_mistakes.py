@@ -9,12 +9,12 @@ import pytest
 
 from learned_optim import Weights
 from meta_train import __main__ as command_line
-from meta_train import evaluate
 from meta_train.__main__ import main
-from meta_train.judging.suite import SUITES, Runner
-from meta_train.recipe import parse_recipe
+from meta_train.judging import arena_report as evaluate
+from meta_train.judging.runner import SUITES, Runner
 from meta_train.rows import Rows, write_rows
-from meta_train.run_dir import ENVIRONMENT, METRICS, RunDir
+from meta_train.training.recipe import parse_recipe
+from meta_train.training.run_dir import ENVIRONMENT, METRICS, RunDir
 from tests.cases import small_rule
 from tests.meta_train.test_judging import TINY as SUITE
 from tests.meta_train.test_recipe import TINY

@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from meta_train import evaluate
 from meta_train.__main__ import main
-from meta_train.arenas import ARENAS, Arena
-from meta_train.baselines import LBFGS_STEPS, Setting, settings
-from meta_train.meta_gradient import loss_and_grad
+from meta_train.judging import arena_report as evaluate
+from meta_train.judging.arenas import ARENAS, Arena
+from meta_train.judging.baselines import LBFGS_STEPS, Setting, settings
 from meta_train.rows import read_rows
 from meta_train.tasks import NeuralArt, features
 from meta_train.tasks.features import Conv, Network, feature_extractor, read_network
 from meta_train.tasks.neural_art import Split, gram
+from meta_train.training.meta_gradient import loss_and_grad
 from tests.meta_train.pictures import DESCRIPTION, NETWORK, make_data
 from tests.meta_train.test_recipe import TINY
 

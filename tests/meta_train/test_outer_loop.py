@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from learned_optim.weights import resolve_weights
-from meta_train import episodes, outer_loop
-from meta_train.episodes import OBJECTIVES, meta_loss, whole_episode
-from meta_train.meta_gradient import Sample, backpropagate, roll_out, sample_coordinates, start_episode
-from meta_train.outer_loop import MetaTraining, cosine, validate
-from meta_train.recipe import OuterLoop, parse_recipe
 from meta_train.tasks import Optimizee, Quadratic, derive_seed, seeded
+from meta_train.training import episodes, outer_loop
+from meta_train.training.episodes import OBJECTIVES, meta_loss, whole_episode
+from meta_train.training.meta_gradient import Sample, backpropagate, roll_out, sample_coordinates, start_episode
+from meta_train.training.outer_loop import MetaTraining, cosine, validate
+from meta_train.training.recipe import OuterLoop, parse_recipe
 from tests.cases import RULE_CASES, small_rule
 from tests.meta_train.test_recipe import FROM_DEFAULT, TINY
 

@@ -9,19 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer, Weights
-from learned_optim.backends import native as native_backend
-from meta_train import evaluate, meta_gradient
+from learned_optim.backends.native import step as native_backend
 from meta_train.__main__ import main
-from meta_train.arenas import ARENAS, Arena
-from meta_train.baselines import Setting
-from meta_train.contestants import WeightsOfParts
-from meta_train.evidence import evidence
-from meta_train.meta_gradient import Sample, backpropagate, roll_out, start_episode, unroll
-from meta_train.parts import Parts, members, part_of
-from meta_train.publish import publish
+from meta_train.evidence.cards import evidence
+from meta_train.judging import arena_report as evaluate
+from meta_train.judging.arenas import ARENAS, Arena
+from meta_train.judging.baselines import Setting
+from meta_train.judging.contestants import WeightsOfParts
 from meta_train.rows import read_rows
-from meta_train.run_dir import RunDir
 from meta_train.tasks import Optimizee, seeded
+from meta_train.training import meta_gradient
+from meta_train.training.meta_gradient import Sample, backpropagate, roll_out, start_episode, unroll
+from meta_train.training.parts import Parts, members, part_of
+from meta_train.training.publish import publish
+from meta_train.training.run_dir import RunDir
 from tests.cases import RULE_CASES, small_rule
 from tests.meta_train.test_meta_gradient import gradients, objective, relative_error
 from tests.meta_train.test_recipe import TINY
@@ -119,7 +120,7 @@ class Two:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("meta_train.outer_loop.with_data", lambda task, data: Two())
+    monkeypatch.setattr("meta_train.training.outer_loop.with_data", lambda task, data: Two())
     (tmp_path / "recipe.toml").write_text(RECIPE)
     assert main(["train", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run")]) == 0
     return tmp_path

@@ -9,11 +9,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from learned_optim import Weights
-from meta_train import evaluate, provenance
+from meta_train import provenance
 from meta_train.__main__ import main
-from meta_train.arenas import ARENAS, Arena
-from meta_train.baselines import Setting, settings
-from meta_train.judging.suite import SUITES, Run, Runner
+from meta_train.judging import arena_report as evaluate
+from meta_train.judging.arenas import ARENAS, Arena
+from meta_train.judging.baselines import Setting, settings
+from meta_train.judging.runner import SUITES, Run, Runner
 from meta_train.provenance import elsewhere, here, read_environment
 from meta_train.tasks import Quadratic
 from tests.cases import small_rule
@@ -65,7 +66,7 @@ def test_tables_of_kept_runs_say_where_those_were_made(what: str, tmp_path: Path
         return json.loads((tmp_path / out / "environment.json").read_text()).get("made")
 
     with monkeypatch.context() as elsewhere_now:
-        for module in ("evaluate", "judging.suite", "provenance"):
+        for module in ("judging.arena_report", "judging.runner", "provenance"):
             elsewhere_now.setattr(f"meta_train.{module}.here", lambda: THERE)
         assert made("there", "mine") is None
     there = made("kept", "mine")

@@ -5,7 +5,7 @@ import pytest
 
 from learned_optim.rules import AdamModulationRule
 from learned_optim.weights import resolve_weights
-from meta_train.recipe import Phase, parse_recipe, read_recipe
+from meta_train.training.recipe import Phase, parse_recipe, read_recipe
 
 WEIGHTS = Path(__file__).parent.parent.parent / "learned_optim" / "weights"
 TINY = """

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from meta_train.baselines import Setting
-from meta_train.evidence import RESULTS
+from meta_train.evidence.cards import RESULTS
+from meta_train.judging.baselines import Setting
 from meta_train.judging.report import Report, _ratios, _summary, judge_suite
-from meta_train.judging.suite import SEEDS, TUNING_SEED, Contestant, Learned, Run, Runner, Suite, smoothed_final
-from meta_train.judging.task import Case, JudgingTask, Outcome
+from meta_train.judging.runner import SEEDS, TUNING_SEED, Contestant, Learned, Run, Runner, Suite, smoothed_final
+from meta_train.judging.trial import Outcome
 from meta_train.rows import read_rows, write_rows
+from meta_train.tasks.case import Case, JudgingTask
 
 MINE, ADAM = Learned("mine", "mine", "0" * 64), Setting("Adam", 1e-3)
 HORIZON = 20

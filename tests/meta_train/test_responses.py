@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from learned_optim import Weights, build_rule
-from meta_train import responses as module
 from meta_train.__main__ import main
-from meta_train.responses import responses
+from meta_train.evidence import responses as module
+from meta_train.evidence.responses import responses
 
 
 @pytest.fixture

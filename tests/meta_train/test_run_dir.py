@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from learned_optim.weights import read_weights
-from meta_train.outer_loop import MetaTraining
-from meta_train.recipe import parse_recipe
-from meta_train.run_dir import BEST, LAST, METRICS, RunDir
 from meta_train.tasks import derive_seed
+from meta_train.training.outer_loop import MetaTraining
+from meta_train.training.recipe import parse_recipe
+from meta_train.training.run_dir import BEST, LAST, METRICS, RunDir
 from tests.meta_train.test_recipe import TINY
 
 MIXTURE = TINY.replace('name = "quadratic"\ndimension = 3\nfunctions = 4', 'name = "mixture"\nproblems = 2').replace(
@@ -23,7 +23,7 @@ MIXTURE = TINY.replace('name = "quadratic"\ndimension = 3\nfunctions = 4', 'name
 TRAIN = """
 import sys, time, torch
 torch.set_num_threads(1)
-from meta_train.run_dir import RunDir
+from meta_train.training.run_dir import RunDir
 for record in RunDir(sys.argv[1], open(sys.argv[2]).read()).train(checkpoint_every=3):
     print(record.step, flush=True)
     time.sleep(0.02)

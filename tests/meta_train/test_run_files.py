@@ -12,11 +12,12 @@ import torch
 
 from learned_optim import Weights
 from learned_optim.weights import resolve_weights
-from meta_train import figures, files
+from meta_train import files
+from meta_train.evidence import figures
 from meta_train.files import write_atomically
 from meta_train.provenance import environment
-from meta_train.publish import publish
-from meta_train.run_dir import (
+from meta_train.training.publish import publish
+from meta_train.training.run_dir import (
     BEST,
     CHECKPOINT,
     COST,
@@ -190,7 +191,8 @@ def test_one_process_at_a_time_has_a_run(tmp_path: Path) -> None:
         command = [sys.executable, "-c", f"import sys; from pathlib import Path; {code}", tmp_path]
         return subprocess.run(command, capture_output=True, text=True, check=False).stderr.strip().rpartition("\n")[2]
 
-    train = "from meta_train.run_dir import RunDir; RunDir(sys.argv[1], (Path(sys.argv[1]) / 'recipe.toml').read_text())"
+    start = "RunDir(sys.argv[1], (Path(sys.argv[1]) / 'recipe.toml').read_text())"
+    train = f"from meta_train.training.run_dir import RunDir; {start}"
     lock = "from meta_train.files import lock; lock(Path(sys.argv[1]))"
     assert elsewhere(train) == elsewhere(lock) == f"ValueError: {message}"
     again = RunDir(tmp_path, TINY)  # This process may, as in a notebook whose cell is run again.

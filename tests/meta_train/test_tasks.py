@@ -2,12 +2,12 @@ import pytest
 import torch
 from torch import nn
 
-from meta_train.judging.held_out_kinds import HELD_OUT_KINDS, HeldOut
-from meta_train.judging.task import train_case
-from meta_train.meta_gradient import loss_and_grad
+from meta_train.judging.trial import train_case
 from meta_train.tasks import Mixture, Optimizee, Quadratic, Quartic, module_optimizee
+from meta_train.tasks.held_out import HELD_OUT_KINDS, HeldOut
 from meta_train.tasks.mixture import KINDS, rescale
 from meta_train.tasks.models import Norm
+from meta_train.training.meta_gradient import loss_and_grad
 
 
 @pytest.mark.parametrize("kind", KINDS)

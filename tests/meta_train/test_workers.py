@@ -15,11 +15,11 @@ from torch import Tensor
 
 from meta_train import __main__ as command_line
 from meta_train.__main__ import main
-from meta_train.arenas import ARENAS
-from meta_train.outer_loop import MetaTraining
-from meta_train.publish import publish
-from meta_train.recipe import parse_recipe
-from meta_train.run_dir import BEST, LAST, METRICS, RunDir
+from meta_train.judging.arenas import ARENAS
+from meta_train.training.outer_loop import MetaTraining
+from meta_train.training.publish import publish
+from meta_train.training.recipe import parse_recipe
+from meta_train.training.run_dir import BEST, LAST, METRICS, RunDir
 from meta_train.workers import Workers
 from tests.meta_train.test_command_line import ARENA
 from tests.meta_train.test_outer_loop import STAGE

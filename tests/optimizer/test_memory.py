@@ -11,7 +11,7 @@ from cases import SHAPES, assert_identical, copies, draw_gradients, make_params,
 from torch import nn
 
 from learned_optim import LearnedOptimizer, UpdateRule, state_bytes
-from learned_optim.backends import native
+from learned_optim.backends.native import step as native
 
 DTYPES: list[dict[str, Any]] = [
     {},
@@ -101,7 +101,7 @@ def test_neither_chunks_nor_neighbours_nor_order_change_a_bit(
             params[0].grad = gradient if params[0] is not shuffled else gradient.view(-1)[order]
             optimizer.step()
         results.append(optimizer.state[params[0]])
-        monkeypatch.setattr("learned_optim.backends.chunks.CHUNK", chunk)
+        monkeypatch.setattr("learned_optim.backends.reference.CHUNK", chunk)
     together, single, permuted = ({n: v.view(24, -1) for n, v in s.items() if n != "step"} for s in results)
     for name, values in together.items():
         assert_close_in_storage(single[name], values)

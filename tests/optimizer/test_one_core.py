@@ -28,7 +28,7 @@ def by_hand(rule: UpdateRule, start: Tensor, gradients: list[Tensor]) -> tuple[T
 def test_ten_steps_equal_the_rule_called_by_hand(
     rule: UpdateRule, chunk: int, dtype: torch.dtype, tolerance: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("learned_optim.backends.chunks.CHUNK", chunk)
+    monkeypatch.setattr("learned_optim.backends.reference.CHUNK", chunk)
     params, start = make_params(dtype=dtype), make_params(dtype=dtype)
     optimizer = LearnedOptimizer(params, weights=rule)
     take_steps(optimizer, params, STEPS)

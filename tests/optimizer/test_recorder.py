@@ -10,7 +10,7 @@ from cases import assert_identical, draw_gradients, make_params, memories, small
 from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer, Recorder, UpdateRule
-from learned_optim.backends.native_lstm import native_available
+from learned_optim.backends.native.sequence import native_available
 
 FIGURES = {"update_ratio", "cosine_descent", "cosine_adam", "saturation", "skipped", "at_rest"}
 BACKENDS = ["reference", pytest.param("native", marks=pytest.mark.skipif(not native_available(), reason="not built"))]

@@ -342,7 +342,7 @@ def strided(values: Tensor, kind: str) -> Tensor:
 def test_memory_layout_changes_nothing(
     rule: UpdateRule, kind: str, strided_gradient: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("learned_optim.backends.chunks.CHUNK", chunk)
+    monkeypatch.setattr("learned_optim.backends.reference.CHUNK", chunk)
     (plain,) = make_params([(2, 3, 2, 4)])
     other = nn.Parameter(strided(plain.detach(), kind))
     assert not other.is_contiguous()

@@ -7,7 +7,7 @@ from torch import nn
 
 from learned_optim import LearnedOptimizer, UpdateRule, Weights
 from learned_optim.backends import backend_in_use
-from learned_optim.backends.native_lstm import native_available
+from learned_optim.backends.native.sequence import native_available
 
 
 def columns(line: str) -> list[str]:

@@ -25,14 +25,15 @@ from torch.optim.optimizer import ParamsT
 
 from learned_optim import LearnedOptimizer
 from learned_optim.weights import Weights, resolve_weights
-from meta_train.baselines import Setting
 from meta_train.files import write_atomically
-from meta_train.judging.held_out_kinds import HELD_OUT_KINDS, LONG_KINDS
+from meta_train.judging.baselines import Setting
 from meta_train.judging.real import real_tasks
 from meta_train.judging.real_data import prepared
 from meta_train.judging.stress import stress_tasks
-from meta_train.judging.task import JudgingTask, Outcome, train_case
+from meta_train.judging.trial import Outcome, train_case
 from meta_train.provenance import here
+from meta_train.tasks.case import JudgingTask
+from meta_train.tasks.held_out import HELD_OUT_KINDS, LONG_KINDS
 from meta_train.workers import Workers
 
 TUNING_SEED = 1000

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from learned_optim.weights import Weights
-from meta_train.arenas import ARENAS
-from meta_train.contestants import LEARNED
+from meta_train.judging.arenas import ARENAS
+from meta_train.judging.contestants import LEARNED
 from meta_train.rows import read_rows
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
 def evidence(weights: Weights, results: str | Path = RESULTS) -> str:

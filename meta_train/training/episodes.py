@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from learned_optim.rules import UpdateRule
-from meta_train.meta_gradient import (
+from meta_train.tasks import Optimizee, Task, derive_seed, seeded
+from meta_train.training.meta_gradient import (
     Carry,
     Objective,
     Sample,
@@ -23,9 +24,8 @@ from meta_train.meta_gradient import (
     start_episode,
     unroll,
 )
-from meta_train.parts import AnyRule
-from meta_train.recipe import Evolution, OuterLoop, Phase
-from meta_train.tasks import Optimizee, Task, derive_seed, seeded
+from meta_train.training.parts import AnyRule
+from meta_train.training.recipe import Evolution, OuterLoop, Phase
 
 
 class Episode:
@@ -78,7 +78,7 @@ class GradientEstimate:
     """What one episode says of the meta-gradient, in one outer step.
 
     Args:
-        meta_loss: As :class:`~meta_train.outer_loop.OuterStep` has it.
+        meta_loss: As :class:`~meta_train.training.outer_loop.OuterStep` has it.
         grads: The meta-gradient, in the order of the rule's parameters.
         episode: Where it goes on; None if it is over.
     """

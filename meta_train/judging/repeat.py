@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from meta_train.contestants import AnyWeights, of_all_parts
-from meta_train.outer_loop import MetaTraining
-from meta_train.parts import Parts, members
-from meta_train.recipe import parse_recipe
+from meta_train.judging.contestants import AnyWeights, of_all_parts
+from meta_train.training.outer_loop import MetaTraining
+from meta_train.training.parts import Parts, members
+from meta_train.training.recipe import parse_recipe
 from meta_train.workers import Each
 
 TOLERANCE = 0.03

@@ -12,8 +12,8 @@ from torch.optim.optimizer import ParamsT
 
 from learned_optim import LearnedOptimizer
 from learned_optim.weights import Weights, resolve_weights
-from meta_train.baselines import MakeOptimizer, Setting
-from meta_train.parts import part_of
+from meta_train.judging.baselines import MakeOptimizer, Setting
+from meta_train.training.parts import part_of
 
 LEARNED = "LSTM"
 """How tables call a learned rule, before its name."""

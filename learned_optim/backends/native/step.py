@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from learned_optim.backends import chunks
-from learned_optim.backends.chunks import PLAIN_TENSORS, StepItem
-from learned_optim.backends.native_library import AVAILABLE, call, pointer
+from learned_optim.backends import reference
+from learned_optim.backends.items import PLAIN_TENSORS, StepItem
+from learned_optim.backends.native.library import AVAILABLE, call, pointer
 from learned_optim.rules import AdamModulationRule, PaperRule, UpdateRule
 from learned_optim.rules.adam_modulation import AdamModulationConfig
 from learned_optim.rules.paper import PaperRuleConfig
@@ -89,7 +89,7 @@ def supports(rule: UpdateRule) -> bool:
 def apply_step(
     rule: UpdateRule, items: Sequence[StepItem], *, lr: Tensor | float, weight_decay: float, maximize: bool
 ) -> None:
-    """Apply one inner step in place, like :func:`learned_optim.backends.chunks.apply_step`.
+    """Apply one inner step in place, like :func:`learned_optim.backends.reference.apply_step`.
 
     Args:
         rule: One that :func:`supports` accepts, frozen.
@@ -101,7 +101,7 @@ def apply_step(
     taken = [takes(rule, item) for item in items]
     others = [item for item, taking in zip(items, taken, strict=True) if not taking]
     if others:
-        chunks.apply_step(rule, others, lr=lr, weight_decay=weight_decay, maximize=maximize)
+        reference.apply_step(rule, others, lr=lr, weight_decay=weight_decay, maximize=maximize)
     items = [item for item, taking in zip(items, taken, strict=True) if taking]
     for eight_bit in (False, True):
         if alike := [item for item in items if (item.memory["hidden"].dtype == torch.int8) == eight_bit]:

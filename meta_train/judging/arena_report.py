@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from meta_train.arenas import ARENAS, Arena
-from meta_train.baselines import MakeOptimizer, Setting, best_setting
-from meta_train.contestants import LEARNED, AnyWeights, Contestant, learned_with
 from meta_train.files import write_atomically
+from meta_train.judging.arenas import ARENAS, Arena
+from meta_train.judging.baselines import MakeOptimizer, Setting, best_setting
+from meta_train.judging.contestants import LEARNED, AnyWeights, Contestant, learned_with
 from meta_train.provenance import here, read_environment
 from meta_train.rows import Row, Rows, read_rows, rounded
 from meta_train.tasks import Mnist, Optimizee, Task, derive_seed

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from learned_optim.backends import chunks
-from learned_optim.backends.chunks import PLAIN_TENSORS, StepItem
+from learned_optim.backends import reference
+from learned_optim.backends.items import PLAIN_TENSORS, StepItem
 from learned_optim.rules import AdamModulationConfig, AdamModulationRule, PaperRule, PaperRuleConfig, UpdateRule
 from learned_optim.rules.storage import CELL_SCALE, names
 
@@ -106,7 +106,7 @@ def supports(rule: UpdateRule) -> bool:
 def apply_step(
     rule: UpdateRule, items: Sequence[StepItem], *, lr: Tensor | float, weight_decay: float, maximize: bool
 ) -> None:
-    """Apply one inner step in place, like :func:`learned_optim.backends.chunks.apply_step`.
+    """Apply one inner step in place, like :func:`learned_optim.backends.reference.apply_step`.
 
     Args:
         rule: One that :func:`supports` accepts, frozen.
@@ -121,7 +121,7 @@ def apply_step(
         alike[_types(rule, item)].append(item)
     for types, group in alike.items():
         if types is None:
-            chunks.apply_step(rule, group, lr=lr, weight_decay=weight_decay, maximize=maximize)
+            reference.apply_step(rule, group, lr=lr, weight_decay=weight_decay, maximize=maximize)
         else:
             kept = names(rule, group[0].memory)
             program.run(types, kept, group, _values(rule, group, lr, weight_decay), maximize)
@@ -248,7 +248,7 @@ class Program:
         """Launch the kernel for tensors of the same element types, whose memory consists of what is ``kept``."""
         import triton.language as tl
 
-        from learned_optim.backends.triton_kernels import step_kernel
+        from learned_optim.backends.triton.kernels import step_kernel
 
         # The kernel reads and writes flat tensors; a copy stands in for one that is not.
         params = [item.param.resolve_neg().contiguous() for item in items]

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from learned_optim.weights import resolve_weights
-from meta_train.episodes import Episode, GradientEstimate, antithetic_pair, truncation, whole_episode
-from meta_train.parts import AnyRule, members
-from meta_train.recipe import Horizons, Phase, Recipe
 from meta_train.tasks import Task, derive_seed, with_data
+from meta_train.training.episodes import Episode, GradientEstimate, antithetic_pair, truncation, whole_episode
+from meta_train.training.parts import AnyRule, members
+from meta_train.training.recipe import Horizons, Phase, Recipe
 from meta_train.workers import Each
 
 
@@ -28,7 +28,7 @@ class OuterStep:
     Args:
         step: Outer steps so far, from 1.
         meta_loss: Mean over episodes: of the losses, or of ``log(loss / initial loss)``, as the objective says; while a
-            teacher is imitated, the distance from it (:func:`~meta_train.meta_gradient.imitate`).
+            teacher is imitated, the distance from it (:func:`~meta_train.training.meta_gradient.imitate`).
         grad_norm: Norm of the meta-gradient before clipping.
         lr: Rate used.
         validation: Validation figure, where this step validated; lower is better.
@@ -256,7 +256,8 @@ def validate(rule: AnyRule, task: Task, recipe: Recipe, horizon: Horizons | None
         each: Goes over the episodes.
 
     Returns:
-        Mean of :func:`~meta_train.episodes.whole_episode` over optimizees; infinite if any diverges. Lower is better.
+        Mean of :func:`~meta_train.training.episodes.whole_episode` over optimizees; infinite if any
+        diverges. Lower is better.
     """
     horizon = horizon or recipe.validation.horizon
     horizons = horizon if isinstance(horizon, tuple) else (horizon,)

@@ -1,4 +1,6 @@
-"""The tables of README and docs, made from committed CSVs: ``python -m meta_train.tables`` writes them, a test compares.
+"""The tables of README and docs, made from committed CSVs.
+
+``python -m meta_train.evidence.tables`` writes them, and a test compares.
 
 A table stands between ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->``.
 """
@@ -14,12 +16,12 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from meta_train.contestants import LEARNED
-from meta_train.evidence import RESULTS, cell, comparison, where
+from meta_train.evidence.cards import RESULTS, cell, comparison, where
 from meta_train.files import write_atomically
+from meta_train.judging.contestants import LEARNED
 from meta_train.rows import read_rows
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def _evaluation(results: Path) -> tuple[list[dict[str, str]], dict[str, Any]]:

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
-from meta_train.judging.models import CharLSTM, CharTransformer, VisionTransformer, conv_net, mlp
-from meta_train.judging.task import Batch, Case, JudgingTask, Loss, classification_loss, regression_loss
+from meta_train.tasks.case import Batch, Case, JudgingTask, Loss, classification_loss, regression_loss
 from meta_train.tasks.data import Stream, cluster_stream, digit_stream, language_stream, regression_stream
+from meta_train.tasks.modules import CharLSTM, CharTransformer, VisionTransformer, conv_net, mlp
 from meta_train.tasks.task import Optimizee, module_optimizee, seeded
 
 HORIZONS = (200, 1000)

@@ -22,11 +22,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from learned_optim.backends.native_lstm import native_sequence, native_supports
+from learned_optim.backends.native.sequence import native_sequence, native_supports
 from learned_optim.rules import Memory, UpdateRule
-from meta_train.inner_steps import Lesson, inner_steps, plain_step, scale_bounds, tensor_scales
-from meta_train.parts import AnyRule, first, members, parts_of
 from meta_train.tasks.task import Optimizee
+from meta_train.training.inner_steps import Lesson, inner_steps, plain_step, scale_bounds, tensor_scales
+from meta_train.training.parts import AnyRule, first, members, parts_of
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """From losses ``(K, P)`` of a truncation and initial losses ``(P,)`` to weights w_t ``(K, P)``, constants."""

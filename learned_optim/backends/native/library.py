@@ -25,7 +25,7 @@ ARGUMENTS = {
 }
 """Every function of the library."""
 
-SOURCES = Path(__file__).parent / "native"
+SOURCES = Path(__file__).parent
 
 
 def source_digest(folder: Path = SOURCES) -> str | None:

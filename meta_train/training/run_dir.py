@@ -23,10 +23,10 @@ import torch
 
 from learned_optim.weights import Weights, resolve_weights, write_weights
 from meta_train.files import lock, unlock, write_atomically
-from meta_train.outer_loop import MetaTraining, OuterStep
-from meta_train.parts import AnyRule, members
 from meta_train.provenance import WHERE, environment, read_environment
-from meta_train.recipe import Recipe, parse_recipe
+from meta_train.training.outer_loop import MetaTraining, OuterStep
+from meta_train.training.parts import AnyRule, members
+from meta_train.training.recipe import Recipe, parse_recipe
 from meta_train.workers import Each
 
 RECIPE, ENVIRONMENT, METRICS, CHECKPOINT = "recipe.toml", "environment.json", "metrics.jsonl", "checkpoint.pt"

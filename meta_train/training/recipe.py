@@ -11,10 +11,10 @@ import msgspec
 
 from learned_optim.rules import UpdateRule, build_rule, plain_adam
 from learned_optim.weights import resolve_weights
-from meta_train.judging.held_out_kinds import HeldOut
-from meta_train.parts import AnyRule, Parts, first, part_of
 from meta_train.tasks import TaskRecipe
+from meta_train.tasks.held_out import HeldOut
 from meta_train.tasks.task import Count, NotNegative, Positive
+from meta_train.training.parts import AnyRule, Parts, first, part_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -255,7 +255,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             **options: In place of those of meta-training; for use, those of ``use``.
 
         Returns:
-            The rule, or :class:`~meta_train.parts.Parts`.
+            The rule, or :class:`~meta_train.training.parts.Parts`.
 
         Raises:
             ValueError: If the rule's family or an option is unknown, or a value has no meaning.

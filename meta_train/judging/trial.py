@@ -1,57 +1,18 @@
-"""What a rule is judged on: an ordinary module, its loss, its minibatches and its held-out examples."""
+"""One training run of a judged optimizer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from meta_train.baselines import MakeOptimizer
-
-Batch = tuple[Tensor, Tensor]
-Loss = Callable[[nn.Module, Batch], Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One training run waiting for an optimizer.
-
-    Args:
-        module: Freshly initialised.
-        loss: From module and minibatch to a 0-dim loss.
-        next_batch: Draws a minibatch from a generator.
-        held_out: Examples that are never trained on; empty where there are none.
-    """
-
-    module: nn.Module
-    loss: Loss
-    next_batch: Callable[[torch.Generator], Batch]
-    held_out: Sequence[Batch] = ()
-
-
-@dataclass(frozen=True)
-class JudgingTask:
-    """A kind of case.
-
-    Args:
-        name: In tables.
-        about: What is trained on what, in one line.
-        make: From a seed to a case; the caller seeds torch's generator for the initialisation.
-        horizons: Inner steps after which it is looked at.
-        data: Fingerprint of its data, where they are not made from the seed.
-    """
-
-    name: str
-    about: str
-    make: Callable[[int], Case]
-    horizons: tuple[int, ...] = (200, 1000, 5000)
-    data: str = ""
+from meta_train.judging.baselines import MakeOptimizer
+from meta_train.tasks.case import Case, JudgingTask
 
 
 @dataclass(frozen=True)
@@ -65,17 +26,6 @@ class Outcome:
 
     losses: Tensor
     held_out: dict[int, float] = field(default_factory=dict)
-
-
-def classification_loss(module: nn.Module, batch: Batch) -> Tensor:
-    """Return the mean cross entropy of one or many labels an example."""
-    logits = module(batch[0])
-    return F.cross_entropy(logits.flatten(0, -2), batch[1].flatten())
-
-
-def regression_loss(module: nn.Module, batch: Batch) -> Tensor:
-    """Return the mean squared error."""
-    return F.mse_loss(module(batch[0]), batch[1])
 
 
 def train_case(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from learned_optim.backends.native_library import AVAILABLE, call
+from learned_optim.backends.native.library import AVAILABLE, call
 from learned_optim.rules.lstm import Carry
 
 MAX_LAYERS = 16

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from meta_train.baselines import (
+from meta_train.judging.baselines import (
     CIFAR,
     CIFAR_TWO,
     CLASSIFICATION,

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learned_optim.backends.chunks import PLAIN_TENSORS, StepItem, overlap
-from learned_optim.backends.native import VALUE_TYPES, Table, describe, packed, struct, supports, takes
-from learned_optim.backends.native_library import AVAILABLE, LIBRARY, pointer
+from learned_optim.backends.items import PLAIN_TENSORS, StepItem, overlap
+from learned_optim.backends.native.library import AVAILABLE, LIBRARY, pointer
+from learned_optim.backends.native.step import VALUE_TYPES, Table, describe, packed, struct, supports, takes
 from learned_optim.rules import UpdateRule
 from learned_optim.rules.storage import names
 

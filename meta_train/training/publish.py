@@ -9,9 +9,9 @@ from pathlib import Path
 from learned_optim.weights import Weights, read_weights, write_weights
 from meta_train.files import write_atomically
 from meta_train.provenance import read_environment
-from meta_train.run_dir import BEST, COST, ENVIRONMENT, RECIPE, of_part
+from meta_train.training.run_dir import BEST, COST, ENVIRONMENT, RECIPE, of_part
 
-WEIGHTS_DIR = Path(__file__).parent.parent / "learned_optim" / "weights"
+WEIGHTS_DIR = Path(__file__).parents[2] / "learned_optim" / "weights"
 
 
 def publish(run: str | Path, name: str, to: str | Path = WEIGHTS_DIR) -> list[Path]:

@@ -7,11 +7,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from learned_optim.backends import native
+from learned_optim.backends.native import step as native
 from learned_optim.rules import Memory, UpdateRule
 from learned_optim.rules.storage import names
-from meta_train.parts import AnyRule, first, members, parts_of
 from meta_train.tasks.task import Optimizee
+from meta_train.training.parts import AnyRule, first, members, parts_of
 
 
 class InnerSteps(Protocol):

@@ -1,0 +1,5 @@
+"""The fused CUDA backend: what it can run, and its step."""
+
+from learned_optim.backends.triton.step import apply_step, available, supports
+
+__all__ = ["apply_step", "available", "supports"]

@@ -1,0 +1,1 @@
+"""What results show: tables, figures, responses and model cards, all made from committed CSV files."""
