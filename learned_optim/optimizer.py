@@ -7,7 +7,7 @@ the meta-parameters come from ``weights``.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from os import PathLike
 from typing import Any, overload
 
@@ -17,9 +17,11 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from learned_optim.backends import StepItem, apply_step, check_backend
 from learned_optim.backends.native.plan import Plan, make_plan
+from learned_optim.checkpoint import check_checkpoint, restore, without_memory
+from learned_optim.group_options import check_options, compute_dtype, dtype_names, layout_dtypes, params_with_groups
 from learned_optim.guard import check_guard, judge, nominal, snapshot
 from learned_optim.rules import UpdateRule
-from learned_optim.rules.storage import CELL_SCALE, MOMENT_DTYPES, STATE_DTYPES, layout, names
+from learned_optim.rules.storage import layout, names
 from learned_optim.sharding import as_real, gradient_of, local, whole, zeros_like
 from learned_optim.summary import summarize
 from learned_optim.weights import Weights, resolve_weights
@@ -140,7 +142,7 @@ class LearnedOptimizer(Optimizer):
             "fused": None,
             "differentiable": False,
         }
-        super().__init__(params, {**defaults, **_dtype_names(defaults)})
+        super().__init__(params, {**defaults, **dtype_names(defaults)})
 
     @classmethod
     def from_pretrained(cls, weights: WeightsLike, params: ParamsT, **options: Any) -> LearnedOptimizer:
@@ -173,9 +175,9 @@ class LearnedOptimizer(Optimizer):
                 loaded = resolve_weights(param_group["weights"], **self._hub_options)
                 self._weights[loaded.fingerprint] = loaded
                 param_group |= {"weights": loaded.name, "fingerprint": loaded.fingerprint}
-            param_group |= _dtype_names(param_group)
+            param_group |= dtype_names(param_group)
             options = {**self.defaults, **param_group}
-            _check_options(options)
+            check_options(options)
             check_guard(options)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -268,7 +270,7 @@ class LearnedOptimizer(Optimizer):
 
     def _refuse_what_does_not_fit(self) -> None:
         """Refuse before anything is written, so that a caller who catches the error has lost nothing."""
-        for param, _ in _params_with_groups(self.param_groups):
+        for param, _ in params_with_groups(self.param_groups):
             grad, state = param.grad, self.state.get(param, {})
             if grad is None:
                 continue
@@ -320,19 +322,16 @@ class LearnedOptimizer(Optimizer):
         """Return memory at rest: every tensor of the parameter's shape, with what there is for each coordinate behind it."""
         like = as_real(param)
         step = torch.zeros((), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
-        entries = layout(rule, *_dtypes(param, group)).items()
+        entries = layout(rule, *layout_dtypes(param, group)).items()
         return {"step": step, **{name: zeros_like(like, entry.trailing, entry.dtype) for name, entry in entries}}
 
     def _state_bytes(self, param: Tensor, group: dict[str, Any]) -> int:
         """Return the bytes of a parameter's state, over all ranks together; nothing is allocated to count them."""
         numel = param.numel() * (2 if param.is_complex() else 1)
-        return numel * bytes_per_parameter(self._weights_of(group).rule, *_dtypes(param, group)) + 4
+        return numel * bytes_per_parameter(self._weights_of(group).rule, *layout_dtypes(param, group)) + 4
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint exactly: every tensor keeps its own dtype and is copied.
-
-        The base class would cast the memory to the parameter's dtype, all of it at once, and alias the caller's tensors: it
-        is shown everything but the memory.
 
         Args:
             state_dict: From :meth:`state_dict`. Not modified, not aliased.
@@ -345,76 +344,28 @@ class LearnedOptimizer(Optimizer):
         self._plan = None  # It would keep the old state alive beside the new.
         checked: list[dict[str, Any]] = []
 
+        def rule_of(group: dict[str, Any]) -> UpdateRule:
+            return self._weights_of(group).rule
+
         def check(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            self._check_checkpoint(state_dict)
+            check_checkpoint(state_dict, self.param_groups, rule_of)
             checked.append(state_dict)
-            return self._without_memory(state_dict)
+            return without_memory(state_dict, self.param_groups, rule_of)
+
+        def copy_memory(_: Optimizer) -> None:
+            restore(self.state, checked[0], self.param_groups, rule_of, self.defaults["capturable"])
 
         # Between the caller's own hooks: after the pre-hooks, which may replace the checkpoint; before the post-hooks,
         # which may change what was loaded.
         hooks = (
             self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(lambda _: self._restore_state(checked[0]), prepend=True),
+            self.register_load_state_dict_post_hook(copy_memory, prepend=True),
         )
         try:
             super().load_state_dict(state_dict)
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def _check_checkpoint(self, state_dict: dict[str, Any]) -> None:
-        groups = state_dict["param_groups"]
-        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
-            return  # The base class explains this one.
-        for saved, live in zip(groups, self.param_groups, strict=True):
-            if "fingerprint" not in saved:
-                raise ValueError(
-                    "the checkpoint was not made by LearnedOptimizer: its parameter groups name no weights; "
-                    "start the optimizer fresh or load the checkpoint into the optimizer that made it"
-                )
-            if saved["fingerprint"] != live["fingerprint"]:
-                name = saved.get("weights")
-                raise ValueError(
-                    f"the checkpoint was made with weights {name!r} ({str(saved['fingerprint'])[:12]}), this "
-                    f"optimizer uses {live['weights']!r} ({live['fingerprint'][:12]}); an LSTM's memory means nothing "
-                    f"to another LSTM, so construct it with weights={name!r}"
-                )
-        for index, saved, param, group in self._saved_states(state_dict):
-            _check_memory(index, saved, param, group, self._weights_of(group).rule)
-
-    def _without_memory(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return a checkpoint without what :meth:`_restore_state` restores."""
-        state = dict(state_dict["state"])
-        saved = _params_with_groups(state_dict["param_groups"])
-        for (index, _), (_, group) in zip(saved, _params_with_groups(self.param_groups), strict=False):
-            if index in state:
-                own = {"step", *names(self._weights_of(group).rule, state[index])}
-                state[index] = {name: value for name, value in state[index].items() if name not in own}
-        return {**state_dict, "state": state}
-
-    def _saved_states(self, state_dict: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any], Tensor, dict[str, Any]]]:
-        """Yield index, saved state, parameter and saved group of every parameter of which the checkpoint holds state."""
-        saved = _params_with_groups(state_dict["param_groups"])
-        live = _params_with_groups(self.param_groups)
-        for index, ((saved_index, group), (param, _)) in enumerate(zip(saved, live, strict=True)):
-            if state_dict["state"].get(saved_index):
-                yield index, state_dict["state"][saved_index], param, group
-
-    def _restore_state(self, state_dict: dict[str, Any]) -> None:
-        """Replace the base class's casts and aliases by copies of the checkpoint's tensors, in their own dtypes."""
-        try:
-            for _, saved, param, group in self._saved_states(state_dict):
-                state = self.state[param]
-                step = torch.as_tensor(saved["step"], dtype=torch.float32, device="cpu")
-                capturable = group.get("capturable", self.defaults["capturable"])
-                state["step"] = step.to(param.device if capturable else "cpu", copy=True)
-                for name in names(self._weights_of(group).rule, saved):
-                    state[name] = saved[name].detach().to(param.device, copy=True).contiguous()
-        except (RuntimeError, MemoryError) as error:
-            self.state.clear()  # Half a memory would be taken for a whole one.
-            raise RuntimeError(
-                f"the checkpoint could not be copied ({error}); the optimizer has no state now: make room and load it again"
-            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep what a copy needs and nothing else: schedulers and hooks patch attributes that must not travel."""
@@ -429,79 +380,5 @@ class LearnedOptimizer(Optimizer):
                 group.setdefault(name, default)
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype a rule computes in for parameters of ``dtype``: float64 for double precision, else float32."""
-    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
-
-
 def _capturing(param: Tensor) -> bool:
     return param.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    for name in ("fused", "differentiable"):
-        if options.get(name):
-            raise ValueError(f"Invalid {name}: {options[name]!r}; a group of LearnedOptimizer cannot have it")
-    lr, weight_decay = options["lr"], options["weight_decay"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-    if not lr >= 0:
-        raise ValueError(f"Invalid learning rate: {lr}; it multiplies the learned update, 1.0 is the default")
-    if not weight_decay >= 0:
-        raise ValueError(f"Invalid weight_decay value: {weight_decay}; it must not be negative")
-
-
-def _dtype_names(options: dict[str, Any]) -> dict[str, str | None]:
-    """Name the memory dtypes among the options; a name, unlike a dtype, survives every checkpoint format."""
-    named: dict[str, str | None] = {}
-    for option, known, default in (("state_dtype", STATE_DTYPES, "float32"), ("moment_dtype", MOMENT_DTYPES, None)):
-        if option in options:
-            dtype = options[option]
-            named[option] = default if dtype is None else str(dtype).removeprefix("torch.")
-            if dtype is not None and named[option] not in known:
-                raise ValueError(f"Invalid {option}: {dtype!r}; choose one of {', '.join(known)}")
-    return named
-
-
-def _dtypes(param: Tensor, group: dict[str, Any]) -> tuple[torch.dtype, torch.dtype | None, torch.dtype]:
-    """Return the dtypes of LSTM memory, moments (None: the layout decides) and computation."""
-    named = _dtype_names(group)  # Anew: a group may have been edited by hand.
-    state_dtype, moment_dtype = named["state_dtype"], named["moment_dtype"]
-    moments = None if moment_dtype is None else MOMENT_DTYPES[moment_dtype]
-    return STATE_DTYPES[str(state_dtype)], moments, compute_dtype(param.dtype)
-
-
-def _params_with_groups(groups: Iterable[dict[str, Any]]) -> list[tuple[Tensor, dict[str, Any]]]:
-    return [(param, group) for group in groups for param in group["params"]]
-
-
-def _is_plain_memory(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta"
-
-
-def _check_memory(index: int, saved: dict[str, Any], param: Tensor, group: dict[str, Any], rule: UpdateRule) -> None:
-    """Refuse one parameter's saved state if it is not this rule's memory of this parameter."""
-    shape = tuple(as_real(param).shape)
-    own = ("hidden", "cell", CELL_SCALE, *rule.moment_names)
-    if any(name in saved and not _is_plain_memory(saved[name]) for name in own):
-        raise ValueError(f"the memory of parameter {index} in the checkpoint is not all of dense tensors; was it edited?")
-    if missing := [name for name in ("step", *names(rule, saved)) if name not in saved]:
-        raise ValueError(f"the checkpoint lacks {', '.join(missing)} of parameter {index}; was it edited?")
-    dtype = str(saved["hidden"].dtype).removeprefix("torch.")
-    expected = group.get("state_dtype", dtype)
-    if (dtype == "int8") != (expected == "int8") and compute_dtype(param.dtype) == torch.float32:
-        raise ValueError(
-            f"the memory of parameter {index} is {dtype} in the checkpoint, whose options say state_dtype={expected!r}; "
-            "8-bit memory means nothing without its scales: load it into an optimizer with the state_dtype that saved it"
-        )
-    if not isinstance(saved["step"], (int, float)) and not (_is_plain_memory(saved["step"]) and saved["step"].numel() == 1):
-        raise ValueError(
-            f"the step of parameter {index} in the checkpoint is {saved['step']!r}, not a number; was it edited?"
-        )
-    entries = layout(rule, saved["hidden"].dtype)
-    for name in names(rule, saved):
-        if tuple(saved[name].shape) != shape + entries[name].trailing:
-            raise ValueError(
-                f"parameter {index} has shape {tuple(param.shape)}, but its {name} in the checkpoint has shape "
-                f"{tuple(saved[name].shape)}; give the optimizer the same parameters in the same order"
-            )

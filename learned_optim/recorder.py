@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from learned_optim.backends.reference import CHUNK
-from learned_optim.optimizer import LearnedOptimizer, compute_dtype
+from learned_optim.group_options import compute_dtype
+from learned_optim.optimizer import LearnedOptimizer
 from learned_optim.rules import UpdateRule
 from learned_optim.rules.storage import CELL_SCALE, decode
 from learned_optim.sharding import as_real, gradient_of, local

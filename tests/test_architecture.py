@@ -19,9 +19,11 @@ ALLOWED = {
     "guard": {"rules", "weights"},
     "summary": {"backends", "rules"},
     "sharding": set(),
-    "optimizer": {"backends", "guard", "rules", "sharding", "summary", "weights"},
+    "group_options": {"rules"},
+    "checkpoint": {"group_options", "rules", "sharding"},
+    "optimizer": {"backends", "checkpoint", "group_options", "guard", "rules", "sharding", "summary", "weights"},
     "memory": {"optimizer"},
-    "recorder": {"backends", "optimizer", "rules", "sharding"},
+    "recorder": {"backends", "group_options", "optimizer", "rules", "sharding"},
     "__init__": {"memory", "optimizer", "recorder", "rules", "weights"},
     "__main__": {"rules", "weights"},
 }
