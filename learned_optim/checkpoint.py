@@ -3,43 +3,68 @@
 ``torch.optim.Optimizer.load_state_dict`` would cast the memory to the parameter's dtype, all of it at once, and alias the
 caller's tensors. So the base class is shown everything but the memory (:func:`without_memory`), and the memory is copied
 afterwards (:func:`restore`).
+
+A checkpoint may hold the memory in any floating dtype: trainers cast whole checkpoints, and a float32 model may go on as a
+float64 one. The memory is converted to the layout that the group's ``state_dtype`` and ``moment_dtype`` name. What cannot be
+converted is refused, and everything is checked before anything is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from learned_optim.group_options import Group, compute_dtype, params_with_groups
+from learned_optim.group_options import Group, check_options, dtype_names, layout_dtypes, params_with_groups
 from learned_optim.rules import UpdateRule
-from learned_optim.rules.storage import CELL_SCALE, layout, names
-from learned_optim.sharding import as_real
+from learned_optim.rules.storage import CELL_SCALE, WIDE_MOMENTS, Entry, convert, layout
+from learned_optim.sharding import as_real, local, zeros_like
+
+PIECE = 2**16
+"""Coordinates that are checked or converted at once: conversion needs little memory beside the state."""
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What memory may be stored as; beside these, 8-bit LSTM memory."""
 
 RuleOf = Callable[[Group], UpdateRule]
 """From a group, live or saved, to the rule that steps it."""
 
 
-def check_checkpoint(state_dict: dict[str, Any], groups: Sequence[Group], rule_of: RuleOf) -> None:
+def check_checkpoint(state_dict: dict[str, Any], groups: Sequence[Group], defaults: Group, rule_of: RuleOf) -> None:
     """Refuse a checkpoint that another optimizer or other weights made, or that does not fit the parameters.
 
     Args:
         state_dict: What is to be loaded.
         groups: The optimizer's own.
+        defaults: The optimizer's, for the options that the checkpoint lacks.
         rule_of: The rule of a group.
 
     Raises:
         ValueError: If it does not fit; the message says what to do.
     """
+    _check_containers(state_dict)
     saved_groups = state_dict["param_groups"]
     if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in groups]:
         return  # The base class explains this one.
-    for saved, live in zip(saved_groups, groups, strict=True):
+    for number, (saved, live) in enumerate(zip(saved_groups, groups, strict=True)):
         _check_weights(saved, live)
+        try:
+            dtype_names(saved)
+            check_options({**defaults, **saved})
+        except ValueError as error:
+            raise ValueError(f"group {number} of the checkpoint cannot be used: {error}") from error
     for index, saved, param, group in _saved_states(state_dict, groups):
-        _check_memory(index, saved, param, group, rule_of(group))
+        if is_lazy(param):
+            raise ValueError(f"parameter {index} has no shape yet: its module is lazy; run one forward pass, then load")
+        rule = rule_of(group)
+        step_count(index, saved)
+        _check_tensors(index, saved, param, rule)
+        _check_values(index, saved, param, {**defaults, **group}, rule)
 
 
 def without_memory(state_dict: dict[str, Any], groups: Sequence[Group], rule_of: RuleOf) -> dict[str, Any]:
@@ -57,33 +82,41 @@ def without_memory(state_dict: dict[str, Any], groups: Sequence[Group], rule_of:
     saved = params_with_groups(state_dict["param_groups"])
     for (index, _), (_, group) in zip(saved, params_with_groups(groups), strict=False):
         if index in state:
-            own = {"step", *names(rule_of(group), state[index])}
+            own = {"step", CELL_SCALE, *_names(rule_of(group), state[index])}
             state[index] = {name: value for name, value in state[index].items() if name not in own}
-    return {**state_dict, "state": state}
+    return {**state_dict, "state": state, "param_groups": [{**g, **dtype_names(g)} for g in state_dict["param_groups"]]}
 
 
 def restore(
-    state: MutableMapping[Any, Any], state_dict: dict[str, Any], groups: Sequence[Group], rule_of: RuleOf, capturable: bool
+    state: MutableMapping[Any, Any], state_dict: dict[str, Any], groups: Sequence[Group], defaults: Group, rule_of: RuleOf
 ) -> None:
-    """Copy the memory of a checkpoint into an optimizer's state.
+    """Copy the memory of a checkpoint into an optimizer's state, in the layout of its groups.
 
     Args:
         state: The optimizer's; written.
         state_dict: A checkpoint that passed :func:`check_checkpoint`; neither modified nor aliased.
         groups: The optimizer's own.
+        defaults: The optimizer's, for the options that the checkpoint lacks.
         rule_of: The rule of a group.
-        capturable: Whether step counts lie on the parameter's device, where a saved group does not say.
 
     Raises:
         RuntimeError: If memory runs out on the way. The state is empty then.
     """
     try:
-        for _, saved, param, group in _saved_states(state_dict, groups):
-            step = torch.as_tensor(saved["step"], dtype=torch.float32, device="cpu")
-            on_device = group.get("capturable", capturable)
-            state[param]["step"] = step.to(param.device if on_device else "cpu", copy=True)
-            for name in names(rule_of(group), saved):
-                state[param][name] = saved[name].detach().to(param.device, copy=True).contiguous()
+        for index, saved, param, saved_group in _saved_states(state_dict, groups):
+            group = {**defaults, **saved_group}
+            device = param.device if group["capturable"] else "cpu"
+            state[param]["step"] = torch.tensor(step_count(index, saved), dtype=torch.float32, device=device)
+            rule = rule_of(group)
+            entries = layout(rule, *layout_dtypes(param, group))
+            new = {name: zeros_like(as_real(param), entry.trailing, entry.dtype) for name, entry in entries.items()}
+            old = {name: saved[name].detach() for name in _names(rule, saved)}
+            if {name: tensor.dtype for name, tensor in old.items()} == {name: tensor.dtype for name, tensor in new.items()}:
+                for name, tensor in new.items():
+                    local(tensor).copy_(local(old[name]))
+            else:
+                _convert(rule, old, new, entries)
+            state[param].update(new)
     except (RuntimeError, MemoryError) as error:
         state.clear()  # Half a memory would be taken for a whole one.
         raise RuntimeError(
@@ -91,9 +124,61 @@ def restore(
         ) from error
 
 
-def _saved_states(
-    state_dict: dict[str, Any], groups: Sequence[Group]
-) -> Iterator[tuple[int, dict[str, Any], Tensor, Group]]:
+def step_count(index: int, saved: Mapping[str, Any]) -> float:
+    """Return the inner steps that a parameter has taken.
+
+    Args:
+        index: The parameter's position, for the message.
+        saved: Its state in the checkpoint.
+
+    Returns:
+        A number that float32 holds.
+
+    Raises:
+        ValueError: If there is none, or it is no count of steps.
+    """
+    if "step" not in saved:
+        raise ValueError(f"the checkpoint lacks step of parameter {index}; was it edited?")
+    value, number = saved["step"], math.nan
+    if isinstance(value, Tensor):
+        if _is_dense(value) and value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool:
+            number = float(value)
+    elif isinstance(value, Real) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+    if not 0 <= number <= torch.finfo(torch.float32).max:
+        shown = type(value).__name__ if math.isnan(number) else f"{number:g}"
+        raise ValueError(
+            f"the step of parameter {index} in the checkpoint is {shown}, not a number of steps: finite and not below 0; "
+            "was it edited, or stored in 16 bits?"
+        )
+    return number
+
+
+def _check_containers(state_dict: dict[str, Any]) -> None:
+    """Refuse what is no state dict, before the base class takes it apart."""
+    state, groups = state_dict.get("state"), state_dict.get("param_groups")
+    if not isinstance(state, Mapping) or not isinstance(groups, (list, tuple)):
+        raise ValueError(
+            "the checkpoint is no state of an optimizer: it needs a dict 'state' and a list 'param_groups', got "
+            f"{type(state).__name__} and {type(groups).__name__}"
+        )
+    for number, group in enumerate(groups):
+        params = group.get("params") if isinstance(group, Mapping) else None
+        if not isinstance(params, (list, tuple)) or not all(isinstance(index, (int, str)) for index in params):
+            raise ValueError(f"group {number} of the checkpoint is no dict with a list 'params' of indices; was it edited?")
+    indices = [index for index, _ in params_with_groups(groups)]
+    if len(set(indices)) != len(indices):
+        raise ValueError("the checkpoint names a parameter twice in its groups; was it edited?")
+    for index in indices:
+        if not isinstance(state.get(index, {}), Mapping):
+            kind = type(state[index]).__name__
+            raise ValueError(f"the state of parameter {index} in the checkpoint is a {kind}, not a dict; was it edited?")
+
+
+def _saved_states(state_dict: dict[str, Any], groups: Sequence[Group]) -> Iterator[tuple[int, Any, Tensor, Group]]:
     """Yield index, saved state, parameter and saved group of every parameter of which the checkpoint holds state."""
     saved, live = params_with_groups(state_dict["param_groups"]), params_with_groups(groups)
     for index, ((saved_index, group), (param, _)) in enumerate(zip(saved, live, strict=True)):
@@ -116,33 +201,91 @@ def _check_weights(saved: Group, live: Group) -> None:
         )
 
 
-def _check_memory(index: int, saved: dict[str, Any], param: Tensor, group: Group, rule: UpdateRule) -> None:
-    """Refuse one parameter's saved state if it is not this rule's memory of this parameter."""
-    shape = tuple(as_real(param).shape)
-    own = ("hidden", "cell", CELL_SCALE, *rule.moment_names)
-    if any(name in saved and not _is_plain_memory(saved[name]) for name in own):
+def _names(rule: UpdateRule, saved: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what the memory in a checkpoint consists of. Eight-bit memory has scales, whatever dtype it was cast to."""
+    scaled = CELL_SCALE in saved or _dtype(saved.get("hidden")) == torch.int8
+    return ("hidden", "cell", *rule.moment_names, *((CELL_SCALE,) if scaled else ()))
+
+
+def _check_tensors(index: int, saved: Mapping[str, Any], param: Tensor, rule: UpdateRule) -> None:
+    """Refuse what is not this rule's memory of this parameter, judging by kinds, dtypes and shapes."""
+    names = _names(rule, saved)
+    if any(name in saved and not _is_dense(saved[name]) for name in names):
         raise ValueError(f"the memory of parameter {index} in the checkpoint is not all of dense tensors; was it edited?")
-    if missing := [name for name in ("step", *names(rule, saved)) if name not in saved]:
+    if missing := [name for name in names if name not in saved]:
         raise ValueError(f"the checkpoint lacks {', '.join(missing)} of parameter {index}; was it edited?")
-    dtype = str(saved["hidden"].dtype).removeprefix("torch.")
-    expected = group.get("state_dtype", dtype)
-    if (dtype == "int8") != (expected == "int8") and compute_dtype(param.dtype) == torch.float32:
-        raise ValueError(
-            f"the memory of parameter {index} is {dtype} in the checkpoint, whose options say state_dtype={expected!r}; "
-            "8-bit memory means nothing without its scales: load it into an optimizer with the state_dtype that saved it"
-        )
-    if not isinstance(saved["step"], (int, float)) and not (_is_plain_memory(saved["step"]) and saved["step"].numel() == 1):
-        raise ValueError(
-            f"the step of parameter {index} in the checkpoint is {saved['step']!r}, not a number; was it edited?"
-        )
-    entries = layout(rule, saved["hidden"].dtype)
-    for name in names(rule, saved):
-        if tuple(saved[name].shape) != shape + entries[name].trailing:
+    entries = layout(rule, torch.int8 if CELL_SCALE in saved else torch.float32)
+    for name in names:
+        dtype, shape = saved[name].dtype, tuple(saved[name].shape)
+        if dtype not in FLOATS and not (dtype == torch.int8 and entries[name].dtype == torch.int8):
+            raise ValueError(
+                f"the {name} of parameter {index} in the checkpoint is {dtype}, which no memory is stored in; save the "
+                "checkpoint again without a cast, or cast it to float32"
+            )
+        if shape != tuple(as_real(param).shape) + entries[name].trailing:
             raise ValueError(
                 f"parameter {index} has shape {tuple(param.shape)}, but its {name} in the checkpoint has shape "
-                f"{tuple(saved[name].shape)}; give the optimizer the same parameters in the same order"
+                f"{shape}; give the optimizer the same parameters in the same order"
+            )
+        if getattr(saved[name], "placements", None) != getattr(param, "placements", None):
+            raise ValueError(
+                f"the {name} of parameter {index} in the checkpoint is not sharded as the parameter is; load it with "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
 
 
-def _is_plain_memory(value: Any) -> bool:
+def _check_values(index: int, saved: Mapping[str, Any], param: Tensor, group: Group, rule: UpdateRule) -> None:
+    """Refuse memory that lost its meaning on the way: 8-bit units without scales, float16 that under- or overflowed."""
+    names = _names(rule, saved)
+    dtype = str(saved["hidden"].dtype).removeprefix("torch.")
+    narrow = [name for name in names if saved[name].dtype == torch.float16]
+    for piece in _pieces({name: saved[name].detach() for name in names}, as_real(param).dim()):
+        hidden = piece["hidden"]
+        whole = not hidden.is_floating_point() or bool((hidden == hidden.round()).all())
+        beyond = hidden.is_floating_point() and bool((hidden.abs() > 1).any())
+        if CELL_SCALE in saved and not whole:
+            raise ValueError(
+                f"the memory of parameter {index} in the checkpoint has a cell_scale, but is {dtype} and not in 8-bit "
+                "units; was it edited?"
+            )
+        if CELL_SCALE not in saved and (beyond or (whole and group["state_dtype"] == "int8" and bool(hidden.any()))):
+            raise ValueError(
+                f"the memory of parameter {index} is {dtype} in the checkpoint, whose options say "
+                f"state_dtype={group['state_dtype']!r}; its numbers are those of 8-bit memory, which means nothing without "
+                "its scales: load it into an optimizer with the state_dtype that saved it"
+            )
+        if not all(bool(piece[name].isfinite().all()) for name in narrow):
+            raise ValueError(
+                f"the memory of parameter {index} overflowed in float16; save the checkpoint without a cast, or in bfloat16"
+            )
+        for name in WIDE_MOMENTS.intersection(narrow):
+            others = [piece[other] != 0 for other in names if other not in (name, CELL_SCALE)]
+            lost = [(piece[name] == 0) & other.flatten(1).any(1) for other in (o.unsqueeze(-1) for o in others)]
+            if any(bool(coordinates.any()) for coordinates in lost):
+                raise ValueError(
+                    f"the {name} of parameter {index} in the checkpoint is float16, and underflowed to zero where other "
+                    "memory is not zero; save the checkpoint without a cast, or in bfloat16"
+                )
+
+
+def _convert(rule: UpdateRule, old: Mapping[str, Tensor], new: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> None:
+    dims = new["hidden"].dim() - 1
+    for source, target in zip(_pieces(old, dims), _pieces(new, dims), strict=True):
+        source = {name: values.to(target["hidden"].device) for name, values in source.items()}
+        for name, values in convert(rule, source, entries).items():
+            target[name].copy_(values)
+
+
+def _pieces(memory: Mapping[str, Tensor], dims: int) -> Iterator[dict[str, Tensor]]:
+    """Cut this rank's part of a memory into pieces of some coordinates, each tensor ``(N, ...)``."""
+    flat = {name: local(values).reshape(-1, *values.shape[dims:]) for name, values in memory.items()}
+    for start in range(0, len(flat["hidden"]), PIECE):
+        yield {name: values[start : start + PIECE] for name, values in flat.items()}
+
+
+def _is_dense(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta"
+
+
+def _dtype(value: Any) -> torch.dtype | None:
+    return value.dtype if isinstance(value, Tensor) else None

@@ -3,14 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from learned_optim.guard import check_guard
 from learned_optim.rules.storage import MOMENT_DTYPES, STATE_DTYPES
 
 Group = dict[str, Any]
+
+
+NUMBERS: Any = (Real, Tensor)
+
+NOT_NEEDED = (
+    "alpha",
+    "amsgrad",
+    "beta1",
+    "beta2",
+    "betas",
+    "dampening",
+    "eps",
+    "initial_accumulator_value",
+    "lr_decay",
+    "momentum",
+    "nesterov",
+    "rho",
+)
+"""Options of other optimizers. The learned rule takes their place."""
+
+
+def refuse_unknown(options: Iterable[str]) -> None:
+    """Refuse keyword arguments that the constructor does not have.
+
+    Args:
+        options: Their names.
+
+    Raises:
+        TypeError: If there is one. An option of another optimizer gets the advice to remove it.
+    """
+    for name in options:
+        if name in NOT_NEEDED:
+            raise TypeError(f"{name}= is not needed here: remove it; the learned rule decides what {name} would")
+        raise TypeError(f"LearnedOptimizer.__init__() got an unexpected keyword argument {name!r}")
 
 
 def check_options(options: Group) -> None:
@@ -25,13 +61,17 @@ def check_options(options: Group) -> None:
     for name in ("fused", "differentiable"):
         if options.get(name):
             raise ValueError(f"Invalid {name}: {options[name]!r}; a group of LearnedOptimizer cannot have it")
-    lr, weight_decay = options["lr"], options["weight_decay"]
+    lr: Any = options["lr"]
+    weight_decay: Any = options["weight_decay"]
+    if lr is None:
+        raise ValueError("Invalid learning rate: None; lr= is not needed here: remove it, the factor is then 1.0")
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-    if not lr >= 0:
+    if not isinstance(lr, NUMBERS) or not lr >= 0:
         raise ValueError(f"Invalid learning rate: {lr}; it multiplies the learned update, 1.0 is the default")
-    if not weight_decay >= 0:
-        raise ValueError(f"Invalid weight_decay value: {weight_decay}; it must not be negative")
+    if not isinstance(weight_decay, NUMBERS) or not weight_decay >= 0:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}; it is a number that is not negative")
+    check_guard(options)
 
 
 def dtype_names(options: Group) -> dict[str, str | None]:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from learned_optim.rate_watch import small_rate
 from learned_optim.rules import AdamModulationRule, plain_adam
 from learned_optim.weights import Weights
 
@@ -134,6 +135,8 @@ def judge(
     for number, (group, old) in enumerate(zip(groups, before, strict=True)):
         reason = old and (_update_fault(group, old) or _loss_fault(group, loss))
         if reason:
+            if rate := small_rate(group):
+                reason += f"; lr={rate:g} is small, 1 is the usual factor"
             group["guard_tripped"] = tripped[number] = reason
             for param in group["params"]:
                 state.pop(param, None)

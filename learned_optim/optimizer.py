@@ -7,25 +7,35 @@ the meta-parameters come from ``weights``.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from learned_optim.backends import StepItem, apply_step, check_backend
 from learned_optim.backends.native.plan import Plan, make_plan
 from learned_optim.checkpoint import check_checkpoint, restore, without_memory
-from learned_optim.group_options import check_options, compute_dtype, dtype_names, layout_dtypes, params_with_groups
-from learned_optim.guard import check_guard, judge, nominal, snapshot
+from learned_optim.group_options import (
+    check_options,
+    compute_dtype,
+    dtype_names,
+    layout_dtypes,
+    params_with_groups,
+    refuse_unknown,
+)
+from learned_optim.guard import judge, nominal, snapshot
+from learned_optim.rate_watch import RateWatch
 from learned_optim.rules import UpdateRule
 from learned_optim.rules.storage import layout, names
 from learned_optim.sharding import as_real, gradient_of, local, whole, zeros_like
 from learned_optim.summary import summarize
 from learned_optim.weights import Weights, resolve_weights
 from learned_optim.weights.facts import bytes_per_parameter
+from learned_optim.weights.weights import living_weights
 
 WeightsLike = str | PathLike[str] | UpdateRule | Weights
 """A bundled name, ``owner/repo@revision`` on the Hub, a file, a rule, or loaded weights."""
@@ -92,6 +102,7 @@ class LearnedOptimizer(Optimizer):
     """
 
     _plan: Plan | None = None
+    _rate_watch: RateWatch | None = None
 
     def __init__(
         self,
@@ -114,24 +125,18 @@ class LearnedOptimizer(Optimizer):
         cache_dir: str | PathLike[str] | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
+        **unknown: Any,
     ) -> None:
+        refuse_unknown(unknown)
         if fused:
             raise RuntimeError("`fused=True` is not an option of LearnedOptimizer; choose a kernel with `backend=`")
         if differentiable:
             raise RuntimeError("LearnedOptimizer is not differentiable; to meta-train a rule see `meta_train`")
         check_backend(backend)
-        self.backend = backend
-        self._hub_options: dict[str, Any] = {
-            "token": token,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-        }
-        loaded = resolve_weights(weights, revision=revision, force_download=force_download, **self._hub_options)
-        self._weights: dict[str, Weights] = {loaded.fingerprint: loaded}
-        defaults = {
+        defaults: dict[str, Any] = {
             "lr": lr,
-            "weights": loaded.name,
-            "fingerprint": loaded.fingerprint,
+            "weights": "",
+            "fingerprint": "",
             "weight_decay": weight_decay,
             "maximize": maximize,
             "state_dtype": state_dtype,
@@ -142,7 +147,19 @@ class LearnedOptimizer(Optimizer):
             "fused": None,
             "differentiable": False,
         }
-        super().__init__(params, {**defaults, **dtype_names(defaults)})
+        defaults |= dtype_names(defaults)
+        check_options(defaults)
+        self.backend = backend
+        self._rate_watch = RateWatch()
+        self._hub_options: dict[str, Any] = {
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+        }
+        loaded = resolve_weights(weights, revision=revision, force_download=force_download, **self._hub_options)
+        self._weights: dict[str, Weights] = {loaded.fingerprint: loaded}
+        defaults |= {"weights": loaded.name, "fingerprint": loaded.fingerprint}
+        super().__init__(params, defaults)
 
     @classmethod
     def from_pretrained(cls, weights: WeightsLike, params: ParamsT, **options: Any) -> LearnedOptimizer:
@@ -169,17 +186,17 @@ class LearnedOptimizer(Optimizer):
             ValueError: If an option is out of range or its weights cannot be loaded.
             RuntimeError: If FSDP1 flattened the parameters.
         """
-        if isinstance(param_group, dict):
-            param_group = dict(param_group)
-            if "weights" in param_group:
-                loaded = resolve_weights(param_group["weights"], **self._hub_options)
-                self._weights[loaded.fingerprint] = loaded
-                param_group |= {"weights": loaded.name, "fingerprint": loaded.fingerprint}
-            param_group |= dtype_names(param_group)
+        if isinstance(param_group, dict):  # The base class refuses anything else.
             options = {**self.defaults, **param_group}
+            options |= dtype_names(options)
             check_options(options)
-            check_guard(options)
+            if "weights" in param_group:
+                loaded = self._named_weights(param_group)
+                self._weights[loaded.fingerprint] = loaded
+                options |= {"weights": loaded.name, "fingerprint": loaded.fingerprint}
         super().add_param_group(param_group)
+        # The caller's own dict is the group, as in every torch optimizer: whoever keeps it may change its options.
+        param_group.update({name: options[name] for name in ("weights", "fingerprint", "state_dtype", "moment_dtype")})
         group = self.param_groups[-1]
         if any(getattr(param, "_fsdp_flattened", False) for param in group["params"]):
             self.param_groups.pop()
@@ -189,6 +206,15 @@ class LearnedOptimizer(Optimizer):
             )
         for param in group["params"]:  # Cast the rule now: torch.compile could not trace it.
             self._rule_of(param, group)
+        if self._rate_watch is not None and not self._rate_watch.look_at_new(group):
+            self._rate_watch = None
+
+    def _named_weights(self, group: dict[str, Any]) -> Weights:
+        """Return the weights that a group names. A dict that was a group before names weights by their fingerprint too."""
+        name, fingerprint = group["weights"], group.get("fingerprint")
+        if isinstance(name, str) and isinstance(fingerprint, str) and (living := living_weights(fingerprint, name)):
+            return living
+        return resolve_weights(name, **self._hub_options)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -212,6 +238,8 @@ class LearnedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not torch.compiler.is_compiling() and self._rate_watch and not self._rate_watch.look(self.param_groups):
+            self._rate_watch = None
         if self._repeat_step():
             return loss
         self._refuse_what_does_not_fit()
@@ -318,6 +346,7 @@ class LearnedOptimizer(Optimizer):
             ]
         return items
 
+    @torch.inference_mode(False)  # Inference tensors could not be written to by later steps.
     def _initial_state(self, param: Tensor, group: dict[str, Any], rule: UpdateRule) -> dict[str, Tensor]:
         """Return memory at rest: every tensor of the parameter's shape, with what there is for each coordinate behind it."""
         like = as_real(param)
@@ -326,21 +355,31 @@ class LearnedOptimizer(Optimizer):
         return {"step": step, **{name: zeros_like(like, entry.trailing, entry.dtype) for name, entry in entries}}
 
     def _state_bytes(self, param: Tensor, group: dict[str, Any]) -> int:
-        """Return the bytes of a parameter's state, over all ranks together; nothing is allocated to count them."""
+        """Return the bytes of a parameter's state over all ranks: of what is there, or else of what a step will allocate."""
+        if state := self.state.get(param):
+            return sum(value.nbytes if isinstance(value, Tensor) else 4 for value in state.values())
+        if is_lazy(param):
+            raise ValueError("a parameter has no shape yet: it belongs to a lazy module; run one forward pass first")
         numel = param.numel() * (2 if param.is_complex() else 1)
         return numel * bytes_per_parameter(self._weights_of(group).rule, *layout_dtypes(param, group)) + 4
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint exactly: every tensor keeps its own dtype and is copied.
+        """Load a checkpoint: options from its groups, and memory in the layout that these options name.
+
+        Memory in that layout already is copied bit by bit; in any other floating dtype, or in 8 bits with its scales, it is
+        converted. So ``state_dict["param_groups"][0]["state_dtype"] = "bfloat16"`` changes what the memory is kept in.
 
         Args:
             state_dict: From :meth:`state_dict`. Not modified, not aliased.
 
         Raises:
-            ValueError: If the checkpoint was made by another optimizer or with other weights, or does not fit the
-                parameters. Nothing is changed then.
+            TypeError: If ``state_dict`` is no dict.
+            ValueError: If the checkpoint was made by another optimizer or with other weights, does not fit the parameters,
+                or holds numbers that are no memory. Nothing is changed then.
             RuntimeError: If memory runs out on the way: old and new state never lie side by side, so none is left then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"load_state_dict takes what state_dict() returned, a dict; got {type(state_dict).__name__}")
         self._plan = None  # It would keep the old state alive beside the new.
         checked: list[dict[str, Any]] = []
 
@@ -348,12 +387,16 @@ class LearnedOptimizer(Optimizer):
             return self._weights_of(group).rule
 
         def check(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            check_checkpoint(state_dict, self.param_groups, rule_of)
+            check_checkpoint(state_dict, self.param_groups, self.defaults, rule_of)
             checked.append(state_dict)
             return without_memory(state_dict, self.param_groups, rule_of)
 
+        @torch.inference_mode(False)  # Inference tensors could not be written to afterwards.
         def copy_memory(_: Optimizer) -> None:
-            restore(self.state, checked[0], self.param_groups, rule_of, self.defaults["capturable"])
+            restore(self.state, checked[0], self.param_groups, self.defaults, rule_of)
+            self._rate_watch = (
+                None if self.state else self._rate_watch
+            )  # A run that goes on may be at the end of a schedule.
 
         # Between the caller's own hooks: after the pre-hooks, which may replace the checkpoint; before the post-hooks,
         # which may change what was loaded.

@@ -1,11 +1,13 @@
 """A table that says what an optimizer is made of."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from learned_optim.backends import backend_in_use
+from learned_optim.rate_watch import small_rate
 from learned_optim.rules import UpdateRule
 
 Group = dict[str, Any]
@@ -22,8 +24,8 @@ def summarize(
 ) -> str:
     """Describe the groups, one line each, and in total.
 
-    Bytes of state are those kept once every parameter has had a gradient, over all ranks together; nothing is allocated to
-    count them.
+    Bytes of state are those that are kept now, and for parameters without state those that a step will allocate, over all
+    ranks together. Nothing is allocated to count them.
 
     Args:
         groups: Of parameters.
@@ -34,12 +36,14 @@ def summarize(
     Returns:
         Lines of aligned columns.
     """
-    rows, notes = [HEADER], []
+    rows = [HEADER]
+    notes: list[str] = []
     count = size = 0
     for number, group in enumerate(groups):
-        rules = [rule_of(param, group) for param in group["params"]]
-        numel = sum(param.numel() for param in group["params"])
-        nbytes = sum(state_bytes(param, group) for param in group["params"])
+        params = [param for param in group["params"] if not is_lazy(param)]
+        rules = [rule_of(param, group) for param in params]
+        numel = sum(param.numel() for param in params)
+        nbytes = sum(state_bytes(param, group) for param in params)
         rows.append(
             (
                 str(number),
@@ -52,10 +56,18 @@ def summarize(
             )
         )
         count, size = count + numel, size + nbytes
-        if group.get("guard_tripped"):
-            notes.append(f"group {number} fell back to its nominal Adam step: {group['guard_tripped']}")
+        notes += _notes(number, group)
     rows.append(("total", "", "", "", "", *_sizes(count, size), ""))
     return "\n".join([*_aligned(rows), *notes])
+
+
+def _notes(number: int, group: Group) -> Iterator[str]:
+    if lazy := sum(map(is_lazy, group["params"])):
+        yield f"group {number} has {lazy} parameters of lazy modules, which have no shape yet: run one forward pass first"
+    if rate := small_rate(group):
+        yield f"group {number} multiplies the learned update by lr={rate:g}; 1 is the usual factor"
+    if group.get("guard_tripped"):
+        yield f"group {number} fell back to its nominal Adam step: {group['guard_tripped']}"
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -129,15 +129,30 @@ def encode(rule: UpdateRule, memory: Memory, stored: Memory, active: Tensor, bit
         if stored[name].dtype == torch.bfloat16:
             new[name] = round_to_bfloat16(memory[name], _draws(bits, width + number, 1).squeeze(-1))
     if CELL_SCALE in stored:
-        cell = _layers(rule, memory["cell"])
-        scale = bfloat16_above(cell.abs().amax(-1) / LARGEST)
-        cells = (cell / torch.where(scale > 0, scale, 1).unsqueeze(-1)).flatten(1)
-        cells = (cells + _draws(bits, 0, width).to(cells.dtype) * 2.0**-16).floor()
-        new["hidden"] = (memory["hidden"] * LARGEST).round()
-        new["cell"], new[CELL_SCALE] = cells.clamp(-LARGEST, LARGEST), scale
+        draws = _draws(bits, 0, width).to(memory["cell"].dtype) * 2.0**-16
+        new |= _quantized(rule, memory["hidden"], memory["cell"], draws)
         for name in ("hidden", "cell", CELL_SCALE):
             new[name] = torch.where(active.unsqueeze(-1), new[name].to(stored[name].dtype), stored[name])
     return new
+
+
+def convert(rule: UpdateRule, stored: Memory, entries: Mapping[str, Entry]) -> Memory:
+    """Store memory in another layout. Everything is rounded to nearest: a single rounding accumulates no error.
+
+    Args:
+        rule: Whose memory it is.
+        stored: Each ``(N, ...)``, in any floating dtype; 8-bit values come with their ``cell_scale``, as int8 or as floats.
+        entries: The layout to reach, from :func:`layout`.
+
+    Returns:
+        Memory in that layout.
+    """
+    if CELL_SCALE in entries and CELL_SCALE in stored:
+        return {name: stored[name].to(entry.dtype) for name, entry in entries.items()}
+    memory = decode(rule, stored, torch.float64 if entries["hidden"].dtype == torch.float64 else torch.float32)
+    if CELL_SCALE in entries:
+        memory |= _quantized(rule, memory["hidden"], memory["cell"], 0.5)
+    return {name: memory[name].to(entry.dtype) for name, entry in entries.items()}
 
 
 def noise(grad: Tensor, step: Tensor) -> Tensor:
@@ -167,6 +182,15 @@ def round_to_bfloat16(values: Tensor, draws: Tensor) -> Tensor:
 def bfloat16_above(values: Tensor) -> Tensor:
     """Return the least bfloat16 that is no less than a float32, which is not negative."""
     return ((values.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
+
+
+def _quantized(rule: UpdateRule, hidden: Tensor, cell: Tensor, draws: Tensor | float) -> Memory:
+    """Return LSTM memory in 8-bit units. A cell is rounded up where its fraction and ``draws``, in [0, 1), reach 1."""
+    layers = _layers(rule, cell)
+    scale = bfloat16_above(layers.abs().amax(-1) / LARGEST)
+    cells = (layers / torch.where(scale > 0, scale, 1).unsqueeze(-1)).flatten(1)
+    cells = (cells + draws).floor().clamp(-LARGEST, LARGEST)
+    return {"hidden": (hidden * LARGEST).round(), "cell": cells, CELL_SCALE: scale}
 
 
 def _draws(bits: Tensor, first: int, count: int) -> Tensor:

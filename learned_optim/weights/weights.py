@@ -192,6 +192,19 @@ class Weights:
         return _from_pickle, (to_bytes(self), self.name)
 
 
+def living_weights(fingerprint: str, name: str) -> Weights | None:
+    """Return weights that some optimizer of this process still uses, or None.
+
+    Args:
+        fingerprint: Of the weights.
+        name: Of the weights.
+
+    Returns:
+        The weights with both.
+    """
+    return next((living for key, living in list(_shared.items()) if key[:2] == (fingerprint, name)), None)
+
+
 def fingerprint(rule: UpdateRule) -> str:
     """Return the sha256 of everything that decides a rule's numerics: family, configuration and meta-parameters.
 

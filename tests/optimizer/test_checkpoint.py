@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from learned_optim import LearnedOptimizer, UpdateRule, Weights
+from learned_optim.rules.storage import decode
+from learned_optim.sharding import zeros_like
 
 
 def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -246,15 +249,15 @@ def test_a_load_under_another_default_device_is_exact(rule: UpdateRule) -> None:
 def test_a_load_that_runs_out_of_memory_leaves_no_half_state(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer, params = trained(small_rule())
     saved, before = copy.deepcopy(optimizer.state_dict()), memories(optimizer, params)
-    copied = iter(range(3))
+    made = iter(range(7))
 
-    def contiguous(tensor: Tensor) -> Tensor:
-        if next(copied, None) is None:
+    def zeros(*arguments: Any) -> Tensor:
+        if next(made, None) is None:
             raise MemoryError("no room")
-        return tensor
+        return zeros_like(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Tensor, "contiguous", contiguous)
+        patched.setattr("learned_optim.checkpoint.zeros_like", zeros)
         with pytest.raises(RuntimeError, match=r"could not be copied \(no room\); the optimizer has no state now"):
             optimizer.load_state_dict(saved)
     assert not optimizer.state
@@ -268,14 +271,13 @@ def test_a_load_that_runs_out_of_memory_leaves_no_half_state(monkeypatch: pytest
 def test_options_that_an_older_checkpoint_lacks_take_their_defaults(rule: UpdateRule) -> None:
     optimizer, params = trained(rule)
     state = copy.deepcopy(optimizer.state_dict())
-    for name in ("capturable", "foreach", "fused", "differentiable", "maximize", "state_dtype"):
+    for name in ("capturable", "foreach", "fused", "differentiable", "maximize", "state_dtype", "moment_dtype"):
         del state["param_groups"][0][name]
     resumed_params = clones(params)
-    resumed = LearnedOptimizer(resumed_params, weights=rule, state_dtype=torch.bfloat16)
+    resumed = LearnedOptimizer(resumed_params, weights=rule)
     resumed.load_state_dict(state)
     assert resumed.param_groups[0]["maximize"] is False
-    assert resumed.param_groups[0]["state_dtype"] == "bfloat16"
-    assert resumed.state[resumed_params[2]]["hidden"].dtype == torch.float32
+    assert resumed.param_groups[0]["state_dtype"] == "float32"
     take_steps(optimizer, params, 2, first=3)
     take_steps(resumed, resumed_params, 2, first=3)
     assert_identical(resumed_params, params)
@@ -294,6 +296,187 @@ def test_a_step_that_is_a_number_becomes_a_tensor(rule: UpdateRule, number: floa
     take_steps(optimizer, params, 2, first=3)
     take_steps(resumed, resumed_params, 2, first=3)
     assert_identical(resumed_params, params)
+
+
+# Dtypes
+
+
+def cast(state: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Cast every tensor of a checkpoint, as some trainers do before they write it."""
+    memories = {i: {name: value.to(dtype) for name, value in memory.items()} for i, memory in state["state"].items()}
+    return {**state, "state": memories}
+
+
+def flat(memory: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a parameter's memory, each tensor ``(N, ...)``."""
+    dims = memory["hidden"].dim() - 1
+    return {name: value.reshape(-1, *value.shape[dims:]) for name, value in memory.items() if name != "step"}
+
+
+def layout_of(optimizer: LearnedOptimizer, params: list[nn.Parameter]) -> list[dict[str, torch.dtype]]:
+    return [{name: value.dtype for name, value in optimizer.state[param].items()} for param in params]
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_checkpoint_that_was_cast_comes_back_in_the_layout_of_its_options(
+    rule: UpdateRule, state_dtype: str, dtype: torch.dtype
+) -> None:
+    optimizer, params = trained(rule, state_dtype=state_dtype)
+    resumed = LearnedOptimizer(clones(params), weights=rule)
+    resumed.load_state_dict(cast(optimizer.state_dict(), dtype))
+    held = resumed.param_groups[0]["params"]
+    assert layout_of(resumed, held) == layout_of(optimizer, params)
+    exact = {"rtol": 0, "atol": 0} if dtype == torch.float64 else {"rtol": 2**-8, "atol": 1e-30}
+    torch.testing.assert_close(memories(resumed, held), memories(optimizer, params), **exact)
+    take_steps(resumed, held, 2, first=3)
+
+
+def test_no_float16_second_moment_that_underflowed_is_trained_on() -> None:
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))]
+    optimizer = LearnedOptimizer(params, weights=small_rule())
+    params[0].grad, params[1].grad = torch.ones(3), torch.tensor([1.0, 1e-5, 1.0])
+    optimizer.step()
+    state = cast(optimizer.state_dict(), torch.float16)
+    refuses(optimizer, params, state, "exp_avg_sq of parameter 1 .* is float16, and underflowed to zero.*without a cast")
+    optimizer.load_state_dict(cast(optimizer.state_dict(), torch.bfloat16))
+
+
+def test_float16_memory_is_converted_where_it_did_not_underflow_and_refused_where_it_overflowed() -> None:
+    params = [nn.Parameter(torch.ones(3))]
+    optimizer = LearnedOptimizer(params, weights=small_rule())
+    params[0].grad = torch.tensor([0.0, 1.0, -1.0])  # A coordinate at rest has lost nothing.
+    optimizer.step()
+    optimizer.load_state_dict(cast(optimizer.state_dict(), torch.float16))
+    assert optimizer.state[params[0]]["exp_avg_sq"].dtype == torch.float32
+    params[0].grad = torch.full((3,), 1e6)
+    optimizer.step()
+    refuses(optimizer, params, cast(optimizer.state_dict(), torch.float16), "parameter 0 overflowed in float16")
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
+def test_a_run_may_go_on_in_another_precision_of_the_parameters(rule: UpdateRule, state_dtype: str) -> None:
+    optimizer, params = trained(rule, state_dtype=state_dtype)
+    wide = [nn.Parameter(param.detach().double()) for param in params]
+    other = LearnedOptimizer(wide, weights=rule, state_dtype=state_dtype)
+    other.load_state_dict(optimizer.state_dict())
+    assert all(value.dtype == torch.float64 for name, value in other.state[wide[2]].items() if name != "step")
+    back = LearnedOptimizer(clones(params), weights=rule)
+    back.load_state_dict(other.state_dict())
+    held = back.param_groups[0]["params"]
+    assert layout_of(back, held) == layout_of(optimizer, params)
+    if state_dtype == "int8":
+        for now, before in zip(memories(back, held), memories(optimizer, params), strict=True):
+            assert_identical(now["hidden"], before["hidden"])
+            cells = [decode(rule, flat(memory), torch.float32)["cell"] for memory in (now, before)]
+            torch.testing.assert_close(*cells, rtol=0.02, atol=0.02)
+    else:
+        assert_identical(memories(back, held), memories(optimizer, params))
+    for opt, tensors in ((other, wide), (back, held)):
+        take_steps(opt, tensors, 2, first=3)
+
+
+@pytest.mark.parametrize("new", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("old", ["float32", "bfloat16", "int8"])
+def test_the_options_of_a_checkpoint_may_name_another_layout(rule: UpdateRule, old: str, new: str) -> None:
+    optimizer, params = trained(rule, state_dtype=old)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["state_dtype"] = getattr(torch, new)
+    resumed = LearnedOptimizer(clones(params), weights=rule)
+    resumed.load_state_dict(state)
+    held = resumed.param_groups[0]["params"]
+    assert resumed.param_groups[0]["state_dtype"] == new
+    expected = LearnedOptimizer(clones(params), weights=rule, state_dtype=new)
+    take_steps(expected, expected.param_groups[0]["params"], 1)
+    assert layout_of(resumed, held) == layout_of(expected, expected.param_groups[0]["params"])
+    assert sum(value.nbytes for memory in resumed.state.values() for value in memory.values()) == sum(
+        resumed._state_bytes(param, resumed.param_groups[0]) for param in held
+    )
+    take_steps(optimizer, params, 1, first=3)
+    take_steps(resumed, held, 1, first=3)
+    torch.testing.assert_close(held, params, rtol=0.05, atol=0.05)
+
+
+# Nothing is written unless everything fits
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        10**400,
+        pytest.param(10**5000, id="5000 digits"),
+        math.nan,
+        -1,
+        -0.5,
+        math.inf,
+        torch.tensor(-3.0),
+        torch.tensor(True),
+        torch.tensor(1j),
+        True,
+    ],
+)
+def test_a_step_that_counts_no_steps_is_refused(step: Any) -> None:
+    optimizer, params = trained(small_rule())
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][5]["step"] = step
+    refuses(optimizer, params, state, "step of parameter 5 in the checkpoint is")
+
+
+@pytest.mark.parametrize("name", ["hidden", "exp_avg_sq"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.uint8])
+def test_memory_in_a_dtype_of_no_memory_is_refused(name: str, dtype: torch.dtype) -> None:
+    optimizer, params = trained(small_rule())
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][4][name] = state["state"][4][name].to(dtype)
+    refuses(optimizer, params, state, f"the {name} of parameter 4 in the checkpoint is {dtype}, which no memory")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda state: state.update(state=[]), "needs a dict 'state' and a list 'param_groups', got list and list"),
+        (lambda state: state.pop("param_groups"), "got dict and NoneType"),
+        (lambda state: state.update(param_groups=[1]), "group 0 of the checkpoint is no dict"),
+        (lambda state: state["param_groups"][0].pop("params"), "group 0 of the checkpoint is no dict with a list 'params'"),
+        (lambda state: state["param_groups"][0].update(params=[[0]] * 6), "list 'params' of indices"),
+        (lambda state: state["param_groups"][0].update(params=[0] * 6), "names a parameter twice"),
+        (lambda state: state["state"].update({5: [1, 2]}), "state of parameter 5 in the checkpoint is a list, not a dict"),
+        (lambda state: state["state"].update({5: torch.ones(2)}), "state of parameter 5 in the checkpoint is a Tensor"),
+        (lambda state: state["param_groups"][0].update(lr="1"), "group 0 of the checkpoint.*Invalid learning rate"),
+        (lambda state: state["param_groups"][0].update(lr=None), "group 0 of the checkpoint.*Invalid learning rate"),
+        (lambda state: state["param_groups"][0].update(weight_decay=-1.0), "group 0 of the checkpoint.*weight_decay"),
+        (
+            lambda state: state["param_groups"][0].update(state_dtype="int4"),
+            "group 0.*Invalid state_dtype",
+        ),
+        (lambda state: state["param_groups"][0].update(guard=3), "group 0 of the checkpoint.*Invalid guard"),
+    ],
+)
+def test_a_checkpoint_of_the_wrong_build_is_refused(spoil: Any, message: str) -> None:
+    optimizer, params = trained(small_rule())
+    state = copy.deepcopy(optimizer.state_dict())
+    spoil(state)
+    refuses(optimizer, params, state, message)
+
+
+def test_what_is_no_dict_is_no_checkpoint() -> None:
+    optimizer, _ = trained(small_rule())
+    with pytest.raises(TypeError, match=r"takes what state_dict\(\) returned, a dict; got list"):
+        optimizer.load_state_dict([])  # type: ignore[arg-type]
+
+
+def test_a_load_into_a_lazy_module_says_what_to_do() -> None:
+    lazy = nn.LazyLinear(2)
+    optimizer = LearnedOptimizer(lazy.parameters(), weights=small_rule())
+    model = nn.Linear(3, 2)
+    donor = LearnedOptimizer(model.parameters(), weights=small_rule())
+    take_steps(donor, list(model.parameters()), 1)
+    with pytest.raises(ValueError, match="parameter 0 has no shape yet: its module is lazy; run one forward pass"):
+        optimizer.load_state_dict(donor.state_dict())
+    assert not optimizer.state
+    lazy(torch.ones(1, 3))
+    optimizer.load_state_dict(donor.state_dict())
+    assert optimizer.state
 
 
 # Hooks

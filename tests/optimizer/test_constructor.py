@@ -27,7 +27,14 @@ ONE = [(3,)]
         ({"state_dtype": torch.float16}, ValueError, "Invalid state_dtype: torch.float16; choose one of float32"),
         ({"state_dtype": "int4"}, ValueError, "Invalid state_dtype: 'int4'; choose one of float32, bfloat16, int8"),
         ({"moment_dtype": torch.int8}, ValueError, "Invalid moment_dtype: torch.int8; choose one of float32, bfloat16"),
-        ({"momentum": 0.9}, TypeError, "momentum"),
+        ({"momentum": 0.9}, TypeError, "momentum= is not needed here: remove it"),
+        ({"betas": (0.9, 0.999)}, TypeError, "betas= is not needed here: remove it"),
+        ({"eps": 1e-8}, TypeError, "eps= is not needed here: remove it"),
+        ({"amsgrad": True}, TypeError, "amsgrad= is not needed here: remove it"),
+        ({"lr": None}, ValueError, "lr= is not needed here: remove it"),
+        ({"lr": "fast"}, ValueError, "Invalid learning rate: fast"),
+        ({"weight_decay": None}, ValueError, "Invalid weight_decay value: None"),
+        ({"warp": 1}, TypeError, "unexpected keyword argument 'warp'"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -69,6 +76,12 @@ def test_bad_options_of_a_group_are_refused_and_the_group_is_not_added(option: d
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": make_params(ONE), **option})
     assert len(optimizer.param_groups) == 1
+
+
+def test_options_are_checked_before_parameters() -> None:
+    for name, value in (("lr", -1.0), ("weight_decay", -1.0), ("guard", 2), ("state_dtype", "int4")):
+        with pytest.raises(ValueError, match=rf"Invalid .*: '?{value}"):
+            LearnedOptimizer(None, **{name: value})  # type: ignore[arg-type]
 
 
 def test_a_parameter_in_two_groups_is_refused() -> None:
@@ -169,11 +182,35 @@ def test_a_group_added_late_starts_fresh_and_leaves_the_others_alone(rule: Updat
     assert_identical(late, fresh)
 
 
-def test_the_caller_s_group_is_not_modified() -> None:
-    group = {"params": make_params(ONE), "weights": small_rule(), "state_dtype": torch.bfloat16}
-    LearnedOptimizer([dict(group)], weights=small_rule()).add_param_group(mine := {**group, "params": make_params(ONE)})
-    assert set(mine) == set(group)
-    assert mine["weights"] is group["weights"]
+def test_the_caller_s_dict_is_the_group() -> None:
+    first, second = ({"params": make_params(ONE), "weights": small_rule(), "lr": 0.5} for _ in range(2))
+    optimizer = LearnedOptimizer([first], weights=small_rule())
+    optimizer.add_param_group(second)
+    assert optimizer.param_groups[0] is first
+    assert optimizer.param_groups[1] is second
+    first["lr"] = second["lr"] = 0.0
+    params = [*first["params"], *second["params"]]
+    before = copies(params)
+    take_steps(optimizer, params, 1)
+    assert_identical(copies(params), before)
+
+
+def test_a_group_that_is_refused_is_left_as_it_was() -> None:
+    group = {"params": make_params(ONE), "weights": small_rule(), "state_dtype": torch.bfloat16, "lr": -1.0}
+    before = dict(group)
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        LearnedOptimizer([group], weights=small_rule())
+    assert group == before
+
+
+def test_the_groups_of_one_optimizer_make_another() -> None:
+    groups = [{"params": make_params(ONE), "weights": Weights(small_rule(seed=3), "mine")}, {"params": make_params(ONE)}]
+    first = LearnedOptimizer(groups, weights=small_rule())
+    second = LearnedOptimizer(groups)
+    assert [group["weights"] for group in second.param_groups] == ["mine", "custom"]
+    assert second._weights_of(groups[0]) is first._weights_of(groups[0])
+    groups[0]["weights"] = "quadratic"  # The name counts where it was changed by hand.
+    assert LearnedOptimizer(groups).param_groups[0]["fingerprint"] == Weights.from_pretrained("quadratic").fingerprint
 
 
 def test_params_may_be_a_generator_a_dict_view_or_named() -> None:

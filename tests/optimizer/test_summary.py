@@ -5,7 +5,7 @@ import torch
 from cases import make_params, small_rule, take_steps
 from torch import nn
 
-from learned_optim import LearnedOptimizer, UpdateRule, Weights
+from learned_optim import LearnedOptimizer, UpdateRule, Weights, state_bytes
 from learned_optim.backends import backend_in_use
 from learned_optim.backends.native.sequence import native_available
 
@@ -54,6 +54,33 @@ def test_the_bytes_of_state_are_those_allocated(rule: UpdateRule, dtype: torch.d
     assert optimizer.summary() == before
     allocated = sum(value.nbytes for memory in optimizer.state.values() for value in memory.values())
     assert f" {allocated:,} " in before.splitlines()[-1] + " "
+
+
+def test_state_in_another_layout_than_the_options_name_is_counted_as_it_is() -> None:
+    params = make_params([(7,)])
+    optimizer = LearnedOptimizer(params, weights=small_rule())
+    take_steps(optimizer, params, 1)
+    before = optimizer.summary()
+    optimizer.param_groups[0]["state_dtype"] = "int8"
+    assert optimizer.summary() == before
+
+
+def test_lazy_parameters_are_named_and_not_counted() -> None:
+    lazy = nn.LazyLinear(2)
+    optimizer = LearnedOptimizer(lazy.parameters(), weights=small_rule())
+    assert optimizer.summary().splitlines()[-1].startswith("group 0 has 2 parameters of lazy modules")
+    with pytest.raises(ValueError, match=r"no shape yet.*forward pass"):
+        state_bytes(nn.LazyLinear(2))
+    lazy(torch.ones(1, 3))
+    assert columns(optimizer.summary().splitlines()[-1])[1] == "8"
+
+
+def test_a_rate_that_is_small_for_a_factor_is_named() -> None:
+    optimizer = LearnedOptimizer([{"params": make_params()}, {"params": make_params()}], weights=small_rule())
+    optimizer.param_groups[1]["lr"] = 6e-4
+    assert (
+        optimizer.summary().splitlines()[-1] == "group 1 multiplies the learned update by lr=0.0006; 1 is the usual factor"
+    )
 
 
 def test_the_backend_named_is_the_one_that_runs() -> None:
