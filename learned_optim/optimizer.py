@@ -31,7 +31,7 @@ from learned_optim.guard import judge, nominal, snapshot
 from learned_optim.rate_watch import RateWatch
 from learned_optim.rules import UpdateRule
 from learned_optim.rules.storage import layout, names
-from learned_optim.sharding import as_real, gradient_of, local, whole, zeros_like
+from learned_optim.sharding import as_real, gradient_of, local, share_gradients, whole, zeros_like
 from learned_optim.summary import summarize
 from learned_optim.weights import Weights, resolve_weights
 from learned_optim.weights.facts import bytes_per_parameter
@@ -242,6 +242,7 @@ class LearnedOptimizer(Optimizer):
             self._rate_watch = None
         if self._repeat_step():
             return loss
+        sharded = share_gradients(self.param_groups)
         self._refuse_what_does_not_fit()
         before = snapshot(self.param_groups)
         for group in self.param_groups:
@@ -257,7 +258,8 @@ class LearnedOptimizer(Optimizer):
                     maximize=group["maximize"],
                 )
         judge(self.param_groups, self.state, before, loss)
-        self._plan_step()
+        if not sharded:  # A planned step talks to no other rank.
+            self._plan_step()
         return loss
 
     def _repeat_step(self) -> bool:

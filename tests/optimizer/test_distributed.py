@@ -1,4 +1,4 @@
-"""Two gloo processes on CPU: every way of splitting the work gives the numbers of one process.
+"""Two and four gloo processes on CPU: every way of splitting the work gives the numbers of one process.
 
 The processes start once and run every check; each test reads the outcome of its own.
 """
@@ -270,6 +270,145 @@ def check_recorder(case: str) -> None:
         assert row == pytest.approx(expected, rel=1e-6, nan_ok=True)
 
 
+def take_step_on_some_ranks(
+    optimizer: LearnedOptimizer, params: list[nn.Parameter], gradients: list[Tensor], holders: list[set[int]]
+) -> list[Tensor | None]:
+    """Step with each gradient on the ranks that hold it; return what one process would have."""
+    from torch.distributed.tensor import distribute_tensor
+
+    expected: list[Tensor | None] = []
+    for param, gradient, ranks in zip(params, gradients, holders, strict=True):
+        whole = distribute_tensor(gradient, param.device_mesh, param.placements)
+        mine = whole if dist.get_rank() in ranks else whole * 0
+        expected.append(full(mine) if ranks else None)
+        param.grad = whole if dist.get_rank() in ranks else None
+    optimizer.step()
+    return expected
+
+
+def check_gradients_on_some_ranks(case: str, shape: tuple[int, ...]) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", shape)
+    placements = [Shard(dim) for dim in range(len(shape))]
+    start = torch.linspace(-1, 1, 28).view(7, 4)
+    params = [nn.Parameter(distribute_tensor(start * scale, mesh, placements)) for scale in (1.0, 10.0, 0.1)]
+    alone = [nn.Parameter(start * scale) for scale in (1.0, 10.0, 0.1)]
+    optimizer, reference = (LearnedOptimizer(held, weights=small_rule(case)) for held in (params, alone))
+    recorders = [Recorder(opt, every=1) for opt in (optimizer, reference)]
+    last, everyone = dist.get_world_size() - 1, set(range(dist.get_world_size()))
+    for step, holders in enumerate(([{0}, {last}, everyone], [{last}, set(), {0}], [everyone, {0}, set()])):
+        expected = take_step_on_some_ranks(optimizer, params, draw_gradients(alone, step), holders)
+        for param, gradient in zip(alone, expected, strict=True):
+            param.grad = gradient
+        reference.step()
+    torch.testing.assert_close([full(param) for param in params], copies(alone), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(full_memories(optimizer, params), memories(reference, alone), rtol=1e-5, atol=1e-6)
+    for row, wanted in zip(*(recorder.rows for recorder in recorders), strict=True):
+        assert row == pytest.approx(wanted, rel=1e-4, nan_ok=True)
+
+
+def check_summands_on_some_ranks(case: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    start = torch.linspace(-1, 1, 28).view(7, 4)
+    (gradient,) = draw_gradients([start], 0)
+    for placement in (Replicate(), Shard(0)):
+        param, plain = nn.Parameter(distribute_tensor(start, mesh, [placement])), nn.Parameter(start.clone())
+        if dist.get_rank() == 1:
+            param.grad = DTensor.from_local(gradient, mesh, [Partial()], run_check=False)
+        plain.grad = gradient
+        for held in (param, plain):
+            LearnedOptimizer([held], weights=small_rule(case)).step()
+        torch.testing.assert_close(full(param), plain.detach(), rtol=1e-5, atol=1e-6)
+
+
+def check_unlike_gradients_are_refused_on_every_rank(first: str, second: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    made = {"replicated": Replicate(), "sharded": Shard(0), "summed": Partial()}
+    params = [nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Replicate()])) for _ in range(2)]
+    optimizer = LearnedOptimizer(params, weights=small_rule())
+    for kind in [first if dist.get_rank() == 0 else second]:
+        if kind in made:
+            rows = 4 // dist.get_world_size() if kind == "sharded" else 4
+            params[1].grad = DTensor.from_local(torch.ones(rows, 3), mesh, [made[kind]], run_check=False)
+    with pytest.raises(RuntimeError, match=r"parameter 1 has placements .* give every rank the same kind of gradient"):
+        optimizer.step()
+    assert_identical([full(param) for param in params], [torch.ones(4, 3)] * 2)
+    assert not optimizer.state
+    params[1].grad = distribute_tensor(torch.ones(4, 3), mesh, [Replicate()])
+    optimizer.step()
+    assert set(optimizer.state) == {params[1]}
+
+
+class Experts(nn.Module):
+    """Two experts, of which a step uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.experts = nn.Linear(3, 7), nn.ModuleList(nn.Linear(7, 1) for _ in range(2))
+
+    def forward(self, inputs: Tensor, expert: int) -> Tensor:
+        return self.experts[expert](torch.tanh(self.first(inputs)))
+
+
+def check_unused_experts(case: str, how: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    def build() -> Experts:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            return Experts()
+
+    alone = build()
+    model: nn.Module = build()
+    if how == "ddp":
+        model = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    else:
+        for part in (*model.experts, model.first, model):
+            fully_shard(part)
+    optimizer, reference = (LearnedOptimizer(net.parameters(), weights=small_rule(case)) for net in (model, alone))
+    for step, expert in enumerate((0, 0, 1)):
+        inputs = inputs_of(step)
+        for net, opt in ((model, optimizer), (alone, reference)):
+            opt.zero_grad()
+            net(inputs, expert).square().mean().backward()
+            opt.step()
+        waiting = list(alone.experts[1].parameters())
+        assert all((param in reference.state) == (step == 2) for param in waiting)
+    assert len(optimizer.state) == len(reference.state)
+    torch.testing.assert_close(
+        [full(param) for param in model.parameters()], copies(alone.parameters()), rtol=1e-5, atol=1e-6
+    )
+
+
+def checks_of_absence() -> dict[str, Callable[[], None]]:
+    """Return checks that any number of ranks can run: gradients that some of them lack."""
+    named: dict[str, Callable[[], None]] = {}
+    for case in FEW_CASES:
+        shape = (dist.get_world_size(),) if dist.is_initialized() else (WORLD,)
+        named[f"gradients on some ranks {case}"] = lambda case=case, shape=shape: check_gradients_on_some_ranks(case, shape)
+        named[f"summands on some ranks {case}"] = lambda case=case: check_summands_on_some_ranks(case)
+        for how in ("ddp", "fsdp2"):
+            named[f"unused experts {how} {case}"] = lambda case=case, how=how: check_unused_experts(case, how)
+    for pair in (("replicated", "none"), ("replicated", "sharded"), ("summed", "replicated")):
+        named[f"refused {pair}"] = lambda pair=pair: check_unlike_gradients_are_refused_on_every_rank(*pair)
+    return named
+
+
+def checks_of_four(folder: str) -> dict[str, Callable[[], None]]:
+    named = checks_of_absence()
+    for case in FEW_CASES:
+        named[f"gradients on some ranks of a square {case}"] = lambda case=case: check_gradients_on_some_ranks(case, (2, 2))
+    return named
+
+
 def checks(folder: str) -> dict[str, Callable[[], None]]:
     named: dict[str, Callable[[], None]] = {}
     for case in ALL_CASES:
@@ -293,17 +432,21 @@ def checks(folder: str) -> dict[str, Callable[[], None]]:
         )
     for original in (False, True):
         named[f"fsdp1 refused use_orig_params={original}"] = lambda original=original: check_fsdp1_is_refused(original)
-    return named
+    return named | checks_of_absence()
 
 
-def run_checks(rank: int, folder: str) -> None:
+CHECKS = {WORLD: checks, 4: checks_of_four}
+
+
+def run_checks(rank: int, folder: str, world: int) -> None:
     """Run every check on this rank and leave the tracebacks of those that fail."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    store = dist.FileStore(os.path.join(folder, "store"), WORLD)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, store=store, timeout=timedelta(seconds=20))
-    outcome = dict.fromkeys(checks(folder), "not run: the ranks fell out of step in an earlier check")
-    for name, check in checks(folder).items():
+    store = dist.FileStore(os.path.join(folder, "store"), world)
+    dist.init_process_group("gloo", rank=rank, world_size=world, store=store, timeout=timedelta(seconds=20))
+    named = CHECKS[world](folder)
+    outcome = dict.fromkeys(named, "not run: the ranks fell out of step in an earlier check")
+    for name, check in named.items():
         try:
             check()
             outcome[name] = ""
@@ -317,16 +460,33 @@ def run_checks(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def spawn(folder: Path, world: int) -> list[dict[str, str]]:
+    mp.spawn(run_checks, (str(folder), world), nprocs=world)
+    return [torch.load(folder / f"outcome-{rank}.pt") for rank in range(world)]
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    folder = tmp_path_factory.mktemp("distributed")
-    mp.spawn(run_checks, (str(folder),), nprocs=WORLD)
-    return [torch.load(Path(folder, f"outcome-{rank}.pt")) for rank in range(WORLD)]
+    return spawn(tmp_path_factory.mktemp("two"), WORLD)
 
 
-@pytest.mark.parametrize("name", checks(""))
-def test_two_processes_equal_one(name: str, outcomes: list[dict[str, str]]) -> None:
+@pytest.fixture(scope="module")
+def outcomes_of_four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    return spawn(tmp_path_factory.mktemp("four"), 4)
+
+
+def judge(outcomes: list[dict[str, str]], name: str) -> None:
     failures = [outcome[name] for outcome in outcomes if outcome[name]]
     if failures and torch.__version__ < "2.7" and all("no attribute 'record_event'" in failure for failure in failures):
         pytest.skip("FSDP2 of this torch knows no CPU")
     assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("name", checks(""))
+def test_two_processes_equal_one(name: str, outcomes: list[dict[str, str]]) -> None:
+    judge(outcomes, name)
+
+
+@pytest.mark.parametrize("name", checks_of_four(""))
+def test_four_processes_equal_one(name: str, outcomes_of_four: list[dict[str, str]]) -> None:
+    judge(outcomes_of_four, name)
