@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from learned_optim.modes import is_fake, outside_modes
 from learned_optim.rate_watch import small_rate
 from learned_optim.rules import AdamModulationRule, plain_adam
 from learned_optim.weights import Weights
@@ -79,14 +80,17 @@ def nominal(weights: Weights) -> Weights:
         Other weights, the same object for the same weights.
     """
     if weights not in _nominal:
-        if isinstance(weights.rule, AdamModulationRule):
-            rule, name = copy.deepcopy(weights.rule), f"nominal Adam of {weights.name}"
-            for parameter in rule.parameters():
-                nn.init.zeros_(parameter)
-        else:
-            rule, name = plain_adam(1e-3), "Adam(1e-3)"
-        _nominal[weights] = Weights(rule, name)
+        _nominal[weights] = outside_modes(lambda: _make_nominal(weights))
     return _nominal[weights]
+
+
+def _make_nominal(weights: Weights) -> Weights:
+    if not isinstance(weights.rule, AdamModulationRule):
+        return Weights(plain_adam(1e-3), "Adam(1e-3)")
+    rule = copy.deepcopy(weights.rule)
+    for parameter in rule.parameters():
+        nn.init.zeros_(parameter)
+    return Weights(rule, f"nominal Adam of {weights.name}")
 
 
 def snapshot(groups: Iterable[dict[str, Any]]) -> list[dict[Tensor, Tensor]]:
@@ -114,6 +118,8 @@ def _copies(group: dict[str, Any]) -> dict[Tensor, Tensor]:
             "guard=True watches one process, and several would fall back at different steps; leave it out, and record "
             "what happens with learned_optim.Recorder instead"
         )
+    if any(map(is_fake, group["params"])):
+        raise RuntimeError("guard=True reads the parameters, and fake ones hold no numbers; leave the guard out here")
     return {p: p.detach().clone() for p in group["params"] if p.grad is not None and p.numel()}
 
 

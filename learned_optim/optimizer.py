@@ -28,6 +28,7 @@ from learned_optim.group_options import (
     refuse_unknown,
 )
 from learned_optim.guard import judge, nominal, snapshot
+from learned_optim.modes import active_fake_mode, check_modes
 from learned_optim.rate_watch import RateWatch
 from learned_optim.rules import UpdateRule
 from learned_optim.rules.storage import layout, names
@@ -238,8 +239,10 @@ class LearnedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not torch.compiler.is_compiling() and self._rate_watch and not self._rate_watch.look(self.param_groups):
-            self._rate_watch = None
+        if not torch.compiler.is_compiling():
+            check_modes(self.param_groups)
+            if self._rate_watch and not self._rate_watch.look(self.param_groups):
+                self._rate_watch = None
         if self._repeat_step():
             return loss
         sharded = share_gradients(self.param_groups)
@@ -277,7 +280,7 @@ class LearnedOptimizer(Optimizer):
 
     def _may_repeat(self) -> bool:
         """Return whether steps may be repeated unseen: not while tracing, nor under a guard, nor by another backend."""
-        if torch.compiler.is_compiling() or self.backend not in ("auto", "native"):
+        if torch.compiler.is_compiling() or self.backend not in ("auto", "native") or active_fake_mode() is not None:
             return False
         return not any(group["guard"] for group in self.param_groups)
 

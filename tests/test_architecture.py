@@ -14,9 +14,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "learned_optim"
 ALLOWED = {
     "rules": {"rules"},
-    "backends": {"backends", "rules"},
-    "weights": {"weights", "rules"},
-    "guard": {"rate_watch", "rules", "weights"},
+    "backends": {"backends", "modes", "rules"},
+    "weights": {"modes", "rules", "weights"},
+    "modes": set(),
+    "guard": {"modes", "rate_watch", "rules", "weights"},
     "rate_watch": set(),
     "summary": {"backends", "rate_watch", "rules"},
     "sharding": set(),
@@ -27,6 +28,7 @@ ALLOWED = {
         "checkpoint",
         "group_options",
         "guard",
+        "modes",
         "rate_watch",
         "rules",
         "sharding",

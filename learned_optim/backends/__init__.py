@@ -16,6 +16,7 @@ from torch import Tensor
 
 from learned_optim.backends import compiled, native, reference, triton
 from learned_optim.backends.items import StepItem, overlap
+from learned_optim.modes import is_fake
 from learned_optim.rules import UpdateRule
 
 _MODULES: dict[str, ModuleType] = {"triton": triton, "native": native, "compiled": compiled}
@@ -84,6 +85,8 @@ def apply_step(
 
 def choose_backend(name: str, rule: UpdateRule) -> ModuleType:
     """Return what runs a rule: the named backend, or for ``auto`` the first that supports it; else the reference."""
+    if is_fake(rule.readout.weight):
+        return reference
     if name == "auto" and not native.available() and rule.readout.weight.device.type == "cpu":
         _say_once()
     names = _AUTO if name == "auto" else (name,)

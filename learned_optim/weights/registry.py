@@ -11,6 +11,7 @@ import weakref
 from os import PathLike
 from pathlib import Path
 
+from learned_optim.modes import outside_modes
 from learned_optim.rules import UpdateRule
 from learned_optim.weights.errors import WeightsError, WeightsNotFoundError
 from learned_optim.weights.file_format import FILE, PICKLES, SUFFIX, from_bytes, read_bytes, weight_file
@@ -112,7 +113,7 @@ def _load(path: Path, name: str, source: str) -> Weights:
     key = hashlib.sha256(data).digest(), name
     weights = _parsed.get(key)
     if weights is None:
-        weights = from_bytes(data, source).called(name).shared()
+        weights = outside_modes(lambda: from_bytes(data, source)).called(name).shared()
         _parsed[key] = weights
     return weights
 

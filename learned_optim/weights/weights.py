@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learned_optim.modes import active_fake_mode, fake_twin, is_fake, outside_modes
 from learned_optim.rules import UpdateRule
+from learned_optim.weights.errors import WeightsError
 
 _shared: weakref.WeakValueDictionary[tuple[Any, ...], Weights] = weakref.WeakValueDictionary()
 _lock = threading.RLock()
@@ -47,9 +49,9 @@ class Weights:
         self.title = name
         self.recipe = recipe
         self.metadata: Mapping[str, str] = MappingProxyType(dict(metadata or {}))
-        self.rule = _freeze(rule, torch.device("cpu"), torch.float32)
-        self.fingerprint = fingerprint(self.rule)
+        self.rule, self.fingerprint = outside_modes(lambda: _frozen_with_fingerprint(rule))
         self._casts: dict[tuple[torch.device, torch.dtype], UpdateRule] = {}
+        self._fakes: weakref.WeakKeyDictionary[Any, dict[Any, UpdateRule]] = weakref.WeakKeyDictionary()
 
     @classmethod
     def from_pretrained(
@@ -166,11 +168,19 @@ class Weights:
     def rule_on(self, device: torch.device, dtype: torch.dtype) -> UpdateRule:
         """Return the rule on a device and in a dtype; cast once and kept."""
         key = (device, dtype)
+        if not torch.compiler.is_compiling() and (mode := active_fake_mode()) is not None:
+            return self._fake_rule_on(mode, device, dtype)
         if key not in self._casts:  # The lock only then: torch.compile traces through here.
             with _lock:
                 if key not in self._casts:
-                    self._casts[key] = _freeze(self.rule, device, dtype)
+                    self._casts[key] = outside_modes(lambda: _freeze(self.rule, device, dtype))
         return self._casts[key]
+
+    def _fake_rule_on(self, mode: Any, device: torch.device, dtype: torch.dtype) -> UpdateRule:
+        fakes = self._fakes.setdefault(mode, {})
+        if (device, dtype) not in fakes:
+            fakes[device, dtype] = fake_twin(self.rule, mode, device, dtype)
+        return fakes[device, dtype]
 
     def __repr__(self) -> str:
         """Name, family, size and short fingerprint."""
@@ -241,7 +251,16 @@ def _from_pickle(data: bytes, name: str) -> Weights:
     return from_bytes(data, f"pickled weights {name!r}").called(name).shared()
 
 
+def _frozen_with_fingerprint(rule: UpdateRule) -> tuple[UpdateRule, str]:
+    if any(is_fake(value) or value.is_meta for value in rule.state_dict().values()):
+        raise WeightsError("the rule's meta-parameters hold no numbers: build it outside FakeTensorMode and 'meta'")
+    frozen = _freeze(rule, torch.device("cpu"), torch.float32)
+    return frozen, fingerprint(frozen)
+
+
 def _freeze(rule: UpdateRule, device: torch.device, dtype: torch.dtype) -> UpdateRule:
     frozen = copy.deepcopy(rule).to(device=device, dtype=dtype)
     frozen.freeze()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # The caller's stream may be another.
     return frozen
