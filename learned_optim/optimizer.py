@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from learned_optim.backends import StepItem, apply_step, check_backend
-from learned_optim.backends.native.plan import Plan, make_plan
+from learned_optim.backends import Plan, PlannedGroup, StepItem, StepOptions, apply_step, check_backend, make_plan
 from learned_optim.checkpoint import check_checkpoint, restore, without_memory
 from learned_optim.group_options import (
     check_options,
@@ -103,6 +102,7 @@ class LearnedOptimizer(Optimizer):
     """
 
     _plan: Plan | None = None
+    _planned_by = ""
     _rate_watch: RateWatch | None = None
 
     def __init__(
@@ -251,15 +251,8 @@ class LearnedOptimizer(Optimizer):
         for group in self.param_groups:
             weights = self._weights_of(group)
             for (device, dtype, traced_as_real), items in self._items(group, weights).items():
-                lr = group["lr"]
-                apply_step(
-                    "reference" if traced_as_real else self.backend,
-                    weights.rule_on(device, dtype),
-                    items,
-                    lr=lr.detach().to(device, dtype, non_blocking=True).reshape(()) if isinstance(lr, Tensor) else lr,
-                    weight_decay=group["weight_decay"],
-                    maximize=group["maximize"],
-                )
+                backend = "reference" if traced_as_real else self.backend
+                apply_step(backend, weights.rule_on(device, dtype), items, _options(group, device, dtype))
         judge(self.param_groups, self.state, before, loss)
         if not sharded:  # A planned step talks to no other rank.
             self._plan_step()
@@ -267,26 +260,31 @@ class LearnedOptimizer(Optimizer):
 
     def _repeat_step(self) -> bool:
         """Take the step as the last one was taken, if nothing but gradients and options has changed."""
-        if self._plan is None or not self._may_repeat():
+        if self._plan is None or not self._may_repeat() or self._planned_by != self.backend:
             return False
-        if not self._plan.renew(self.param_groups, self._cpu_rules(), self.state):
-            return False
-        self._plan.run(self.param_groups)
-        return True
+        return self._plan.repeat(self._planned_groups(), self.state)
 
     def _plan_step(self) -> None:
         if self._may_repeat():
-            self._plan = make_plan(self.param_groups, self._cpu_rules(), self.state)
+            self._plan, self._planned_by = make_plan(self.backend, self._planned_groups(), self.state), self.backend
 
     def _may_repeat(self) -> bool:
-        """Return whether steps may be repeated unseen: not while tracing, nor under a guard, nor by another backend."""
-        if torch.compiler.is_compiling() or self.backend not in ("auto", "native") or active_fake_mode() is not None:
+        """Return whether steps may be repeated unseen: not while tracing or faking, nor under a guard."""
+        if torch.compiler.is_compiling() or active_fake_mode() is not None:
             return False
         return not any(group["guard"] for group in self.param_groups)
 
-    def _cpu_rules(self) -> list[UpdateRule]:
-        cpu = torch.device("cpu")
-        return [self._weights_of(group).rule_on(cpu, torch.float32) for group in self.param_groups]
+    def _planned_groups(self) -> list[PlannedGroup]:
+        """Return the groups with the rules of their first parameters; a plan refuses groups of several devices or dtypes."""
+        rest = torch.empty(0, device="cpu")
+        return [
+            PlannedGroup(
+                group["params"],
+                self._rule_of(group["params"][0] if group["params"] else rest, group),
+                _options(group, torch.device("cpu"), torch.float32),
+            )
+            for group in self.param_groups
+        ]
 
     def summary(self) -> str:
         """Return a table of the groups: weights, rule, parameters, memory and the backend that runs them."""
@@ -430,3 +428,11 @@ class LearnedOptimizer(Optimizer):
 
 def _capturing(param: Tensor) -> bool:
     return param.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+
+
+def _options(group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> StepOptions:
+    """Return how a group's updates are applied; a rate that is a tensor goes where the rule computes."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        lr = lr.detach().to(device, dtype, non_blocking=True).reshape(())
+    return StepOptions.of(lr, group["weight_decay"], group["maximize"])

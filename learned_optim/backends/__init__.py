@@ -1,21 +1,22 @@
 """How a step is executed. Every backend computes the same rule; all but the reference are tested against it.
 
-A backend is a module with three functions: ``available()``, whether it can work here at all; ``supports(rule)``, whether it
-can run a rule where that rule lies; and ``apply_step(rule, items, lr=, weight_decay=, maximize=)``, which takes the step and
-hands to the reference what it cannot take.
+A backend is a module with three functions: ``available()`` says whether it can work here at all; ``supports(rule)`` says
+whether it can run a rule where that rule lies; ``apply_step(rule, items, options)`` takes the step and hands to the
+reference what it cannot take. A fourth, ``make_plan(groups, state)``, is optional: it returns what repeats a whole step.
 """
 
 import contextlib
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from learned_optim.backends import compiled, native, reference, triton
-from learned_optim.backends.items import StepItem, overlap
+from learned_optim.backends.items import PlannedGroup, StepItem, StepOptions, overlap
 from learned_optim.modes import is_fake
 from learned_optim.rules import UpdateRule
 
@@ -57,10 +58,7 @@ def apply_step(
     backend: str,
     rule: UpdateRule,
     items: Sequence[StepItem],
-    *,
-    lr: Tensor | float,
-    weight_decay: float,
-    maximize: bool,
+    options: StepOptions,
 ) -> None:
     """Apply one inner step in place.
 
@@ -68,9 +66,7 @@ def apply_step(
         backend: One of :data:`BACKENDS`.
         rule: In the dtype to compute with, on the items' device.
         items: Parameters that share the rule, device and compute dtype.
-        lr: Factor on the update.
-        weight_decay: Decoupled; parameters shrink by ``1e-3 * lr * weight_decay``.
-        maximize: Ascend instead of descend.
+        options: How updates are applied.
     """
     module = choose_backend(backend, rule)
     device = rule.readout.weight.device.type
@@ -80,7 +76,31 @@ def apply_step(
     narrowed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if narrowed else contextlib.nullcontext():
         for part in ([item] for item in items) if one_by_one else (items,):
-            module.apply_step(rule, part, lr=lr, weight_decay=weight_decay, maximize=maximize)
+            module.apply_step(rule, part, options)
+
+
+class Plan(Protocol):
+    """Repeats a step for which nothing but gradients and options has changed."""
+
+    def repeat(self, groups: Sequence[PlannedGroup], state: dict[Tensor, Any]) -> bool:
+        """Take and count the step if everything is as it was, and return whether it did."""
+        ...
+
+
+def make_plan(backend: str, groups: Sequence[PlannedGroup], state: dict[Tensor, Any]) -> Plan | None:
+    """Plan the next step, where one backend runs all groups and can repeat steps.
+
+    Args:
+        backend: One of :data:`BACKENDS`.
+        groups: The parameter groups.
+        state: The optimizer's state.
+
+    Returns:
+        None where it cannot.
+    """
+    chosen = {choose_backend(backend, group.rule) for group in groups}
+    make: Callable[..., Plan | None] | None = getattr(next(iter(chosen)), "make_plan", None) if len(chosen) == 1 else None
+    return make(groups, state) if make else None
 
 
 def choose_backend(name: str, rule: UpdateRule) -> ModuleType:
@@ -111,4 +131,15 @@ def backend_in_use(backend: str, rule: UpdateRule) -> str:
     return next((name for name, module in _MODULES.items() if module is chosen), "reference")
 
 
-__all__ = ["BACKENDS", "StepItem", "apply_step", "backend_in_use", "check_backend", "choose_backend"]
+__all__ = [
+    "BACKENDS",
+    "Plan",
+    "PlannedGroup",
+    "StepItem",
+    "StepOptions",
+    "apply_step",
+    "backend_in_use",
+    "check_backend",
+    "choose_backend",
+    "make_plan",
+]

@@ -8,7 +8,6 @@ reference takes over.
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import os
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from learned_optim.backends import reference
-from learned_optim.backends.items import StepItem
+from learned_optim.backends.items import StepItem, StepOptions
 from learned_optim.rules import Memory, UpdateRule
 from learned_optim.rules.lstm import Carry, lstm_cell
 
@@ -66,22 +65,16 @@ def supports(rule: UpdateRule) -> bool:
     return rule.readout.weight.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
 
 
-def apply_step(
-    rule: UpdateRule, items: Sequence[StepItem], *, lr: Tensor | float, weight_decay: float, maximize: bool
-) -> None:
+def apply_step(rule: UpdateRule, items: Sequence[StepItem], options: StepOptions) -> None:
     """Apply one inner step in place, like :func:`learned_optim.backends.reference.apply_step`.
 
     Args:
         rule: Frozen.
         items: Parameters that share the rule and its device.
-        lr: Factor on the update.
-        weight_decay: Decoupled; parameters shrink by ``1e-3 * lr * weight_decay``.
-        maximize: Ascend instead of descend.
+        options: How updates are applied.
     """
-    lr = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
-    options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
     run = functools.partial(_step_filled, [weight.contiguous() for weight in rule.parameters()])
-    reference.apply_step(rule, items, run=run, sizes=SIZES, **options)  # type: ignore[arg-type]
+    reference.apply_step(rule, items, StepOptions(*options.as_tensors(), options.maximize), run=run, sizes=SIZES)
 
 
 def _step_filled(
@@ -92,17 +85,15 @@ def _step_filled(
     stored: Memory,
     step: Tensor,
     scale: Tensor | None,
-    lr: Tensor,
-    shrink: Tensor,
-    maximize: bool,
+    options: StepOptions,
 ) -> None:
     size = min(size for size in SIZES if size >= len(param))
     written = (param, *stored.values())
     filled = [_filled(values, size) for values in written]
     of_tensors = [step] if scale is None else [step, scale]
     of_tensors = [values if values.dim() == 0 else _filled(values, size, 1.0) for values in of_tensors]
-    tensors = (*weights, *filled, _filled(grad, size), lr, shrink, *of_tensors)
-    _graph(rule, tuple(stored), maximize, tensors)(*tensors)
+    tensors = (*weights, *filled, _filled(grad, size), *options.as_tensors(), *of_tensors)
+    _graph(rule, tuple(stored), options.maximize, tensors)(*tensors)
     for values, new in zip(written, filled, strict=True):
         if new is not values:
             values.copy_(new[: len(values)])
@@ -136,9 +127,7 @@ class _Chunk(nn.Module):
 
     def __init__(self, rule: UpdateRule, names: tuple[str, ...], maximize: bool) -> None:
         super().__init__()
-        self.rule = copy.copy(rule)
-        self.rule._frozen_lstm = None
-        self.rule.read = self.rule.read_by_sums  # type: ignore[method-assign]
+        self.rule = rule.for_tracing()
         self.names, self.maximize = names, maximize
 
     def forward(self, param: Tensor, *others: Tensor) -> None:
@@ -147,8 +136,8 @@ class _Chunk(nn.Module):
         grad, lr, shrink, step, *scale = others[len(stored) :]
         narrow = self.rule.config.hidden_size <= NARROW
         advance = functools.partial(advance_in_blocks, self.rule) if narrow else None
-        options = (lr, shrink, self.maximize, advance)
-        reference.step_chunk(self.rule, param, grad, stored, step, scale[0] if scale else None, *options)
+        options = StepOptions(lr, shrink, self.maximize)
+        reference.step_chunk(self.rule, param, grad, stored, step, scale[0] if scale else None, options, advance)
 
     def step(self, *tensors: Tensor) -> tuple[()]:
         """Call it with the meta-parameters before everything else, in their order."""

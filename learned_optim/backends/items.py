@@ -1,13 +1,69 @@
-"""What a backend steps: one item a parameter, and whether two of them share memory."""
+"""What a backend is given: one item for each parameter, and the options of the step."""
+
+from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+from learned_optim.rules import UpdateRule
+
+
+class PlannedGroup(NamedTuple):
+    """A parameter group as a backend sees it that repeats whole steps.
+
+    ``params`` are the group's parameters, those without a gradient too; ``rule`` steps them; ``options`` say how.
+    """
+
+    params: Sequence[Tensor]
+    rule: UpdateRule
+    options: StepOptions
+
 
 PLAIN_TENSORS = {Tensor, nn.Parameter}
 """Types whose memory may be taken by its address."""
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How an update is applied: ``param = shrink * param + lr * update``.
+
+    Args:
+        lr: Factor on the update; a float or a 0-dim tensor.
+        shrink: Factor on the parameter, of the same kind; 1 without weight decay.
+        maximize: Whether to ascend instead of descend.
+    """
+
+    lr: Tensor | float
+    shrink: Tensor | float = 1.0
+    maximize: bool = False
+
+    @classmethod
+    def of(cls, lr: Tensor | float, weight_decay: float = 0.0, maximize: bool = False) -> StepOptions:
+        """Return the options of a parameter group.
+
+        Args:
+            lr: Factor on the update.
+            weight_decay: Decoupled. It means what it means to AdamW at a rate of 1e-3, whatever ``lr`` is by default.
+            maximize: Whether to ascend.
+
+        Returns:
+            The options.
+        """
+        return cls(lr, 1 - lr * 1e-3 * weight_decay, maximize)
+
+    def as_tensors(self) -> tuple[Tensor, Tensor]:
+        """Return ``lr`` and ``shrink`` as 0-dim tensors; floats become float64 on the CPU.
+
+        A product with a constant, unlike ``torch.tensor``, lets ``torch.compile`` keep a float as an input of its graph.
+        """
+        one = torch.ones((), dtype=torch.float64, device="cpu")
+        lr, shrink = (value if isinstance(value, Tensor) else one * value for value in (self.lr, self.shrink))
+        return lr, shrink
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learned_optim.backends.items import StepItem
+from learned_optim.backends.items import StepItem, StepOptions
 from learned_optim.rules import Memory, UpdateRule
 from learned_optim.rules.rule import Advance
 from learned_optim.rules.storage import decode, encode, noise
@@ -53,10 +53,8 @@ class _Slice:
 def apply_step(
     rule: UpdateRule,
     items: Sequence[StepItem],
+    options: StepOptions,
     *,
-    lr: Tensor | float,
-    weight_decay: float,
-    maximize: bool,
     run: Callable[..., None] | None = None,
     sizes: Sequence[int] = (),
 ) -> None:
@@ -65,18 +63,15 @@ def apply_step(
     Args:
         rule: In the dtype to compute with, on the items' device.
         items: Parameters that share the rule, device and compute dtype.
-        lr: Factor on the update.
-        weight_decay: Decoupled; parameters shrink by ``1e-3 * lr * weight_decay``.
-        maximize: Ascend instead of descend.
+        options: How updates are applied.
         run: A faster equivalent of :func:`step_chunk`.
         sizes: Coordinates that a chunk may have, the most first; :data:`CHUNK` by default.
     """
-    shrink = 1 - lr * 1e-3 * weight_decay
     alike: dict[Any, list[StepItem]] = defaultdict(list)
     for item in items:
         alike[tuple((name, values.dtype) for name, values in item.memory.items())].append(item)
     for chunk in (chunk for group in alike.values() for chunk in _pack(group, sizes or (CHUNK,))):
-        _apply_chunk(rule, chunk, lr, shrink, maximize, run or step_chunk)
+        _apply_chunk(rule, chunk, options, run or step_chunk)
         for piece in chunk:
             piece.write_back()
 
@@ -114,9 +109,7 @@ def step_chunk(
     stored: Memory,
     step: Tensor,
     scale: Tensor | None,
-    lr: Tensor | float,
-    shrink: Tensor | float,
-    maximize: bool,
+    options: StepOptions,
     advance: Advance | None = None,
 ) -> None:
     """Take one inner step of a chunk, in place.
@@ -128,15 +121,13 @@ def step_chunk(
         stored: Memory as it is kept, each ``(N, ...)``; written.
         step: Inner steps including this one, 0-dim or ``(N,)``.
         scale: Of each coordinate's tensor, 0-dim or ``(N,)``, or None.
-        lr: Factor on the update.
-        shrink: Factor on the parameter.
-        maximize: Ascend instead of descend.
+        options: How the update is applied.
         advance: A faster equivalent of the rule's own.
     """
     memory = decode(rule, stored, param.dtype)
-    update, new_memory, encoded = rule(-grad if maximize else grad, memory, step, scale, advance)
+    update, new_memory, encoded = rule(-grad if options.maximize else grad, memory, step, scale, advance)
     new_stored = encode(rule, new_memory, stored, encoded.active, noise(grad, step))
-    param.copy_(param * shrink + lr * update)
+    param.copy_(param * options.shrink + options.lr * update)
     for name, values in new_stored.items():
         stored[name].copy_(values)
 
@@ -144,9 +135,7 @@ def step_chunk(
 def _apply_chunk(
     rule: UpdateRule,
     chunk: list[_Slice],
-    lr: Tensor | float,
-    shrink: Tensor | float,
-    maximize: bool,
+    options: StepOptions,
     run: Callable[..., None],
 ) -> None:
     dtype = rule.readout.weight.dtype
@@ -158,7 +147,7 @@ def _apply_chunk(
     scales = [piece.item.scale for piece in chunk if piece.item.scale is not None]
     scale = _spread(scales, sizes) if scales else None
 
-    run(rule, param, grad, stored, step, scale, lr, shrink, maximize)
+    run(rule, param, grad, stored, step, scale, options)
 
     # Part of one tensor was written where it lies; what was joined or cast is a copy.
     if len(chunk) > 1:

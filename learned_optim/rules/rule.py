@@ -5,6 +5,9 @@ last and replays the middle for a whole truncation; the fast backends fuse all t
 knows nothing of optimizers, files or tasks.
 """
 
+from __future__ import annotations
+
+import copy
 import dataclasses
 import math
 from abc import ABC, abstractmethod
@@ -119,6 +122,7 @@ class UpdateRule(nn.Module, ABC):
         self.lstm = nn.LSTM(num_inputs, config.hidden_size, config.num_layers)
         self.readout = nn.Linear(config.hidden_size, num_outputs)
         self._frozen_lstm: LSTMTensors | None = None
+        self._traced = False
 
     def freeze(self) -> None:
         """Fix the meta-parameters, their dtype and device, for use without a graph; ``torch.compile`` needs it."""
@@ -126,6 +130,17 @@ class UpdateRule(nn.Module, ABC):
         self.lstm.flatten_parameters()
         weights = [[weight.detach() for weight in layer] for layer in self.lstm.all_weights]
         self._frozen_lstm = LSTMTensors(self.lstm.hidden_size, weights)
+
+    @property
+    def lstm_weights(self) -> nn.LSTM | LSTMTensors:
+        """What holds the LSTM's weights: the frozen tensors, or the module while they may still change."""
+        return self.lstm if self._frozen_lstm is None else self._frozen_lstm
+
+    def for_tracing(self) -> UpdateRule:
+        """Return a view of this rule that a compiler traces: the meta-parameters are inputs, the readout is made of sums."""
+        view = copy.copy(self)
+        view._frozen_lstm, view._traced = None, True
+        return view
 
     @property
     def memory_width(self) -> int:
@@ -244,7 +259,8 @@ class UpdateRule(nn.Module, ABC):
         Returns:
             Its numbers, each ``(..., N)``.
         """
-        return self.read_by_sums(hidden) if torch.compiler.is_compiling() else self.readout(hidden).unbind(-1)
+        by_sums = self._traced or torch.compiler.is_compiling()
+        return self.read_by_sums(hidden) if by_sums else self.readout(hidden).unbind(-1)
 
     def read_by_sums(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """Apply the readout like :meth:`read`, for compilers: they fuse sums with what stands around them, not a matmul.
@@ -271,7 +287,7 @@ class UpdateRule(nn.Module, ABC):
         """
         if fused:
             return lstm_sequence(self.lstm, inputs, carry)
-        lstm = self.lstm if self._frozen_lstm is None else self._frozen_lstm
+        lstm = self.lstm_weights
         hiddens = []
         for step_inputs in inputs:
             hidden, carry = lstm_step(lstm, step_inputs, carry)

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from learned_optim.backends import StepOptions
 from learned_optim.backends.native import step as native
 from learned_optim.rules import Memory, UpdateRule
 from learned_optim.rules.storage import names
@@ -146,7 +147,7 @@ class CompiledSteps:
                     [self._step] * len(own),
                     [scales[piece] for piece in own] if one.uses_scale else [],
                 )
-                packed = native.struct(native.describe(member)), native.packed(member)
+                packed = native.struct_of(member), native.packed(member)
                 self._parts.append((table, packed, [grads[piece] for piece in own]))
 
     def take(self, grad: Tensor, step: int, scales: Tensor | None) -> None:
@@ -156,7 +157,7 @@ class CompiledSteps:
         self._step.fill_(step)
         self._grad.copy_(grad)
         for table, packed, grads in self._parts:
-            table.run(*packed, grads, lr=1.0, weight_decay=0.0, maximize=False)
+            table.run(*packed, grads, StepOptions.of(1.0))
 
 
 class Lesson:

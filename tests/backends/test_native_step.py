@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer, UpdateRule, build_rule
 from learned_optim.backends import reference
-from learned_optim.backends.items import StepItem
+from learned_optim.backends.items import StepItem, StepOptions
 from learned_optim.backends.native import library as native_library
 from learned_optim.backends.native import plan as native_plan
 from learned_optim.backends.native import step as native
@@ -98,14 +98,14 @@ def assert_agree(native_items: list[StepItem], reference_items: list[StepItem], 
 def compare(rule: UpdateRule, items: list[StepItem], steps: int, rtol: float, atol: float, **options: Any) -> None:
     """Step the kernel and the reference side by side."""
     others = copy.deepcopy(items)
-    options = {"lr": 0.5, "weight_decay": 0.0, "maximize": False, **options}
+    step_options = StepOptions.of(**{"lr": 0.5, **options})
     for step in range(steps):
         draw_gradients(items, step)
         for item, other in zip(items, others, strict=True):
             other.grad.copy_(item.grad)
             other.step.copy_(item.step)
-        native.apply_step(rule, items, **options)
-        reference.apply_step(rule, others, **options)
+        native.apply_step(rule, items, step_options)
+        reference.apply_step(rule, others, step_options)
     assert_agree(items, others, rtol, atol)
 
 
@@ -156,8 +156,8 @@ def test_eight_bit_memory_is_rounded_as_the_reference_rounds(size: tuple[str, in
         others[0].grad.copy_(items[0].grad)
         others[0].step.copy_(items[0].step)
         before = {name: values.clone() for name, values in items[0].memory.items()}
-        native.apply_step(rule, items, lr=0.5, weight_decay=0.0, maximize=step % 2 == 1)
-        reference.apply_step(rule, others, lr=0.5, weight_decay=0.0, maximize=step % 2 == 1)
+        native.apply_step(rule, items, StepOptions.of(0.5, 0.0, step % 2 == 1))
+        reference.apply_step(rule, others, StepOptions.of(0.5, 0.0, step % 2 == 1))
         torch.testing.assert_close(items[0].param, others[0].param, rtol=1e-5, atol=1e-5)
         for name, values in items[0].memory.items():
             assert_stored_alike(values, others[0].memory[name])
@@ -177,7 +177,7 @@ def test_a_hundred_steps_with_eight_bit_memory_stay_within_a_thousandth(size: tu
         others[0].grad.copy_(items[0].grad)
         others[0].step.copy_(items[0].step)
         for module, each in ((native, items), (reference, others)):
-            module.apply_step(rule, each, lr=0.5, weight_decay=0.0, maximize=False)
+            module.apply_step(rule, each, StepOptions.of(0.5, 0.0, False))
     assert (items[0].param - others[0].param).norm() <= 1e-3 * (others[0].param - start).norm()
 
 
@@ -194,7 +194,7 @@ def test_items_of_every_storage_step_together() -> None:
         for step in range(3):
             draw_gradients(items, step)
             for group in [items] if together else [[item] for item in items]:
-                native.apply_step(rule, group, lr=0.5, weight_decay=0.0, maximize=False)
+                native.apply_step(rule, group, StepOptions.of(0.5, 0.0, False))
         results.append([(item.param, item.memory) for item in items])
     assert_identical(*results)
 
@@ -208,7 +208,7 @@ def test_rounding_is_to_nearest_even_and_special_values_survive() -> None:
         param = values.clone()
         memory = rule.initial_memory(param.numel(), torch.empty(0))
         item = StepItem(param, torch.ones_like(param), memory, torch.tensor(1.0), None)
-        native.apply_step(rule, [item], lr=0.0, weight_decay=0.0, maximize=False)
+        native.apply_step(rule, [item], StepOptions.of(0.0, 0.0, False))
         torch.testing.assert_close(param, values, rtol=0, atol=0, equal_nan=True)
         # A shrink by 1/2, 3/4 ... lands between representable values, and on ties.
         for shrink in (0.5, 0.75, 0.99609375, 1.00390625, 2.0**-9):
@@ -216,7 +216,7 @@ def test_rounding_is_to_nearest_even_and_special_values_survive() -> None:
             scaled = StepItem(
                 values.clone(), item.grad * 0, rule.initial_memory(param.numel(), torch.empty(0)), item.step, None
             )
-            native.apply_step(rule, [scaled], lr=1.0, weight_decay=(1 - shrink) * 1e3, maximize=False)
+            native.apply_step(rule, [scaled], StepOptions.of(1.0, (1 - shrink) * 1e3, False))
             want = (values.float() * shrink).to(dtype)
             torch.testing.assert_close(scaled.param, want, rtol=0, atol=0, equal_nan=True)
 
@@ -237,7 +237,7 @@ def test_lr_zero_moves_nothing() -> None:
     items = draw_items(rule)
     before = [item.param.clone() for item in items]
     draw_gradients(items, 5)
-    native.apply_step(rule, items, lr=0.0, weight_decay=1.0, maximize=False)
+    native.apply_step(rule, items, StepOptions.of(0.0, 1.0, False))
     assert_identical([item.param for item in items], before)
 
 
@@ -256,7 +256,7 @@ def test_neither_threads_nor_neighbours_change_a_result(size: tuple[str, int, in
             torch.set_num_threads(threads)
             try:
                 for group in [[item] for item in items] if split else [items]:
-                    native.apply_step(rule, group, lr=1.0, weight_decay=0.1, maximize=False)
+                    native.apply_step(rule, group, StepOptions.of(1.0, 0.1, False))
             finally:
                 torch.set_num_threads(1)
         results.append([(item.param, item.memory) for item in items])
@@ -284,7 +284,7 @@ def test_strides_do_not_matter(case: str) -> None:
     ]
     plain = [item(param.clone(), given.grad.clone(memory_format=torch.contiguous_format).resolve_neg()) for given in strided]
     for items in (strided, plain):
-        native.apply_step(rule, items, lr=1.0, weight_decay=0.0, maximize=False)
+        native.apply_step(rule, items, StepOptions.of(1.0, 0.0, False))
     assert_identical([x.param.contiguous() for x in strided], [x.param for x in plain])
     assert_identical([x.memory for x in strided], [x.memory for x in plain])
 
@@ -302,14 +302,14 @@ def test_the_reference_takes_what_the_kernel_cannot(monkeypatch: pytest.MonkeyPa
     handed: list[int] = []
     original = reference.apply_step
 
-    def note(rule: UpdateRule, items: list[StepItem], **options: Any) -> None:
+    def note(rule: UpdateRule, items: list[StepItem], options: StepOptions) -> None:
         handed.extend(item.param.numel() for item in items)
-        original(rule, items, **options)
+        original(rule, items, options)
 
     monkeypatch.setattr(native.reference, "apply_step", note)
-    native.apply_step(rule, items, lr=1.0, weight_decay=0.0, maximize=False)
+    native.apply_step(rule, items, StepOptions.of(1.0, 0.0, False))
     assert handed == [5, 6]
-    original(rule, others, lr=1.0, weight_decay=0.0, maximize=False)
+    original(rule, others, StepOptions.of(1.0, 0.0, False))
     assert_agree(items, others, 1e-5, 1e-6)
 
 
@@ -347,7 +347,7 @@ def stepper(case: str, params: Any, **options: Any) -> LearnedOptimizer:
     return LearnedOptimizer(params, weights=small_rule(case), **options)
 
 
-needs_plans = pytest.mark.skipif(native_plan._look() is None, reason="this torch lacks what plans look at tensors with")
+needs_plans = pytest.mark.skipif(not native_plan.POSSIBLE, reason="this torch lacks what plans look at tensors with")
 
 
 @needs_plans
@@ -577,6 +577,24 @@ def test_a_compiled_native_step_equals_the_eager_one(case: str, state_dtype: str
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
 
 
+@needs_dynamo
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_schedule_of_floats_compiles_no_graph_for_each_rate(backend: str) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    param = nn.Parameter(torch.randn(8, 4))
+    optimizer = stepper("adam-modulation", [param], backend=backend)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95)
+    step = torch.compile(optimizer.step, backend=counter)
+    for _ in range(8):
+        param.grad = torch.randn(8, 4)
+        step()
+        schedule.step()
+    assert counter.frame_count == 2  # One that creates the state, one that uses it.
+
+
 @pytest.mark.parametrize("memory_dtype", [torch.float32, torch.int8])
 def test_the_operator_is_registered_properly(memory_dtype: torch.dtype) -> None:
     rule = wide_rule("adam-modulation", 2, 3)
@@ -584,10 +602,12 @@ def test_the_operator_is_registered_properly(memory_dtype: torch.dtype) -> None:
     draw_gradients([item], 5)
     memory = [item.memory[name] for name in names(rule, item.memory)]
     assert item.scale is not None
-    arguments = (native.pack(rule), native.describe(rule), [item.param], [item.grad], memory, [item.step], [item.scale])
+    numbers = native.describe(rule)
+    described = list(numbers), list(numbers.values()), list(native.time_scales(rule))
+    arguments = (native.pack(rule), *described, [item.param], [item.grad], memory, [item.step], [item.scale])
     torch.library.opcheck(
         torch.ops.learned_optim.native_step.default,
-        (*arguments, torch.tensor(1.0), 0.0, False),
+        (*arguments, torch.tensor(1.0), torch.tensor(1.0), False),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
 

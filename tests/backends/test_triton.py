@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer, UpdateRule, build_rule
-from learned_optim.backends import StepItem, choose_backend
+from learned_optim.backends import StepItem, StepOptions, choose_backend
 from learned_optim.backends.triton import step as triton_step
 from learned_optim.weights import resolve_weights
 from tests.cases import assert_identical, assert_stored_alike, copies, memories, small_rule
@@ -375,9 +375,7 @@ def test_what_cannot_be_captured_is_explained(monkeypatch: pytest.MonkeyPatch) -
     memory = {name: optimizer.state[params[0]][name] for name in ("hidden", "cell")}
     item = StepItem(params[0].detach(), torch.ones_like(params[0]), memory, torch.ones((), device="meta"), None)
     with pytest.raises(RuntimeError, match="construct the optimizer with capturable=True"):
-        triton_step.apply_step(
-            weights.rule_on(params[0].device, torch.float32), [item], lr=1.0, weight_decay=0.0, maximize=False
-        )
+        triton_step.apply_step(weights.rule_on(params[0].device, torch.float32), [item], StepOptions.of(1.0))
 
 
 @needs_kernel

@@ -1,5 +1,6 @@
-"""The compiled CPU backend: what it can run, and its step."""
+"""The compiled CPU backend: what it can run, its step, and the plan that repeats one."""
 
+from learned_optim.backends.native.plan import make_plan
 from learned_optim.backends.native.step import apply_step, available, supports
 
-__all__ = ["apply_step", "available", "supports"]
+__all__ = ["apply_step", "available", "make_plan", "supports"]

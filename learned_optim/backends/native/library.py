@@ -15,9 +15,6 @@ pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 ARGUMENTS = {
     "learned_optim_lstm_sequence": [integer, long, *[integer] * 3, *[pointer] * 8, integer],
     "learned_optim_step": [pointer, pointer, pointer, integer],
-    "learned_optim_holds": [*[pointer] * 3, integer],
-    "learned_optim_find": [*[pointer] * 4, integer],
-    "learned_optim_touch": [pointer, pointer, integer],
     "learned_optim_limit_isa": [integer],
     "learned_optim_isa": [],
     "learned_optim_evaluate": [integer, long, pointer, pointer],

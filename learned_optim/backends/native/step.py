@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from learned_optim.backends import reference
-from learned_optim.backends.items import PLAIN_TENSORS, StepItem
+from learned_optim.backends.items import PLAIN_TENSORS, StepItem, StepOptions
 from learned_optim.backends.native.library import AVAILABLE, call, pointer
 from learned_optim.rules import AdamModulationRule, PaperRule, UpdateRule
 from learned_optim.rules.adam_modulation import AdamModulationConfig
@@ -38,11 +38,14 @@ MOMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LOG2_E = 1.44269504
 
 
+MAX_TIME_SCALES = 16
+"""Room for features of time in the kernel's struct."""
+
 _WHOLE_NUMBERS = ("family", "layers", "hidden", "log_and_sign", "num_times")
 
 
 class _Rule(ctypes.Structure):
-    """``struct rule`` of step.c."""
+    """``struct rule`` of step.c. Fields that a family does not have stay 0."""
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in _WHOLE_NUMBERS),
@@ -51,7 +54,7 @@ class _Rule(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("anneal_power", "anneal_steps", "anneal_start")),
         *((name, ctypes.c_float) for name in ("min_scale", "small_min_scale", "max_scale")),
         *((name, ctypes.c_float) for name in ("input_scale", "output_scale", "preprocess_p", "threshold")),
-        ("time_scales", ctypes.c_float * 16),
+        ("time_scales", ctypes.c_float * MAX_TIME_SCALES),
     )
 
 
@@ -82,35 +85,29 @@ def supports(rule: UpdateRule) -> bool:
         and type(rule) in (PaperRule, AdamModulationRule)
         and weight.dtype == torch.float32
         and weight.device.type == "cpu"
-        and len(getattr(rule.config, "time_scales", ())) <= 16
+        and len(time_scales(rule)) <= MAX_TIME_SCALES
     )
 
 
-def apply_step(
-    rule: UpdateRule, items: Sequence[StepItem], *, lr: Tensor | float, weight_decay: float, maximize: bool
-) -> None:
+def apply_step(rule: UpdateRule, items: Sequence[StepItem], options: StepOptions) -> None:
     """Apply one inner step in place, like :func:`learned_optim.backends.reference.apply_step`.
 
     Args:
         rule: One that :func:`supports` accepts, frozen.
         items: Parameters that share the rule.
-        lr: Factor on the update.
-        weight_decay: Decoupled; parameters shrink by ``1e-3 * lr * weight_decay``.
-        maximize: Ascend instead of descend.
+        options: How updates are applied.
     """
     taken = [takes(rule, item) for item in items]
     others = [item for item, taking in zip(items, taken, strict=True) if not taking]
     if others:
-        reference.apply_step(rule, others, lr=lr, weight_decay=weight_decay, maximize=maximize)
+        reference.apply_step(rule, others, options)
     items = [item for item, taking in zip(items, taken, strict=True) if taking]
     for eight_bit in (False, True):
         if alike := [item for item in items if (item.memory["hidden"].dtype == torch.int8) == eight_bit]:
-            _apply_alike(rule, alike, lr, weight_decay, maximize)
+            _apply_alike(rule, alike, options)
 
 
-def _apply_alike(
-    rule: UpdateRule, items: Sequence[StepItem], lr: Tensor | float, weight_decay: float, maximize: bool
-) -> None:
+def _apply_alike(rule: UpdateRule, items: Sequence[StepItem], options: StepOptions) -> None:
     """Step items whose memory has the same names."""
     # The kernel reads and writes flat tensors; a copy stands in for one that is not.
     params = [item.param.resolve_neg().contiguous() for item in items]
@@ -118,11 +115,12 @@ def _apply_alike(
     memory = [item.memory[name] for name in names(rule, items[0].memory) for item in items]
     numbers = [item.step for item in items], [item.scale for item in items if item.scale is not None]
     if torch.compiler.is_compiling():
-        rate = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
+        description, factors = describe(rule), options.as_tensors()
+        described = list(description), list(description.values()), list(time_scales(rule))
         operator = torch.ops.learned_optim.native_step
-        operator(pack(rule), describe(rule), params, grads, memory, *numbers, rate, weight_decay, maximize)
+        operator(pack(rule), *described, params, grads, memory, *numbers, *factors, options.maximize)
     else:
-        Table(params, memory, *numbers).run(struct(describe(rule)), packed(rule), grads, lr, weight_decay, maximize)
+        Table(params, memory, *numbers).run(struct_of(rule), packed(rule), grads, options)
         increment_version(params)
     for item, flat in zip(items, params, strict=True):
         if flat is not item.param:
@@ -156,20 +154,45 @@ def takes(rule: UpdateRule, item: StepItem) -> bool:
 # ---- rules ----------------------------------------------------------------------------------------------------------
 
 
-def describe(rule: UpdateRule) -> list[float]:
-    """Return everything the kernel must know of a rule beside its weights, as plain numbers in the order of ``_Rule``."""
+def describe(rule: UpdateRule) -> dict[str, float]:
+    """Return what the kernel must know of a rule beside its weights, by the names of ``struct rule``."""
     config = rule.config
-    sizes = [float(config.num_layers), float(config.hidden_size)]
+    sizes = {"layers": float(config.num_layers), "hidden": float(config.hidden_size)}
     if isinstance(config, AdamModulationConfig):
-        moments = [config.fast_decay, config.slow_decay, config.second_moment_decay, config.outlier_bound]
-        times = list(config.time_scales)
-        bounds = [config.step_size, config.log_gain, config.anneal_power, config.anneal_steps, config.anneal_start]
-        bounds += [config.min_scale, config.small_min_scale, config.max_scale]
-        return [1.0, *sizes, 0.0, float(len(times)), *moments, *bounds, 0.0, 0.0, 0.0, 0.0, *times]
+        same = (
+            *("fast_decay", "slow_decay", "second_moment_decay", "outlier_bound", "step_size", "log_gain"),
+            *("anneal_power", "anneal_steps", "anneal_start", "min_scale", "small_min_scale", "max_scale"),
+        )
+        fields = {name: float(getattr(config, name)) for name in same}
+        return {"family": 1.0, **sizes, "num_times": float(len(config.time_scales)), **fields}
     assert isinstance(config, PaperRuleConfig)
-    p = config.preprocess_p
-    scales = [config.input_scale, config.output_scale, p, math.exp(-p)]
-    return [0.0, *sizes, float(config.inputs == "log_and_sign"), 0.0, *[0.0] * 12, *scales]
+    fields = {name: float(getattr(config, name)) for name in ("input_scale", "output_scale", "preprocess_p")}
+    return {
+        "family": 0.0,
+        **sizes,
+        "log_and_sign": float(config.inputs == "log_and_sign"),
+        "threshold": math.exp(-config.preprocess_p),
+        **fields,
+    }
+
+
+def time_scales(rule: UpdateRule) -> tuple[float, ...]:
+    """Return the time scales of a rule; empty for a family that has none."""
+    return rule.config.time_scales if isinstance(rule.config, AdamModulationConfig) else ()
+
+
+def struct_of(rule: UpdateRule) -> ctypes.Structure:
+    """Return ``struct rule`` of a rule."""
+    return _struct(tuple(describe(rule).items()), time_scales(rule))
+
+
+@functools.lru_cache(maxsize=64)
+def _struct(description: tuple[tuple[str, float], ...], times: tuple[float, ...]) -> _Rule:
+    struct = _Rule()
+    for name, number in description:
+        setattr(struct, name, int(number) if name in _WHOLE_NUMBERS else number)
+    struct.time_scales[: len(times)] = times
+    return struct
 
 
 def pack(rule: UpdateRule) -> Tensor:
@@ -186,9 +209,9 @@ def pack(rule: UpdateRule) -> Tensor:
         Flat, contiguous.
     """
     hidden = rule.config.hidden_size
-    times = len(getattr(rule.config, "time_scales", ()))
+    times = len(time_scales(rule))
     factors = rule.readout.weight.new_tensor([-_LOG2_E, -_LOG2_E, -_LOG2_E, 1.0])
-    layers: Sequence[Sequence[Tensor]] = (rule.lstm if rule._frozen_lstm is None else rule._frozen_lstm).all_weights
+    layers: Sequence[Sequence[Tensor]] = rule.lstm_weights.all_weights
     parts = []
     for layer, (weight_ih, weight_hh, bias_ih, bias_hh) in enumerate(layers):
         inputs = weight_ih.shape[1] - (0 if layer else times)
@@ -213,22 +236,6 @@ def packed(rule: UpdateRule) -> Tensor:
 
 def _versions(weights: Sequence[Tensor]) -> list[int]:
     return [x for weight in weights for x in (weight._version, weight.data_ptr())]
-
-
-def struct(description: Sequence[float]) -> ctypes.Structure:
-    """Return the C form of :func:`describe`."""
-    return _struct(tuple(description))
-
-
-@functools.lru_cache(maxsize=64)
-def _struct(description: tuple[float, ...]) -> _Rule:
-    struct = _Rule()
-    names = [field[0] for field in struct._fields_[:-1]]
-    for name, number in zip(names, description, strict=False):
-        setattr(struct, name, int(number) if name in _WHOLE_NUMBERS else number)
-    times = description[len(names) :]
-    struct.time_scales[: len(times)] = times
-    return struct
 
 
 # ---- one call of the kernel -------------------------------------------------------------------------------------------
@@ -267,72 +274,68 @@ class Table:
             moment_types=(pointer * 3)(*(types + count * (2 + moment) for moment in range(moments))),
         )  # fmt: skip
 
-    def run(
-        self,
-        rule: ctypes.Structure,
-        weights: Tensor,
-        grads: Sequence[Tensor],
-        lr: Tensor | float,
-        weight_decay: float,
-        maximize: bool,
-    ) -> None:
-        """Take a step, already counted.
+    def run(self, rule: ctypes.Structure, weights: Tensor, grads: Sequence[Tensor], options: StepOptions) -> None:
+        """Take a step that is already counted.
 
         Args:
-            rule: From :func:`struct`.
+            rule: From :func:`struct_of`.
             weights: From :func:`pack`.
             grads: Contiguous, in the order of the parameters.
-            lr: As for :func:`apply_step`.
-            weight_decay: As for :func:`apply_step`.
-            maximize: As for :func:`apply_step`.
+            options: How updates are applied.
         """
-        addresses = array("Q", map(Tensor.data_ptr, grads))
         types = array("B", [VALUE_TYPES[grad.dtype] for grad in grads])
-        self.columns.grads, self.columns.grad_types = addresses.buffer_info()[0], types.buffer_info()[0]
-        self.call(rule, weights, lr, weight_decay, maximize, anew=False)
+        self.columns.grad_types = types.buffer_info()[0]
+        self.call(rule, weights, grads, options)
 
-    def call(
-        self,
-        rule: ctypes.Structure,
-        weights: Tensor,
-        lr: Tensor | float,
-        weight_decay: float,
-        maximize: bool,
-        *,
-        anew: bool,
-    ) -> None:
-        """Call the kernel; ``columns`` points to the gradients. ``anew``: count the step and measure scales first."""
-        lr = float(lr)
-        self.columns.lr, self.columns.shrink = lr, 1.0 - lr * 1e-3 * weight_decay
-        self.columns.maximize, self.columns.count_step = maximize, anew
-        self.columns.measure = anew and self.scaled
+    def run_and_count(self, rule: ctypes.Structure, weights: Tensor, grads: Sequence[Tensor], options: StepOptions) -> None:
+        """Count a step, measure the scales and take it.
+
+        Args:
+            rule: From :func:`struct_of`.
+            weights: From :func:`pack`.
+            grads: Contiguous, in the order and of the dtypes of the parameters.
+            options: How updates are applied.
+        """
+        self.columns.grad_types = self.columns.param_types
+        self.columns.count_step, self.columns.measure = True, self.scaled
+        self.call(rule, weights, grads, options)
+
+    def call(self, rule: ctypes.Structure, weights: Tensor, grads: Sequence[Tensor], options: StepOptions) -> None:
+        """Call the kernel as the columns say."""
+        addresses = array("Q", map(Tensor.data_ptr, grads))
+        self.columns.grads = addresses.buffer_info()[0]
+        self.columns.lr, self.columns.shrink = float(options.lr), float(options.shrink)
+        self.columns.maximize = options.maximize
         columns = ctypes.byref(self.columns)
         call("learned_optim_step", ctypes.byref(rule), weights.data_ptr(), columns, torch.get_num_threads())
 
 
 torch.library.define(
     "learned_optim::native_step",
-    "(Tensor weights, float[] rule, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] memory, Tensor[] steps, "
-    "Tensor[] scales, Tensor lr, float weight_decay, bool maximize) -> ()",
+    "(Tensor weights, str[] names, float[] numbers, float[] time_scales, Tensor(a!)[] params, Tensor[] grads, "
+    "Tensor(b!)[] memory, Tensor[] steps, Tensor[] scales, Tensor lr, Tensor shrink, bool maximize) -> ()",
 )
 
 
 @torch.library.impl("learned_optim::native_step", "CPU")
 def _native_step(
     weights: Tensor,
-    rule: list[float],
+    names: list[str],
+    numbers: list[float],
+    time_scales: list[float],
     params: list[Tensor],
     grads: list[Tensor],
     memory: list[Tensor],
     steps: list[Tensor],
     scales: list[Tensor],
     lr: Tensor,
-    weight_decay: float,
+    shrink: Tensor,
     maximize: bool,
 ) -> None:
-    Table(params, memory, steps, scales).run(struct(rule), weights, grads, lr, weight_decay, maximize)
+    rule = _struct(tuple(zip(names, numbers, strict=True)), tuple(time_scales))
+    Table(params, memory, steps, scales).run(rule, weights, grads, StepOptions(lr, shrink, maximize))
 
 
 @torch.library.register_fake("learned_optim::native_step")
 def _native_step_fake(*arguments: Any) -> None:
-    """Return nothing: the operator only writes."""
+    """Do nothing: the operator returns nothing and only writes."""

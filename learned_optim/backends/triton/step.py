@@ -22,7 +22,7 @@ from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from learned_optim.backends import reference
-from learned_optim.backends.items import PLAIN_TENSORS, StepItem
+from learned_optim.backends.items import PLAIN_TENSORS, StepItem, StepOptions
 from learned_optim.rules import AdamModulationConfig, AdamModulationRule, PaperRule, PaperRuleConfig, UpdateRule
 from learned_optim.rules.storage import CELL_SCALE, names
 
@@ -103,17 +103,13 @@ def supports(rule: UpdateRule) -> bool:
     )
 
 
-def apply_step(
-    rule: UpdateRule, items: Sequence[StepItem], *, lr: Tensor | float, weight_decay: float, maximize: bool
-) -> None:
+def apply_step(rule: UpdateRule, items: Sequence[StepItem], options: StepOptions) -> None:
     """Apply one inner step in place, like :func:`learned_optim.backends.reference.apply_step`.
 
     Args:
         rule: One that :func:`supports` accepts, frozen.
         items: Parameters that share the rule and its device.
-        lr: Factor on the update.
-        weight_decay: Decoupled; parameters shrink by ``1e-3 * lr * weight_decay``.
-        maximize: Ascend instead of descend.
+        options: How updates are applied.
     """
     program = _program(rule)
     alike: dict[Any, list[StepItem]] = defaultdict(list)
@@ -121,10 +117,10 @@ def apply_step(
         alike[_types(rule, item)].append(item)
     for types, group in alike.items():
         if types is None:
-            reference.apply_step(rule, group, lr=lr, weight_decay=weight_decay, maximize=maximize)
+            reference.apply_step(rule, group, options)
         else:
             kept = names(rule, group[0].memory)
-            program.run(types, kept, group, _values(rule, group, lr, weight_decay), maximize)
+            program.run(types, kept, group, _values(rule, group, options), options.maximize)
 
 
 def _types(rule: UpdateRule, item: StepItem) -> tuple[torch.dtype, ...] | None:
@@ -149,7 +145,7 @@ def _types(rule: UpdateRule, item: StepItem) -> tuple[torch.dtype, ...] | None:
     return types if fits else None
 
 
-def _values(rule: UpdateRule, items: Sequence[StepItem], lr: Tensor | float, weight_decay: float) -> Tensor:
+def _values(rule: UpdateRule, items: Sequence[StepItem], options: StepOptions) -> Tensor:
     """Return what differs between tensors but not between their coordinates, float32, one column a tensor, on the device.
 
     Raises:
@@ -168,7 +164,7 @@ def _values(rule: UpdateRule, items: Sequence[StepItem], lr: Tensor | float, wei
             "construct the optimizer with capturable=True"
         )
     steps = torch.stack([item.step for item in items]).to(device, non_blocking=True)
-    rows = [spread(lr), spread(1 - lr * 1e-3 * weight_decay)]
+    rows = [spread(options.lr), spread(options.shrink)]
     if isinstance(rule, AdamModulationRule):
         config = rule.config
         scales = torch.stack([item.scale for item in items if item.scale is not None])
@@ -370,8 +366,7 @@ def _scaled_layers(rule: UpdateRule) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     Those of the sigmoids come times ``-log2 e`` and those of the tanh times twice that, so that one ``exp2`` follows.
     """
     factors = rule.readout.weight.new_tensor([-1.0, -1.0, -2.0, -1.0]).view(4, 1, 1) / math.log(2.0)
-    layers = (rule.lstm if rule._frozen_lstm is None else rule._frozen_lstm).all_weights
-    for weight_ih, weight_hh, bias_ih, bias_hh in layers:
+    for weight_ih, weight_hh, bias_ih, bias_hh in rule.lstm_weights.all_weights:
         hidden = weight_hh.shape[1]
         stacked = [w.detach().reshape(4, hidden, -1) * factors for w in (weight_ih, weight_hh, bias_ih + bias_hh)]
         yield stacked[0], stacked[1], stacked[2].squeeze(-1)
