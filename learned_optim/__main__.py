@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 
 from learned_optim.weights import Weights, WeightsError, available_weights, read_sonnet, resolve_weights, write_weights
-from learned_optim.weights.facts import ADAM_BYTES, bytes_per_parameter, training_facts
+from learned_optim.weights.facts import ADAM_BYTES, bytes_per_parameter, license_of, training_facts
 
 PROGRAM = "python -m learned_optim"
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
@@ -102,7 +102,7 @@ def _info(options: argparse.Namespace) -> list[str]:
     facts = {
         "title": weights.title,
         "fingerprint": weights.fingerprint,
-        "licence": weights.license,
+        "licence": license_of(weights),
         "meta-parameters": f"{sum(parameter.numel() for parameter in rule.parameters()):,}",
         "memory": _costs(weights),
         **training_facts(weights.recipe),
@@ -124,10 +124,9 @@ def _info(options: argparse.Namespace) -> list[str]:
 
 def _download(options: argparse.Namespace) -> list[str]:
     # Imported late: the Hub's client is heavy.
-    from learned_optim.weights.file_format import FILE, read_bytes
+    from learned_optim.weights.file_format import FILE, from_bytes, read_bytes
     from learned_optim.weights.hub import download
     from learned_optim.weights.registry import HUB_ID
-    from learned_optim.weights.weights import from_bytes
 
     parts = HUB_ID.fullmatch(options.repo)
     if parts is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from learned_optim.rules import UpdateRule
 from learned_optim.rules.storage import layout
+from learned_optim.weights.weights import Weights
 
 ADAM_BYTES = 8
 """Adam's optimizer state per parameter: two moments in float32."""
@@ -35,6 +37,18 @@ def bytes_per_parameter(
     """
     entries = layout(rule, state_dtype, moment_dtype, compute_dtype).values()
     return sum(math.prod(entry.trailing) * entry.dtype.itemsize for entry in entries)
+
+
+def license_of(weights: Weights) -> str:
+    """Return the licence that the metadata states; ``"mit"`` for bundled weights, else ``"unknown"``."""
+    return weights.metadata.get("license") or ("mit" if weights.fingerprint in _bundled() else "unknown")
+
+
+@functools.cache
+def _bundled() -> frozenset[str]:
+    from learned_optim.weights.registry import available_weights, resolve_weights
+
+    return frozenset(resolve_weights(name).fingerprint for name in available_weights())
 
 
 def training_facts(recipe: str) -> dict[str, str]:

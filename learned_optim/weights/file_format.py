@@ -14,10 +14,9 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, deserialize
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from learned_optim.rules import UpdateRule, build_rule
 from learned_optim.weights.errors import WeightsError, WeightsNotFoundError
-from learned_optim.weights.fingerprint import to_little_endian
+from learned_optim.weights.weights import Weights, to_little_endian
 
 FORMAT_VERSION = 1
 FILE = "model.safetensors"
@@ -40,20 +39,11 @@ PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 RESERVED = ("learned_optim_format", "name", "recipe", "rule")
 
 
-class Record(NamedTuple):
-    """What a weight file holds: the rule, its maker's title for it, the recipe that made it, and its provenance."""
-
-    rule: UpdateRule
-    title: str
-    recipe: str
-    metadata: Mapping[str, str]
-
-
-def to_bytes(record: Record) -> bytes:
-    """Serialise a record; equal records give equal bytes.
+def to_bytes(weights: Weights) -> bytes:
+    """Serialise weights; equal weights give equal bytes.
 
     Args:
-        record: What to serialise.
+        weights: What to serialise.
 
     Returns:
         The content of a weight file.
@@ -62,31 +52,31 @@ def to_bytes(record: Record) -> bytes:
         WeightsError: If they could not be read back: a meta-parameter is NaN or Inf, the metadata does not fit a header, or
             it would be more than :data:`MAX_BYTES`.
     """
-    for key, value in record.metadata.items():
+    for key, value in weights.metadata.items():
         if key in RESERVED or not isinstance(key, str) or not isinstance(value, str):
             raise WeightsError(
                 f"metadata {key!r}: {value!r} cannot be written; keys and values are strings, and the format itself "
                 f"uses {', '.join(RESERVED)}"
             )
-    tensors = dict(sorted(record.rule.state_dict().items()))
-    _check_finite(tensors, f"weights {record.title!r}")
+    tensors = dict(sorted(weights.rule.state_dict().items()))
+    _check_finite(tensors, f"weights {weights.name!r}")
     header = {
-        **record.metadata,
+        **weights.metadata,
         "learned_optim_format": str(FORMAT_VERSION),
-        "rule": json.dumps({"family": record.rule.family, **record.rule.config.to_dict()}, sort_keys=True),
-        "name": record.title,
-        "recipe": record.recipe,
+        "rule": json.dumps({"family": weights.rule.family, **weights.rule.config.to_dict()}, sort_keys=True),
+        "name": weights.title,
+        "recipe": weights.recipe,
     }
     data = _assemble(header, tensors)
     if len(data) > MAX_BYTES:
         raise WeightsError(
-            f"weights {record.title!r} would be a file of {len(data):,} bytes, and {MAX_BYTES:,} are read at most; take "
+            f"weights {weights.name!r} would be a file of {len(data):,} bytes, and {MAX_BYTES:,} are read at most; take "
             "fewer or smaller layers"
         )
     return data
 
 
-def from_bytes(data: bytes, source: str = "the weight file") -> Record:
+def from_bytes(data: bytes, source: str = "the weight file") -> Weights:
     """Parse the content of a weight file. Runs none of it, and draws no random numbers.
 
     Args:
@@ -94,7 +84,7 @@ def from_bytes(data: bytes, source: str = "the weight file") -> Record:
         source: What messages call it.
 
     Returns:
-        The record.
+        The weights.
 
     Raises:
         WeightsError: If the content is not a whole, finite weight file of a format and family this version knows.
@@ -109,15 +99,32 @@ def from_bytes(data: bytes, source: str = "the weight file") -> Record:
     _check_tensors(tensors, rule, source)
     rule.load_state_dict(tensors, assign=True)
     metadata = {key: value for key, value in header.items() if key not in RESERVED}
-    return Record(rule, header["name"], header["recipe"], metadata)
+    return Weights(rule, header["name"], header["recipe"], metadata)
 
 
-def write_record(path: str | PathLike[str], record: Record) -> None:
+def read_weights(path: str | PathLike[str]) -> Weights:
+    """Read a weight file.
+
+    Args:
+        path: A ``.safetensors`` file, or a directory that holds a ``model.safetensors``.
+
+    Returns:
+        The weights, called as in the file's header.
+
+    Raises:
+        WeightsNotFoundError: If there is no such file.
+        WeightsError: If it cannot be read, or is not a weight file.
+    """
+    path = weight_file(path)
+    return from_bytes(read_bytes(path), str(path))
+
+
+def write_weights(path: str | PathLike[str], weights: Weights) -> None:
     """Write a weight file; a failure leaves the old file, or none, but never half of one.
 
     Args:
         path: Where: a ``.safetensors`` file in a directory that exists.
-        record: What to write.
+        weights: What to write.
 
     Raises:
         WeightsError: If it cannot be written, or could not be read back.
@@ -125,7 +132,7 @@ def write_record(path: str | PathLike[str], record: Record) -> None:
     path = Path(path)
     if path.suffix != SUFFIX:
         raise WeightsError(f"cannot write weights to {path}: weight files end in {SUFFIX}; give it that suffix")
-    data = to_bytes(record)
+    data = to_bytes(weights)
     # In the same directory, or the replacement would not be atomic; named so that writers never share one.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import cast
 
 from learned_optim.weights.errors import WeightsError, WeightsNotFoundError
-from learned_optim.weights.file_format import FILE, check_size
+from learned_optim.weights.file_format import FILE, FORMAT_VERSION, check_size, to_bytes
+from learned_optim.weights.model_card import model_card
+from learned_optim.weights.weights import Weights
 
 LIBRARY = "learned-optim"
 BUNDLED_HINT = "or use weights that come with the package: learned_optim.available_weights()"
@@ -82,24 +85,29 @@ def _size_to_fetch(
     return 0
 
 
-def upload(
+def push_to_hub(
+    weights: Weights,
     repo_id: str,
-    files: Callable[[str], Mapping[str, bytes]],
     *,
-    message: str,
     private: bool = False,
     token: str | bool | None = None,
     revision: str | None = None,
+    commit_message: str | None = None,
+    results: str = "",
 ) -> str:
-    """Put files into a repository, in one commit; it is created if missing.
+    """Publish weights: the file, its configuration and a model card, in one commit.
+
+    A README.md that is there already is replaced; the repository's history keeps it. The card states the licence in the
+    weights' metadata, ``Weights(rule, metadata={"license": "mit"})``, or that it is unknown.
 
     Args:
-        repo_id: ``"owner/repo"``.
-        files: Makes the files' contents by name from the repository's full id, which the Hub may complete.
-        message: Of the commit.
+        weights: What to publish.
+        repo_id: ``"owner/repo"``; created if missing.
         private: Create it private; a repository that exists stays as it is.
         token: Hub token with write access.
         revision: Branch to commit to.
+        commit_message: By default names the weights.
+        results: Markdown for the card, the measured results.
 
     Returns:
         ``"owner/repo@commit"``.
@@ -110,12 +118,19 @@ def upload(
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
+    config = {"format_version": FORMAT_VERSION, "family": weights.rule.family, **weights.rule.config.to_dict()}
+    files = {FILE: to_bytes(weights), "config.json": (json.dumps(config, indent=2) + "\n").encode()}
     with _explained(repo_id, revision):
         api = HfApi(token=token, library_name=LIBRARY)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    operations = [CommitOperationAdd(name, data) for name, data in files(repo_id).items()]
+    files["README.md"] = model_card(weights, repo_id, results).encode()
     with _explained(repo_id, revision):
-        commit = api.create_commit(repo_id, operations=operations, commit_message=message, revision=revision)
+        commit = api.create_commit(
+            repo_id,
+            operations=[CommitOperationAdd(name, data) for name, data in files.items()],
+            commit_message=commit_message or f"Publish update rule {weights.title}",
+            revision=revision,
+        )
     return f"{repo_id}@{commit.oid}"
 
 

@@ -7,30 +7,29 @@ from collections.abc import Mapping
 
 import torch
 
-from learned_optim.weights.facts import ADAM_BYTES, bytes_per_parameter, training_facts
-from learned_optim.weights.file_format import Record
+from learned_optim.weights.facts import ADAM_BYTES, bytes_per_parameter, license_of, training_facts
+from learned_optim.weights.weights import Weights
 
 _LICENCE = {"mit": "MIT.", "unknown": "Not stated; ask its maker before you share or build on it."}
 
 
-def model_card(record: Record, repo_id: str, *, fingerprint: str, license: str, results: str = "") -> str:
+def model_card(weights: Weights, repo_id: str, results: str = "") -> str:
     """Write a model card.
 
     Args:
-        record: The weights that it describes.
+        weights: What it describes.
         repo_id: Where it will stand.
-        fingerprint: Of the weights.
-        license: SPDX identifier, or ``"unknown"``.
         results: Markdown, the measured results; without it the card says that there are none.
 
     Returns:
         Markdown with a YAML head.
     """
-    rule = record.rule
+    rule = weights.rule
     size = sum(parameter.numel() for parameter in rule.parameters())
     moments, memory = len(rule.moment_names), 2 * rule.memory_width
-    training = training_facts(record.recipe)
-    recipe = record.recipe.strip() or "# Not recorded."
+    license = license_of(weights)
+    training = training_facts(weights.recipe)
+    recipe = weights.recipe.strip() or "# Not recorded."
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", recipe))])
     return f"""---
 library_name: learned-optim
@@ -42,7 +41,7 @@ tags:
 - pytorch
 ---
 
-# {_line(record.title)}: a learned update rule
+# {_line(weights.title)}: a learned update rule
 
 An optimizer for PyTorch whose update rule was itself learned: a coordinatewise LSTM with {size:,} meta-parameters, of the
 family `{rule.family}`.
@@ -79,7 +78,7 @@ about as many steps; measure before you rely on it elsewhere.
 
 ## Provenance
 
-{_table({**dict(sorted(record.metadata.items())), "fingerprint": fingerprint})}
+{_table({**dict(sorted(weights.metadata.items())), "fingerprint": weights.fingerprint})}
 
 ## Licence
 

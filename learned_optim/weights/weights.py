@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import json
-import os
+import struct
 import threading
 import weakref
 from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from learned_optim.modes import active_fake_mode, fake_twin, is_fake, outside_modes
 from learned_optim.rules import UpdateRule
-from learned_optim.weights import file_format
-from learned_optim.weights.errors import WeightsError, WeightsNotFoundError
-from learned_optim.weights.file_format import FILE, FORMAT_VERSION, Record, read_bytes, weight_file, write_record
-from learned_optim.weights.fingerprint import fingerprint
-from learned_optim.weights.hub import download, upload
-from learned_optim.weights.model_card import model_card
-from learned_optim.weights.registry import HUB_ID, available_weights, bundled_file, is_path, unknown
+from learned_optim.weights.errors import WeightsError
 
 _shared: weakref.WeakValueDictionary[tuple[Any, ...], Weights] = weakref.WeakValueDictionary()
-_parsed: weakref.WeakValueDictionary[tuple[bytes, str], Weights] = weakref.WeakValueDictionary()
 _lock = threading.RLock()
 
 
@@ -72,7 +64,7 @@ class Weights:
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> Weights:
-        """Load weights by bundled name, file, or Hub id, as :func:`~learned_optim.weights.resolve_weights` does.
+        """Load weights by bundled name, file, or Hub id: :func:`~learned_optim.weights.resolve_weights`.
 
         Args:
             weights: ``"default"``, ``"owner/repo"``, ``"owner/repo@revision"``, ``"rule.safetensors"`` ...
@@ -88,6 +80,8 @@ class Weights:
         Raises:
             WeightsError: If nothing has that name or what has it cannot be read.
         """
+        from learned_optim.weights.registry import resolve_weights
+
         return resolve_weights(
             weights,
             revision=revision,
@@ -107,6 +101,8 @@ class Weights:
             WeightsError: If it cannot be written, or could not be read back: a meta-parameter is NaN or Inf, or the metadata
                 does not fit a header.
         """
+        from learned_optim.weights.file_format import write_weights
+
         write_weights(path, self)
 
     def push_to_hub(
@@ -138,24 +134,17 @@ class Weights:
             WeightsError: If they could not be read back, the upload is refused or there is no network. The repository may
                 have been created, but then has no new commit.
         """
-        record = self._record()
-        config = {"format_version": FORMAT_VERSION, "family": self.rule.family, **self.rule.config.to_dict()}
-        files = {FILE: to_bytes(self), "config.json": (json.dumps(config, indent=2) + "\n").encode()}
+        from learned_optim.weights.hub import push_to_hub
 
-        def with_card(full_id: str) -> dict[str, bytes]:
-            card = model_card(record, full_id, fingerprint=self.fingerprint, license=self.license, results=results)
-            return {**files, "README.md": card.encode()}
-
-        message = commit_message or f"Publish update rule {self.title}"
-        return upload(repo_id, with_card, message=message, private=private, token=token, revision=revision)
-
-    @property
-    def license(self) -> str:
-        """The licence that the metadata state; ``"mit"`` for bundled weights, else ``"unknown"``."""
-        return self.metadata.get("license") or ("mit" if self.fingerprint in _bundled_fingerprints() else "unknown")
-
-    def _record(self) -> Record:
-        return Record(self.rule, self.title, self.recipe, self.metadata)
+        return push_to_hub(
+            self,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            results=results,
+        )
 
     def called(self, name: str) -> Weights:
         """Return the same weights, sharing the one network, under another name; the title stays.
@@ -208,6 +197,8 @@ class Weights:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel as the bytes of a weight file: a few kB, and no name has to be found again on arrival."""
+        from learned_optim.weights.file_format import to_bytes
+
         return _from_pickle, (to_bytes(self), self.name)
 
 
@@ -224,140 +215,39 @@ def living_weights(fingerprint: str, name: str) -> Weights | None:
     return next((living for key, living in list(_shared.items()) if key[:2] == (fingerprint, name)), None)
 
 
-def to_bytes(weights: Weights) -> bytes:
-    """Return the content of a weight file, as :func:`learned_optim.weights.file_format.to_bytes` makes it."""
-    return file_format.to_bytes(weights._record())
+def fingerprint(rule: UpdateRule) -> str:
+    """Return the sha256 of everything that decides a rule's numerics: family, configuration and meta-parameters.
 
-
-def from_bytes(data: bytes, source: str = "the weight file") -> Weights:
-    """Return the weights in the content of a file, as :func:`learned_optim.weights.file_format.from_bytes` reads it."""
-    return Weights(*file_format.from_bytes(data, source))
-
-
-def read_weights(path: str | PathLike[str]) -> Weights:
-    """Read a weight file.
+    Checkpoints hold it, so it must not change from one version to the next. A field at its default is left out: a field
+    that a later version adds, with a default that changes nothing, then leaves every fingerprint as it was.
 
     Args:
-        path: A ``.safetensors`` file, or a directory that holds a ``model.safetensors``.
+        rule: The rule.
 
     Returns:
-        The weights, called as in the file's header.
-
-    Raises:
-        WeightsNotFoundError: If there is no such file.
-        WeightsError: If it cannot be read, or is not a weight file.
+        64 hexadecimal digits.
     """
-    path = weight_file(path)
-    return from_bytes(read_bytes(path), str(path))
+    defaults = type(rule.config)().to_dict()
+    config = {name: value for name, value in rule.config.to_dict().items() if value != defaults[name]}
+    for name in ("anneal_start", "anneal_steps"):  # All others are floats; these two were integers in the first checkpoints.
+        if name in config and config[name] == int(config[name]):
+            config[name] = int(config[name])
+    digest = hashlib.sha256(json.dumps([rule.family, config], sort_keys=True).encode())
+    for name, tensor in sorted(rule.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(to_little_endian(tensor))
+    return digest.hexdigest()
 
 
-def write_weights(path: str | PathLike[str], weights: Weights) -> None:
-    """Write a weight file; a failure leaves the old file, or none, but never half of one.
-
-    Args:
-        path: Where: a ``.safetensors`` file in a directory that exists.
-        weights: What to write.
-
-    Raises:
-        WeightsError: If it cannot be written, or could not be read back.
-    """
-    write_record(path, weights._record())
-
-
-def resolve_weights(
-    weights: str | PathLike[str] | UpdateRule | Weights,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | PathLike[str] | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-) -> Weights:
-    """Load weights from whatever names them.
-
-    A string is taken for the first of these that it is: a bundled name, a file or a directory with a
-    ``model.safetensors``, a Hub id. Weights from the Hub are named by their commit, ``"owner/repo@commit"``, so that a
-    checkpoint tells exactly what it needs even if a branch has moved on.
-
-    Args:
-        weights: A bundled name; a file, or a directory that holds a ``model.safetensors``; ``"owner/repo"`` or
-            ``"owner/repo@revision"`` on the Hub; a rule; or weights.
-        revision: Hub revision (branch, tag or commit), if not given in ``weights``. A full commit hash needs no network
-            once cached.
-        token: Hub token; True demands the one that ``hf auth login`` saved, False sends none.
-        cache_dir: Hub cache.
-        local_files_only: Never use the network.
-        force_download: Fetch again even if cached.
-
-    Returns:
-        The weights; the same object for the same weights, however often they are loaded.
-
-    Raises:
-        WeightsNotFoundError: If nothing has that name, or it is on the Hub and cannot be reached.
-        WeightsError: If what has that name is not usable, or ``revision`` makes no sense with it.
-        TypeError: If ``weights`` is something else.
-    """
-    if isinstance(weights, (Weights, UpdateRule)):
-        loaded = weights if isinstance(weights, Weights) else Weights(weights)
-        _refuse_revision(revision, loaded.name)
-        return loaded.shared()
-    if not isinstance(weights, (str, PathLike)):
-        raise TypeError(
-            f"weights must be a name, a path, an UpdateRule or Weights, got {type(weights).__name__}: {weights!r}"
-        )
-    name = os.fspath(weights)
-    if isinstance(weights, str) and name in available_weights():
-        _refuse_revision(revision, name)
-        return _bundled(name)
-    on_hub = HUB_ID.fullmatch(name)
-    if is_path(weights, maybe_on_hub=on_hub is not None):
-        _refuse_revision(revision, name)
-        path = weight_file(name)
-        return _load(path, name, source=str(path))
-    if on_hub is None:
-        raise WeightsNotFoundError(unknown(name))
-    if revision and on_hub["revision"] and revision != on_hub["revision"]:
-        raise WeightsError(
-            f"{name!r} names revision {on_hub['revision']!r}, but revision={revision!r} was given too; give one of them"
-        )
-    path, pinned = download(
-        on_hub["repo"],
-        on_hub["revision"] or revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        force_download=force_download,
-    )
-    return _load(path, pinned, source=f"{FILE} of {pinned}")
-
-
-@functools.cache
-def _bundled(name: str) -> Weights:
-    return _load(bundled_file(name), name, source=f"bundled weights {name!r}")
-
-
-def _load(path: Path, name: str, source: str) -> Weights:
-    """Read a file, but parse only content that no living weights were made of: a changed file is never missed."""
-    data = read_bytes(path)
-    key = hashlib.sha256(data).digest(), name
-    weights = _parsed.get(key)
-    if weights is None:
-        weights = outside_modes(lambda: from_bytes(data, source)).called(name).shared()
-        _parsed[key] = weights
-    return weights
-
-
-def _refuse_revision(revision: str | None, name: str) -> None:
-    if revision is not None:
-        raise WeightsError(f"revision={revision!r} is for weights on the Hub, and {name!r} is not there; leave it out")
-
-
-@functools.cache
-def _bundled_fingerprints() -> frozenset[str]:
-    return frozenset(_bundled(name).fingerprint for name in available_weights())
+def to_little_endian(tensor: Tensor) -> bytes:
+    """Return a tensor's values as little-endian float32, without NumPy: PyTorch does not bring it along."""
+    values = tensor.detach().to("cpu", torch.float32).flatten().tolist()
+    return struct.pack(f"<{len(values)}f", *values)
 
 
 def _from_pickle(data: bytes, name: str) -> Weights:
+    from learned_optim.weights.file_format import from_bytes
+
     return from_bytes(data, f"pickled weights {name!r}").called(name).shared()
 
 

@@ -19,8 +19,7 @@ from torch import nn
 
 from learned_optim import LearnedOptimizer, Weights, WeightsError, WeightsNotFoundError, available_weights, build_rule
 from learned_optim.weights import file_format, read_weights, resolve_weights, write_weights
-from learned_optim.weights.file_format import MAX_BYTES
-from learned_optim.weights.weights import from_bytes, to_bytes
+from learned_optim.weights.file_format import MAX_BYTES, from_bytes, to_bytes
 
 Spoil = Callable[[bytes], bytes]
 

@@ -16,7 +16,7 @@ from learned_optim import Weights, available_weights
 from learned_optim.__main__ import main
 from learned_optim.weights import read_sonnet, read_weights
 from learned_optim.weights.facts import bytes_per_parameter
-from learned_optim.weights.weights import to_bytes
+from learned_optim.weights.file_format import to_bytes
 
 Output = pytest.CaptureFixture[str]
 
