@@ -13,7 +13,11 @@ from typing import NoReturn
 import torch
 
 from learned_optim.weights import Weights, WeightsError, available_weights, read_sonnet, resolve_weights, write_weights
-from learned_optim.weights.facts import ADAM_BYTES, bytes_per_parameter, license_of, training_facts
+from learned_optim.weights.facts import ADAM_BYTES, bytes_per_parameter, training_facts
+from learned_optim.weights.file_format import FILE, from_bytes, read_bytes
+from learned_optim.weights.hub import download
+from learned_optim.weights.registry import HUB_ID
+from learned_optim.weights.weights import license_of
 
 PROGRAM = "python -m learned_optim"
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
@@ -123,16 +127,11 @@ def _info(options: argparse.Namespace) -> list[str]:
 
 
 def _download(options: argparse.Namespace) -> list[str]:
-    # Imported late: the Hub's client is heavy.
-    from learned_optim.weights.file_format import FILE, from_bytes, read_bytes
-    from learned_optim.weights.hub import download
-    from learned_optim.weights.registry import HUB_ID
-
     parts = HUB_ID.fullmatch(options.repo)
     if parts is None:
         raise WeightsError(f"{options.repo!r} is not a Hub id; give OWNER/REPO or OWNER/REPO@REVISION")
     path, pinned = download(parts["repo"], parts["revision"])
-    weights = from_bytes(read_bytes(path), f"{FILE} of {pinned}")
+    weights = Weights.from_record(from_bytes(read_bytes(path), f"{FILE} of {pinned}"))
     if options.to is not None:
         options.to.mkdir(parents=True, exist_ok=True)
         path = options.to / FILE

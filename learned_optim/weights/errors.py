@@ -1,4 +1,4 @@
-"""What can go wrong with weights. Every message names the culprit and says what to do."""
+"""The errors of weights. Every message names the culprit and says what to do."""
 
 
 class WeightsError(ValueError):
@@ -6,4 +6,4 @@ class WeightsError(ValueError):
 
 
 class WeightsNotFoundError(WeightsError, FileNotFoundError):
-    """Nothing answers to that name, path or Hub id, or it is out of reach now; others of the family may be usable."""
+    """Nothing has that name, path or Hub id, or the Hub is out of reach."""

@@ -1,19 +1,18 @@
-"""The Hugging Face Hub: fetch a weight file, publish one. ``huggingface_hub`` is imported only when it is used."""
+"""The Hugging Face Hub: move bytes from it and to it. ``huggingface_hub`` is imported only when it is used."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import cast
 
+from learned_optim.weights.container import check_size
 from learned_optim.weights.errors import WeightsError, WeightsNotFoundError
-from learned_optim.weights.file_format import FILE, FORMAT_VERSION, check_size, to_bytes
-from learned_optim.weights.model_card import model_card
-from learned_optim.weights.weights import Weights
+from learned_optim.weights.file_format import FILE
+from learned_optim.weights.text import one_line
 
 LIBRARY = "learned-optim"
 BUNDLED_HINT = "or use weights that come with the package: learned_optim.available_weights()"
@@ -47,6 +46,7 @@ def download(
     """
     from huggingface_hub import hf_hub_download
 
+    _check_revision(repo_id, revision)
     if local_files_only and force_download:
         raise WeightsError(f"{repo_id}: force_download=True needs the network that local_files_only=True forbids; drop one")
     if not local_files_only:
@@ -65,10 +65,10 @@ def download(
                 force_download=force_download,
             )
         )
-    commit = path.parent.name  # The cache keeps a file in a directory named by its commit.
-    if not re.fullmatch("[0-9a-f]{40}", commit):
-        commit = revision or "main"
-    return path, f"{repo_id}@{commit}"
+    found = path.parent.name  # The cache keeps a file in a directory named by its commit.
+    if not re.fullmatch("[0-9a-f]{40}", found):
+        found = revision or "main"
+    return path, f"{repo_id}@{found}"
 
 
 def _size_to_fetch(
@@ -85,53 +85,67 @@ def _size_to_fetch(
     return 0
 
 
-def push_to_hub(
-    weights: Weights,
-    repo_id: str,
-    *,
-    private: bool = False,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    commit_message: str | None = None,
-    results: str = "",
+def create_repository(
+    repo_id: str, *, private: bool = False, token: str | bool | None = None, revision: str | None = None
 ) -> str:
-    """Publish weights: the file, its configuration and a model card, in one commit.
-
-    A README.md that is there already is replaced; the repository's history keeps it. The card states the licence in the
-    weights' metadata, ``Weights(rule, metadata={"license": "mit"})``, or that it is unknown.
+    """Make a repository if it is missing; one that exists stays as it is.
 
     Args:
-        weights: What to publish.
-        repo_id: ``"owner/repo"``; created if missing.
-        private: Create it private; a repository that exists stays as it is.
+        repo_id: ``"owner/repo"``.
+        private: Create it private.
+        token: Hub token with write access.
+        revision: The branch that will be committed to; checked before a request is made.
+
+    Returns:
+        The repository's full id.
+
+    Raises:
+        WeightsError: If the Hub refuses or there is no network.
+    """
+    from huggingface_hub import HfApi
+
+    _check_revision(repo_id, revision)
+    with _explained(repo_id, revision):
+        return HfApi(token=token, library_name=LIBRARY).create_repo(repo_id, private=private, exist_ok=True).repo_id
+
+
+def commit(
+    repo_id: str, files: Mapping[str, bytes], message: str, *, token: str | bool | None = None, revision: str | None = None
+) -> str:
+    """Put files into a repository, all in one commit.
+
+    Args:
+        repo_id: ``"owner/repo"``.
+        files: Content by name; a file that is there already is replaced.
+        message: Of the commit.
         token: Hub token with write access.
         revision: Branch to commit to.
-        commit_message: By default names the weights.
-        results: Markdown for the card, the measured results.
 
     Returns:
         ``"owner/repo@commit"``.
 
     Raises:
-        WeightsError: If the upload is refused or there is no network. The repository may have been created, but then has
-            no new commit.
+        WeightsError: If the upload is refused or there is no network; the repository then has no new commit.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    config = {"format_version": FORMAT_VERSION, "family": weights.rule.family, **weights.rule.config.to_dict()}
-    files = {FILE: to_bytes(weights), "config.json": (json.dumps(config, indent=2) + "\n").encode()}
     with _explained(repo_id, revision):
-        api = HfApi(token=token, library_name=LIBRARY)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    files["README.md"] = model_card(weights, repo_id, results).encode()
-    with _explained(repo_id, revision):
-        commit = api.create_commit(
+        made = HfApi(token=token, library_name=LIBRARY).create_commit(
             repo_id,
             operations=[CommitOperationAdd(name, data) for name, data in files.items()],
-            commit_message=commit_message or f"Publish update rule {weights.title}",
+            commit_message=message,
             revision=revision,
         )
-    return f"{repo_id}@{commit.oid}"
+    return f"{repo_id}@{made.oid}"
+
+
+def _check_revision(repo_id: str, revision: str | None) -> None:
+    """Refuse what is no revision before it becomes a part of an address or of a path in the cache."""
+    if revision is None:
+        return
+    parts = revision.split("/")
+    if not revision.isprintable() or "\\" in revision or any(part in ("", ".", "..") for part in parts):
+        raise WeightsError(f"{repo_id}: {one_line(revision, 80)!r} is no revision; give a branch, a tag or a commit")
 
 
 @contextmanager
@@ -202,4 +216,4 @@ def _status(error: BaseException | None) -> int | None:
 def _brief(error: BaseException) -> str:
     """Return an error's type and the first line that says something; the whole of it is the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {one_line(lines[0], 300)}" if lines else type(error).__name__

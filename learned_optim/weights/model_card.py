@@ -7,18 +7,20 @@ from collections.abc import Mapping
 
 import torch
 
-from learned_optim.weights.facts import ADAM_BYTES, bytes_per_parameter, license_of, training_facts
-from learned_optim.weights.weights import Weights
+from learned_optim.weights.facts import ADAM_BYTES, bytes_per_parameter, training_facts
+from learned_optim.weights.file_format import Described
+from learned_optim.weights.text import markdown, visible
 
 _LICENCE = {"mit": "MIT.", "unknown": "Not stated; ask its maker before you share or build on it."}
 
 
-def model_card(weights: Weights, repo_id: str, results: str = "") -> str:
-    """Write a model card.
+def model_card(weights: Described, repo_id: str, license: str, results: str = "") -> str:
+    """Write a model card. Text from the weights is escaped: it is shown, and never acts as Markdown or HTML.
 
     Args:
-        weights: What it describes.
-        repo_id: Where it will stand.
+        weights: The weights that the card describes.
+        repo_id: The repository of the card.
+        license: SPDX identifier in lower case, or ``"unknown"``.
         results: Markdown, the measured results; without it the card says that there are none.
 
     Returns:
@@ -27,9 +29,8 @@ def model_card(weights: Weights, repo_id: str, results: str = "") -> str:
     rule = weights.rule
     size = sum(parameter.numel() for parameter in rule.parameters())
     moments, memory = len(rule.moment_names), 2 * rule.memory_width
-    license = license_of(weights)
     training = training_facts(weights.recipe)
-    recipe = weights.recipe.strip() or "# Not recorded."
+    recipe = "\n".join(visible(line) for line in weights.recipe.strip().splitlines()) or "# Not recorded."
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", recipe))])
     return f"""---
 library_name: learned-optim
@@ -41,7 +42,7 @@ tags:
 - pytorch
 ---
 
-# {_line(weights.title)}: a learned update rule
+# {markdown(weights.title)}: a learned update rule
 
 An optimizer for PyTorch whose update rule was itself learned: a coordinatewise LSTM with {size:,} meta-parameters, of the
 family `{rule.family}`.
@@ -82,7 +83,7 @@ about as many steps; measure before you rely on it elsewhere.
 
 ## Licence
 
-{_LICENCE.get(license, _line(license))}
+{_LICENCE.get(license, markdown(license))}
 
 ## Recipe
 
@@ -93,9 +94,4 @@ about as many steps; measure before you rely on it elsewhere.
 
 
 def _table(rows: Mapping[str, object]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {_line(name)} | {_line(value)} |" for name, value in rows.items())])
-
-
-def _line(value: object) -> str:
-    """Write a value on one line of a table, whatever it holds."""
-    return " ".join(str(value).split()).replace("\\", "\\\\").replace("|", "\\|")
+    return "\n".join(["| | |", "|---|---|", *(f"| {markdown(name)} | {markdown(value)} |" for name, value in rows.items())])

@@ -21,13 +21,14 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from learned_optim.rules import build_rule
+from learned_optim.weights.container import parse
 from learned_optim.weights.errors import WeightsError
-from learned_optim.weights.file_format import SUFFIX, from_bytes, read_bytes
+from learned_optim.weights.file_format import SUFFIX, check_finite, read_bytes
 from learned_optim.weights.l2l_pickle import read_arrays
+from learned_optim.weights.text import one_line
 from learned_optim.weights.weights import Weights
 
 FORGET_BIAS = 1.0
@@ -71,8 +72,9 @@ def read_sonnet(
     """
     path = Path(path)
     data = read_bytes(path)
-    arrays, metadata = _safetensors(path, data) if path.suffix == SUFFIX else (read_arrays(data, str(path)), {})
+    arrays, metadata = _safetensors(data, str(path)) if path.suffix == SUFFIX else (read_arrays(data, str(path)), {})
     variables = {f"{module}.{name}": array for module, found in arrays.items() for name, array in found.items()}
+    check_finite(variables, str(path))
     hidden_size, num_layers, num_inputs = _sizes(variables, str(path))
     raw = num_inputs == 1
     try:
@@ -100,23 +102,19 @@ def read_sonnet(
     )
 
 
-def _safetensors(path: Path, data: bytes) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
-    try:
-        with safe_open(path, "pt") as file:
-            header = dict(file.metadata() or {})
-            named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
-    except (SafetensorError, OSError):
-        from_bytes(data, str(path))  # Knows what can be wrong with a file, and says it.
-        raise
-    if "learned_optim_format" in header:
-        raise WeightsError(f"{path} is a weight file already; use it as it is")
+def _safetensors(data: bytes, source: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    container = parse(data, source)
+    if "learned_optim_format" in container.strings:
+        raise WeightsError(f"{source} is a weight file already; use it as it is")
     modules: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in named.items():
+    for name, entry in container.entries.items():
         module, _, variable = name.rpartition(".")
-        if tensor.dtype != torch.float32:
-            raise WeightsError(f"{path}: {name} is {tensor.dtype}; the original code writes torch.float32")
-        modules.setdefault(module, {})[variable] = tensor
-    return modules, {key: header[key] for key in ("source",) if key in header}
+        if entry.dtype != "F32":
+            raise WeightsError(
+                f"{source}: {one_line(name, 60)} is {one_line(entry.dtype, 20)}; the original code writes F32"
+            )
+        modules.setdefault(module, {})[variable] = container.tensor(name)
+    return modules, {key: container.strings[key] for key in ("source",) if key in container.strings}
 
 
 def _sizes(variables: dict[str, Tensor], source: str) -> tuple[int, int, int]:
@@ -124,7 +122,7 @@ def _sizes(variables: dict[str, Tensor], source: str) -> tuple[int, int, int]:
     for name in variables:
         for part in name.split("."):
             if part in OTHER_RULES:
-                raise WeightsError(f"{source} cannot be converted: {OTHER_RULES[part]} (it holds {name})")
+                raise WeightsError(f"{source} cannot be converted: {OTHER_RULES[part]} (it holds {one_line(name, 60)})")
     num_layers = sum(name.endswith(".w_gates") for name in variables)
     layers = [f"lstm_{layer}" for layer in range(1, num_layers + 1)]
     expected = {f"{layer}.{kind}_gates" for layer in layers for kind in "wb"} | {"linear.w", "linear.b"}
@@ -132,7 +130,7 @@ def _sizes(variables: dict[str, Tensor], source: str) -> tuple[int, int, int]:
         lacks = ", ".join(odd) if layers else "lstm_1.w_gates"
         raise WeightsError(
             f"{source} cannot be converted: a rule of the paper is lstm_1, lstm_2 ... (w_gates, b_gates) and linear (w, b), "
-            f"and this file differs in {lacks}"
+            f"and this file differs in {one_line(lacks, 200)}"
         )
     readout = tuple(variables["linear.w"].shape)
     hidden_size = readout[0] if readout else 0

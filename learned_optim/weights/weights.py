@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
-import struct
 import threading
 import weakref
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from learned_optim.modes import active_fake_mode, fake_twin, is_fake, outside_modes
 from learned_optim.rules import UpdateRule
+from learned_optim.weights import hub
 from learned_optim.weights.errors import WeightsError
+from learned_optim.weights.file_format import (
+    FILE,
+    FORMAT_VERSION,
+    Record,
+    from_bytes,
+    read_bytes,
+    to_bytes,
+    weight_file,
+    write_bytes,
+)
+from learned_optim.weights.fingerprint import fingerprint
+from learned_optim.weights.model_card import model_card
+from learned_optim.weights.registry import LocalFile, available_weights, bundled_file, locate, refuse_revision
+from learned_optim.weights.text import one_line
 
 _shared: weakref.WeakValueDictionary[tuple[Any, ...], Weights] = weakref.WeakValueDictionary()
+_parsed: weakref.WeakValueDictionary[tuple[bytes, str], Weights] = weakref.WeakValueDictionary()
 _lock = threading.RLock()
 
 
@@ -54,6 +70,18 @@ class Weights:
         self._fakes: weakref.WeakKeyDictionary[Any, dict[Any, UpdateRule]] = weakref.WeakKeyDictionary()
 
     @classmethod
+    def from_record(cls, record: Record) -> Weights:
+        """Make weights from the parsed content of a file.
+
+        Args:
+            record: The content.
+
+        Returns:
+            The weights; name and title are the one in the file.
+        """
+        return cls(record.rule, record.title, record.recipe, record.metadata)
+
+    @classmethod
     def from_pretrained(
         cls,
         weights: str | PathLike[str],
@@ -80,8 +108,6 @@ class Weights:
         Raises:
             WeightsError: If nothing has that name or what has it cannot be read.
         """
-        from learned_optim.weights.registry import resolve_weights
-
         return resolve_weights(
             weights,
             revision=revision,
@@ -101,8 +127,6 @@ class Weights:
             WeightsError: If it cannot be written, or could not be read back: a meta-parameter is NaN or Inf, or the metadata
                 does not fit a header.
         """
-        from learned_optim.weights.file_format import write_weights
-
         write_weights(path, self)
 
     def push_to_hub(
@@ -117,7 +141,8 @@ class Weights:
     ) -> str:
         """Publish on the Hugging Face Hub, with a model card, in one commit.
 
-        The card states the licence in ``metadata["license"]``, or that it is unknown.
+        A README.md that is there already is replaced; the repository's history keeps it. The card states the licence in
+        ``metadata["license"]``, or that it is unknown.
 
         Args:
             repo_id: ``"owner/repo"``; created if missing.
@@ -134,17 +159,16 @@ class Weights:
             WeightsError: If they could not be read back, the upload is refused or there is no network. The repository may
                 have been created, but then has no new commit.
         """
-        from learned_optim.weights.hub import push_to_hub
-
-        return push_to_hub(
-            self,
-            repo_id,
-            private=private,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
-            results=results,
-        )
+        data = to_bytes(self)
+        repo_id = hub.create_repository(repo_id, private=private, token=token, revision=revision)
+        config = {"format_version": FORMAT_VERSION, "family": self.rule.family, **self.rule.config.to_dict()}
+        files = {
+            FILE: data,
+            "config.json": (json.dumps(config, indent=2) + "\n").encode(),
+            "README.md": model_card(self, repo_id, license_of(self), results).encode(),
+        }
+        message = commit_message or f"Publish update rule {one_line(self.title)}"
+        return hub.commit(repo_id, files, message, token=token, revision=revision)
 
     def called(self, name: str) -> Weights:
         """Return the same weights, sharing the one network, under another name; the title stays.
@@ -197,8 +221,6 @@ class Weights:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel as the bytes of a weight file: a few kB, and no name has to be found again on arrival."""
-        from learned_optim.weights.file_format import to_bytes
-
         return _from_pickle, (to_bytes(self), self.name)
 
 
@@ -215,40 +237,119 @@ def living_weights(fingerprint: str, name: str) -> Weights | None:
     return next((living for key, living in list(_shared.items()) if key[:2] == (fingerprint, name)), None)
 
 
-def fingerprint(rule: UpdateRule) -> str:
-    """Return the sha256 of everything that decides a rule's numerics: family, configuration and meta-parameters.
+def resolve_weights(
+    weights: str | PathLike[str] | UpdateRule | Weights,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> Weights:
+    """Load weights from whatever names them.
 
-    Checkpoints hold it, so it must not change from one version to the next. A field at its default is left out: a field
-    that a later version adds, with a default that changes nothing, then leaves every fingerprint as it was.
+    A string is taken for the first of these that it is: a bundled name, a file or a directory with a
+    ``model.safetensors``, a Hub id. Weights from the Hub are named by their commit, ``"owner/repo@commit"``, so that a
+    checkpoint tells exactly what it needs even if a branch has moved on.
 
     Args:
-        rule: The rule.
+        weights: A bundled name; a file, or a directory that holds a ``model.safetensors``; ``"owner/repo"`` or
+            ``"owner/repo@revision"`` on the Hub; a rule; or weights.
+        revision: Hub revision (branch, tag or commit), if not given in ``weights``. A full commit hash needs no network
+            once cached.
+        token: Hub token; True demands the one that ``hf auth login`` saved, False sends none.
+        cache_dir: Hub cache.
+        local_files_only: Never use the network.
+        force_download: Fetch again even if cached.
 
     Returns:
-        64 hexadecimal digits.
+        The weights; the same object for the same weights, however often they are loaded.
+
+    Raises:
+        WeightsNotFoundError: If nothing has that name, or it is on the Hub and cannot be reached.
+        WeightsError: If what has that name is not usable, or ``revision`` makes no sense with it.
+        TypeError: If ``weights`` is something else.
     """
-    defaults = type(rule.config)().to_dict()
-    config = {name: value for name, value in rule.config.to_dict().items() if value != defaults[name]}
-    for name in ("anneal_start", "anneal_steps"):  # All others are floats; these two were integers in the first checkpoints.
-        if name in config and config[name] == int(config[name]):
-            config[name] = int(config[name])
-    digest = hashlib.sha256(json.dumps([rule.family, config], sort_keys=True).encode())
-    for name, tensor in sorted(rule.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(to_little_endian(tensor))
-    return digest.hexdigest()
+    if isinstance(weights, (Weights, UpdateRule)):
+        loaded = weights if isinstance(weights, Weights) else Weights(weights)
+        refuse_revision(revision, loaded.name)
+        return loaded.shared()
+    if not isinstance(weights, (str, PathLike)):
+        raise TypeError(
+            f"weights must be a name, a path, an UpdateRule or Weights, got {type(weights).__name__}: {weights!r}"
+        )
+    place = locate(weights, revision)
+    if isinstance(place, LocalFile):
+        return _bundled(place.name) if place == bundled_file(place.name) else _load(*place)
+    path, pinned = hub.download(
+        place.repo,
+        place.revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        force_download=force_download,
+    )
+    return _load(path, pinned, f"{FILE} of {pinned}")
 
 
-def to_little_endian(tensor: Tensor) -> bytes:
-    """Return a tensor's values as little-endian float32, without NumPy: PyTorch does not bring it along."""
-    values = tensor.detach().to("cpu", torch.float32).flatten().tolist()
-    return struct.pack(f"<{len(values)}f", *values)
+def read_weights(path: str | PathLike[str]) -> Weights:
+    """Read a weight file.
+
+    Args:
+        path: A ``.safetensors`` file, or a directory that holds a ``model.safetensors``.
+
+    Returns:
+        The weights, with the name in the file's header.
+
+    Raises:
+        WeightsNotFoundError: If there is no such file.
+        WeightsError: If it cannot be read, or is not a weight file.
+    """
+    path = weight_file(path)
+    return Weights.from_record(from_bytes(read_bytes(path), str(path)))
+
+
+def write_weights(path: str | PathLike[str], weights: Weights) -> None:
+    """Write a weight file; a failure leaves the old file, or none, but never half of one.
+
+    Args:
+        path: Where: a ``.safetensors`` file in a directory that exists.
+        weights: What to write.
+
+    Raises:
+        WeightsError: If the file cannot be written, or could not be read back.
+    """
+    write_bytes(path, to_bytes(weights))
+
+
+def license_of(weights: Weights) -> str:
+    """Return the licence that the metadata states; ``"mit"`` for bundled weights, else ``"unknown"``."""
+    return weights.metadata.get("license") or ("mit" if weights.fingerprint in _bundled_fingerprints() else "unknown")
+
+
+@functools.cache
+def _bundled_fingerprints() -> frozenset[str]:
+    return frozenset(_bundled(name).fingerprint for name in available_weights())
+
+
+@functools.cache
+def _bundled(name: str) -> Weights:
+    return _load(*bundled_file(name))
+
+
+def _load(path: Path, name: str, source: str) -> Weights:
+    """Read a file, but parse only content that no living weights were made of: a changed file is never missed."""
+    data = read_bytes(path)
+    key = hashlib.sha256(data).digest(), name
+    weights = _parsed.get(key)
+    if weights is None:
+        weights = outside_modes(lambda: Weights.from_record(from_bytes(data, source))).called(name).shared()
+        _parsed[key] = weights
+    return weights
 
 
 def _from_pickle(data: bytes, name: str) -> Weights:
-    from learned_optim.weights.file_format import from_bytes
-
-    return from_bytes(data, f"pickled weights {name!r}").called(name).shared()
+    return Weights.from_record(from_bytes(data, f"pickled weights {name!r}")).called(name).shared()
 
 
 def _frozen_with_fingerprint(rule: UpdateRule) -> tuple[UpdateRule, str]:

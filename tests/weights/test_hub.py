@@ -16,8 +16,8 @@ from huggingface_hub import ModelCard, constants, errors
 from huggingface_hub.utils import disable_progress_bars
 
 from learned_optim import LearnedOptimizer, Weights, WeightsError, WeightsNotFoundError
-from learned_optim.weights import hub as hub_module
 from learned_optim.weights import read_weights
+from learned_optim.weights import weights as weights_module
 from learned_optim.weights.file_format import MAX_BYTES, to_bytes
 
 NOWHERE = "http://127.0.0.1:9"
@@ -262,7 +262,7 @@ def test_a_card_that_cannot_be_made_is_not_blamed_on_the_hub(
     hub: Hub, published: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = dict(hub.files)
-    monkeypatch.setattr(hub_module, "model_card", lambda *_: {}["no such row"])
+    monkeypatch.setattr(weights_module, "model_card", lambda *_: {}["no such row"])
     with pytest.raises(KeyError, match="no such row"):
         Weights(small_rule(seed=1)).push_to_hub(REPO, token="t")
     assert hub.files == before

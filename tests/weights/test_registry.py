@@ -10,6 +10,7 @@ from torch import nn
 
 from learned_optim import LearnedOptimizer, Weights, WeightsError, WeightsNotFoundError, available_weights
 from learned_optim.weights import file_format, hub, registry, resolve_weights
+from learned_optim.weights import weights as weights_module
 
 
 @pytest.fixture
@@ -152,7 +153,7 @@ def test_a_revision_belongs_to_the_hub(path: Path) -> None:
 def test_many_optimizers_share_one_network(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parsed: list[str] = []
     from_bytes = file_format.from_bytes
-    monkeypatch.setattr(registry, "from_bytes", lambda data, source: parsed.append(source) or from_bytes(data, source))
+    monkeypatch.setattr(weights_module, "from_bytes", lambda data, source: parsed.append(source) or from_bytes(data, source))
     made = [LearnedOptimizer([torch.ones(1, requires_grad=True)], weights=path) for _ in range(20)]
     networks = {id(weights.rule) for optimizer in made for weights in optimizer._weights.values()}
     assert len(networks) == 1

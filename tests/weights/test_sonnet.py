@@ -241,8 +241,8 @@ UNFIT: dict[str, tuple[Variables, str]] = {
     "wrong readout bias": (changed(linear__b=zeros(2)), r"linear.b has shape \(2,\), not \(1,\)"),
     "scalar": (changed(linear__w=zeros()), r"linear.w has shape \(\)"),
     "flat gates": (changed(lstm_1__w_gates=zeros(140)), "cannot be converted"),
-    "double": (changed(linear__w=zeros(5, 1, dtype=np.float64)), "float64|<f8"),
-    "integers": (changed(linear__w=zeros(5, 1, dtype=np.int32)), "int32|<i4"),
+    "double": (changed(linear__w=zeros(5, 1, dtype=np.float64)), "F64|<f8"),
+    "integers": (changed(linear__w=zeros(5, 1, dtype=np.int32)), "I32|<i4"),
 }
 
 
