@@ -11,6 +11,7 @@ converted is refused, and everything is checked before anything is written.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from numbers import Real
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from learned_optim.group_options import Group, check_options, dtype_names, layout_dtypes, params_with_groups
 from learned_optim.rules import UpdateRule
@@ -33,6 +35,42 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 RuleOf = Callable[[Group], UpdateRule]
 """From a group, live or saved, to the rule that steps it."""
+
+
+@contextlib.contextmanager
+def loading(optimizer: Optimizer, rule_of: RuleOf) -> Iterator[None]:
+    """Check a checkpoint before the base class loads it, show that class no memory, and copy the memory afterwards.
+
+    Both happen between the caller's own hooks: after the pre-hooks, which may replace the checkpoint, and before the
+    post-hooks, which may change what was loaded.
+
+    Args:
+        optimizer: That is about to load.
+        rule_of: The rule of a group.
+
+    Yields:
+        Nothing; load inside.
+    """
+    checked: list[dict[str, Any]] = []
+
+    def check(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        check_checkpoint(state_dict, optimizer.param_groups, optimizer.defaults, rule_of)
+        checked.append(state_dict)
+        return without_memory(state_dict, optimizer.param_groups, rule_of)
+
+    @torch.inference_mode(False)  # Later steps could not write to inference tensors.
+    def copy_memory(_: Optimizer) -> None:
+        restore(optimizer.state, checked[0], optimizer.param_groups, optimizer.defaults, rule_of)
+
+    hooks = (
+        optimizer.register_load_state_dict_pre_hook(check),
+        optimizer.register_load_state_dict_post_hook(copy_memory, prepend=True),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def check_checkpoint(state_dict: dict[str, Any], groups: Sequence[Group], defaults: Group, rule_of: RuleOf) -> None:

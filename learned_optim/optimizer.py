@@ -13,16 +13,14 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from learned_optim.backends import Plan, PlannedGroup, StepItem, StepOptions, apply_step, check_backend, make_plan
-from learned_optim.checkpoint import check_checkpoint, restore, without_memory
+from learned_optim.checkpoint import loading
 from learned_optim.group_options import (
     check_options,
     compute_dtype,
     dtype_names,
-    layout_dtypes,
     params_with_groups,
     refuse_unknown,
 )
@@ -30,11 +28,11 @@ from learned_optim.guard import judge, nominal, snapshot
 from learned_optim.modes import active_fake_mode, check_modes
 from learned_optim.rate_watch import RateWatch
 from learned_optim.rules import UpdateRule
-from learned_optim.rules.storage import layout, names
-from learned_optim.sharding import as_real, gradient_of, local, share_gradients, whole, zeros_like
+from learned_optim.rules.storage import names
+from learned_optim.sharding import FSDP1, as_real, gradient_of, local, share_gradients, whole
+from learned_optim.state import initial_state, state_bytes
 from learned_optim.summary import summarize
 from learned_optim.weights import Weights, resolve_weights
-from learned_optim.weights.facts import bytes_per_parameter
 from learned_optim.weights.weights import living_weights
 
 WeightsLike = str | PathLike[str] | UpdateRule | Weights
@@ -201,10 +199,7 @@ class LearnedOptimizer(Optimizer):
         group = self.param_groups[-1]
         if any(getattr(param, "_fsdp_flattened", False) for param in group["params"]):
             self.param_groups.pop()
-            raise RuntimeError(
-                "LearnedOptimizer does not support FullyShardedDataParallel (FSDP1): it flattens parameters together, so "
-                "no rule can see a whole tensor, no checkpoint hold its memory; use torch.distributed.fsdp.fully_shard"
-            )
+            raise RuntimeError(FSDP1)
         for param in group["params"]:  # Cast the rule now: torch.compile could not trace it.
             self._rule_of(param, group)
         if self._rate_watch is not None and not self._rate_watch.look_at_new(group):
@@ -326,7 +321,7 @@ class LearnedOptimizer(Optimizer):
             if param.grad is None:
                 continue
             if not self.state[param]:
-                self.state[param].update(self._initial_state(param, group, weights.rule))
+                self.state[param].update(initial_state(param, group, weights.rule))
             steps.append(self.state[param]["step"])
             if param.numel() > 0:
                 traced_as_real = torch.compiler.is_compiling() and param.is_complex()
@@ -349,22 +344,8 @@ class LearnedOptimizer(Optimizer):
             ]
         return items
 
-    @torch.inference_mode(False)  # Inference tensors could not be written to by later steps.
-    def _initial_state(self, param: Tensor, group: dict[str, Any], rule: UpdateRule) -> dict[str, Tensor]:
-        """Return memory at rest: every tensor of the parameter's shape, with what there is for each coordinate behind it."""
-        like = as_real(param)
-        step = torch.zeros((), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
-        entries = layout(rule, *layout_dtypes(param, group)).items()
-        return {"step": step, **{name: zeros_like(like, entry.trailing, entry.dtype) for name, entry in entries}}
-
     def _state_bytes(self, param: Tensor, group: dict[str, Any]) -> int:
-        """Return the bytes of a parameter's state over all ranks: of what is there, or else of what a step will allocate."""
-        if state := self.state.get(param):
-            return sum(value.nbytes if isinstance(value, Tensor) else 4 for value in state.values())
-        if is_lazy(param):
-            raise ValueError("a parameter has no shape yet: it belongs to a lazy module; run one forward pass first")
-        numel = param.numel() * (2 if param.is_complex() else 1)
-        return numel * bytes_per_parameter(self._weights_of(group).rule, *layout_dtypes(param, group)) + 4
+        return state_bytes(param, group, self._weights_of(group).rule, self.state.get(param))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint: options from its groups, and memory in the layout that these options name.
@@ -384,34 +365,10 @@ class LearnedOptimizer(Optimizer):
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"load_state_dict takes what state_dict() returned, a dict; got {type(state_dict).__name__}")
         self._plan = None  # It would keep the old state alive beside the new.
-        checked: list[dict[str, Any]] = []
-
-        def rule_of(group: dict[str, Any]) -> UpdateRule:
-            return self._weights_of(group).rule
-
-        def check(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            check_checkpoint(state_dict, self.param_groups, self.defaults, rule_of)
-            checked.append(state_dict)
-            return without_memory(state_dict, self.param_groups, rule_of)
-
-        @torch.inference_mode(False)  # Inference tensors could not be written to afterwards.
-        def copy_memory(_: Optimizer) -> None:
-            restore(self.state, checked[0], self.param_groups, self.defaults, rule_of)
-            self._rate_watch = (
-                None if self.state else self._rate_watch
-            )  # A run that goes on may be at the end of a schedule.
-
-        # Between the caller's own hooks: after the pre-hooks, which may replace the checkpoint; before the post-hooks,
-        # which may change what was loaded.
-        hooks = (
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(copy_memory, prepend=True),
-        )
-        try:
+        with loading(self, lambda group: self._weights_of(group).rule):
             super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        if self.state:  # A run that goes on may be at the end of a schedule.
+            self._rate_watch = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep what a copy needs and nothing else: schedulers and hooks patch attributes that must not travel."""

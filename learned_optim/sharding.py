@@ -9,6 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FSDP1 = (
+    "LearnedOptimizer does not support FullyShardedDataParallel (FSDP1): it flattens parameters together, so no rule can "
+    "see a whole tensor, and no checkpoint can hold its memory; use torch.distributed.fsdp.fully_shard"
+)
+"""What is said where FSDP1 flattened the parameters."""
+
 REPLICATED, SUMMED, AVERAGED, OTHER = 64, 65, 66, 67
 """Codes of placements for :func:`share_gradients`; a shard has the number of its dimension."""
 ABSENT = -1

@@ -1,0 +1,57 @@
+"""The state of one parameter: how it starts, and what it weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from learned_optim.group_options import Group, layout_dtypes
+from learned_optim.rules import UpdateRule
+from learned_optim.rules.storage import layout
+from learned_optim.sharding import as_real, zeros_like
+from learned_optim.weights.facts import bytes_per_parameter
+
+
+@torch.inference_mode(False)  # Later steps could not write to inference tensors.
+def initial_state(param: Tensor, group: Group, rule: UpdateRule) -> dict[str, Tensor]:
+    """Return memory at rest.
+
+    Args:
+        param: On any device, sharded or not.
+        group: Its group.
+        rule: The rule that will step it.
+
+    Returns:
+        ``step``, and every tensor of the layout: the parameter's shape in front, what a coordinate keeps behind it.
+    """
+    like = as_real(param)
+    step = torch.zeros((), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
+    entries = layout(rule, *layout_dtypes(param, group)).items()
+    return {"step": step, **{name: zeros_like(like, entry.trailing, entry.dtype) for name, entry in entries}}
+
+
+def state_bytes(param: Tensor, group: Group, rule: UpdateRule, state: Mapping[str, Any] | None) -> int:
+    """Return the bytes of a parameter's state over all ranks.
+
+    Args:
+        param: Any.
+        group: Its group.
+        rule: The rule that steps it.
+        state: What there is of it; empty or None before its first step.
+
+    Returns:
+        The bytes of what is there, or else of what the first step will allocate.
+
+    Raises:
+        ValueError: If the parameter has no shape yet.
+    """
+    if state:
+        return sum(value.nbytes if isinstance(value, Tensor) else 4 for value in state.values())
+    if is_lazy(param):
+        raise ValueError("a parameter has no shape yet: its module is lazy; run one forward pass first")
+    numel = param.numel() * (2 if param.is_complex() else 1)
+    return numel * bytes_per_parameter(rule, *layout_dtypes(param, group)) + 4
