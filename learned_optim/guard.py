@@ -1,6 +1,6 @@
-"""A guard that gives up on a learned rule that misbehaves: ``LearnedOptimizer(..., guard=True)``.
+"""The guard of ``LearnedOptimizer(..., guard=True)``: it gives up on a learned rule that misbehaves.
 
-After each step it looks at every guarded group, and falls back for good when
+After each step the guard looks at every guarded group. A group falls back for good when
 
 - an update is not finite: the step is undone first;
 - updates are long: their root mean square has exceeded :data:`MAX_RATIO` times that of the parameters (no smaller than
@@ -8,11 +8,11 @@ After each step it looks at every guarded group, and falls back for good when
 - the loss has risen, if ``step`` is given a closure: its running mean has lain above three times its lowest value and
   half-way back from there to the first loss, or the loss was not finite, in :data:`PATIENCE` steps in a row.
 
-The group then forgets its memory and goes on with the nominal step of its rule: for the default family its Adam step
-relative to the tensor, for the paper's rules plain Adam at 1e-3. Parameters stay where they are: the guard keeps a run from
-getting worse and does not rewind it. A warning says when and why it acted, once, and ``summary`` from then on.
+The group then forgets its memory and goes on with the nominal step of its rule. That is an Adam step relative to the tensor
+for the default family, and plain Adam at 1e-3 for the paper's rules. Parameters stay where they are: the guard keeps a run
+from getting worse and does not rewind it. One warning says why the guard acted, and ``summary`` repeats it from then on.
 
-What it knows stands in the parameter groups, as numbers and a string, so that checkpoints and copies carry it.
+The guard keeps what it knows in the parameter groups, as numbers and a string, so checkpoints and copies carry it.
 """
 
 import copy
@@ -31,10 +31,10 @@ from learned_optim.rules import AdamModulationRule, plain_adam
 from learned_optim.weights import Weights
 
 MAX_RATIO = 0.25
-"""An update longer than this part of the parameters is long."""
+"""An update is long if its root mean square exceeds this fraction of the parameters'."""
 
 MIN_SCALE = 1e-2
-"""Parameters smaller than this are taken to be this large: many start at zero."""
+"""The least root mean square that parameters are taken to have: many start at zero."""
 
 PATIENCE = 20
 """Steps in a row that must misbehave."""
@@ -59,11 +59,14 @@ def check_guard(options: dict[str, Any]) -> None:
     """Refuse options that the guard cannot work with.
 
     Args:
-        options: Of one parameter group.
+        options: All options of one parameter group.
 
     Raises:
-        ValueError: If ``guard`` is not a bool, or ``capturable`` is set too.
+        ValueError: If ``guard`` is not a bool, ``capturable`` is set too, or what the guard wrote was replaced.
     """
+    for name, start in START.items():
+        if not isinstance(options.get(name, start), str if name == "guard_tripped" else (int, float)):
+            raise ValueError(f"Invalid {name}: {options[name]!r}; the guard writes it, so leave it as it was")
     if not isinstance(options["guard"], bool):
         raise ValueError(f"Invalid guard: {options['guard']!r}; it is True or False")
     if options["guard"] and options["capturable"]:
@@ -77,7 +80,7 @@ def nominal(weights: Weights) -> Weights:
         weights: The group's weights.
 
     Returns:
-        Other weights, the same object for the same weights.
+        The weights to fall back to. Equal arguments give the same object.
     """
     if weights not in _nominal:
         _nominal[weights] = outside_modes(lambda: _make_nominal(weights))
@@ -94,13 +97,13 @@ def _make_nominal(weights: Weights) -> Weights:
 
 
 def snapshot(groups: Iterable[dict[str, Any]]) -> list[dict[Tensor, Tensor]]:
-    """Copy, for each group, the parameters that a step is about to move; nothing of groups that are not watched.
+    """Copy the parameters that a step is about to move, in the groups that the guard watches.
 
     Args:
-        groups: The optimizer's.
+        groups: The optimizer's groups.
 
     Returns:
-        One dict a group, from parameter to copy.
+        One dict a group, from parameter to copy; an empty one for a group that is not watched.
 
     Raises:
         RuntimeError: If a watched group is trained by several processes.
@@ -129,13 +132,13 @@ def judge(
     before: Sequence[dict[Tensor, Tensor]],
     loss: Tensor | float | None,
 ) -> None:
-    """Look at the step just taken; where it is one too many, fall back and warn.
+    """Look at the step just taken, and fall back and warn where a rule has misbehaved for too long.
 
     Args:
-        groups: The optimizer's; what the guard knows is written into them.
-        state: The optimizer's; emptied for the parameters of a group that falls back.
-        before: From :func:`snapshot`, before the step.
-        loss: What the closure returned, if there was one.
+        groups: The optimizer's groups; the guard writes what it knows into them.
+        state: The optimizer's state; emptied for the parameters of a group that falls back.
+        before: What :func:`snapshot` returned before the step.
+        loss: What the closure returned; None without a closure.
     """
     tripped = {}
     for number, (group, old) in enumerate(zip(groups, before, strict=True)):
@@ -187,7 +190,7 @@ def _in_a_row(group: dict[str, Any], name: str, bad: bool) -> bool:
 
 
 def _root_mean_square(tensors: Iterable[Tensor]) -> float:
-    """Return it over all tensors together, a complex number counting once."""
+    """Return the root mean square of all entries of all tensors; a complex number counts once."""
     norms, count = [], 0
     for tensor in tensors:
         norms.append(torch.linalg.vector_norm(tensor, dtype=torch.float32 if tensor.dtype.itemsize == 2 else None))

@@ -1,4 +1,4 @@
-"""What a learned optimizer will cost in memory, before it is paid."""
+"""The memory that a learned optimizer will need, known before anything is allocated."""
 
 from __future__ import annotations
 

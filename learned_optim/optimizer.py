@@ -1,7 +1,8 @@
 """``LearnedOptimizer``: a ``torch.optim.Optimizer`` around a learned update rule.
 
-It owns parameter groups, state and serialisation. The numerics live in ``rules``, their execution in ``backends``, and
-the meta-parameters come from ``weights``.
+This file holds the constructor, the groups and the order of a step. ``rules`` holds the numerics, ``backends`` runs them,
+``weights`` finds the meta-parameters. Options are checked in ``group_options``, state is made in ``state`` and loaded in
+``checkpoint``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from learned_optim.rate_watch import RateWatch
 from learned_optim.rules import UpdateRule
 from learned_optim.rules.storage import names
 from learned_optim.sharding import FSDP1, as_real, gradient_of, local, share_gradients, whole
-from learned_optim.state import initial_state, state_bytes
+from learned_optim.state import initial_state, state_bytes, step_tensor
 from learned_optim.summary import summarize
 from learned_optim.weights import Weights, resolve_weights
 from learned_optim.weights.weights import living_weights
@@ -58,7 +59,8 @@ class LearnedOptimizer(Optimizer):
 
     Args:
         params: Parameters, named parameters, or dicts defining groups. A group may have its own ``weights``.
-        lr: Factor on the update; a float or a one-element tensor. 0 moves nothing.
+        lr: Factor on the update; a float or a one-element tensor. 1 is the usual factor, 0 moves nothing. Adam's 1e-3 makes
+            a rule a thousand times slower, so an lr below 0.05 warns once.
         weights: A bundled name (:func:`~learned_optim.available_weights`), ``"owner/repo"`` or
             ``"owner/repo@revision"`` on the Hugging Face Hub, a ``.safetensors`` file or a directory that holds a
             ``model.safetensors``, an :class:`~learned_optim.rules.UpdateRule`, or loaded
@@ -66,8 +68,8 @@ class LearnedOptimizer(Optimizer):
         weight_decay: Decoupled. Each step multiplies parameters by ``1 - 1e-3 * lr * weight_decay``, so that the value
             means what it means to AdamW at its usual rate of 1e-3.
         maximize: Ascend instead of descend.
-        state_dtype: ``torch.float32`` (default), ``torch.bfloat16`` or ``torch.int8`` for the LSTM memory; see
-            :mod:`learned_optim.rules.storage`. float64 parameters keep float64.
+        state_dtype: Dtype of the LSTM memory: ``torch.float32`` (default), ``torch.bfloat16`` or ``torch.int8``; see
+            :mod:`learned_optim.rules.storage`. float64 parameters have float64 memory.
         moment_dtype: ``torch.float32`` or ``torch.bfloat16`` for the moments, all but the mean square, which stays float32.
             By default bfloat16 beside int8 memory, else float32.
         backend: ``"auto"`` (of the others the fastest that fits and costs nothing to start), ``"reference"`` (PyTorch),
@@ -162,12 +164,12 @@ class LearnedOptimizer(Optimizer):
 
     @classmethod
     def from_pretrained(cls, weights: WeightsLike, params: ParamsT, **options: Any) -> LearnedOptimizer:
-        """Construct with named weights first, as model libraries do.
+        """Make an optimizer, with the weights as the first argument, as model libraries have it.
 
         Args:
             weights: As in the constructor.
             params: As in the constructor.
-            **options: Everything else of the constructor.
+            **options: All other arguments of the constructor.
 
         Returns:
             The optimizer.
@@ -175,11 +177,11 @@ class LearnedOptimizer(Optimizer):
         return cls(params, weights=weights, **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with their own options if given; they start with fresh memory.
+        """Add parameters, which start with fresh memory.
 
         Args:
             param_group: ``{"params": ...}`` and any of ``lr``, ``weights``, ``weight_decay``, ``maximize``, ``guard``,
-                ``state_dtype`` and ``moment_dtype``.
+                ``state_dtype`` and ``moment_dtype``. This very dict becomes the group.
 
         Raises:
             ValueError: If an option is out of range or its weights cannot be loaded.
@@ -322,7 +324,7 @@ class LearnedOptimizer(Optimizer):
                 continue
             if not self.state[param]:
                 self.state[param].update(initial_state(param, group, weights.rule))
-            steps.append(self.state[param]["step"])
+            steps.append(step_tensor(param, group, self.state[param]))
             if param.numel() > 0:
                 traced_as_real = torch.compiler.is_compiling() and param.is_complex()
                 stepped[param.device, compute_dtype(param.dtype), traced_as_real].append(param)
@@ -371,11 +373,11 @@ class LearnedOptimizer(Optimizer):
             self._rate_watch = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Keep what a copy needs and nothing else: schedulers and hooks patch attributes that must not travel."""
+        """Return what a copy needs and nothing else: schedulers and hooks patch attributes that must not travel."""
         return {**super().__getstate__(), "backend": self.backend, "_weights": self._weights}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore, filling in options that an older version did not have."""
+        """Restore a copy, and fill in options that an older version did not have."""
         super().__setstate__(state)
         self.__dict__.setdefault("_hub_options", {})
         for group in self.param_groups:

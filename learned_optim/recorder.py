@@ -1,4 +1,4 @@
-"""What a learned optimizer is doing, sampled every so many steps: to a list of rows, to TensorBoard, to any function."""
+"""Samples of what a learned optimizer does: as a list of rows, in TensorBoard, or passed to any function."""
 
 import math
 from collections import defaultdict
@@ -23,17 +23,17 @@ SATURATED = math.atanh(0.95)
 
 @runtime_checkable
 class ScalarWriter(Protocol):
-    """What is needed of a ``torch.utils.tensorboard.SummaryWriter``."""
+    """The one method of a ``torch.utils.tensorboard.SummaryWriter`` that a recorder calls."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
         """Write one number."""
 
 
 class Recorder:
-    r"""Sample what an optimizer's steps do, from outside: ``step`` itself is untouched and costs the same between samples.
+    r"""Sample what an optimizer's steps do. The recorder hooks into ``step``, which costs nothing more between samples.
 
-    Every ``every``-th step, beginning with the next, gives one row for each parameter group. With :math:`\Delta` the change
-    of the group's parameters in that step (so including ``lr`` and weight decay), a row has
+    Every ``every``-th step, beginning with the next, gives one row for each parameter group. :math:`\Delta` is the change of
+    the group's parameters in that step, ``lr`` and weight decay included. A row has
 
     - ``step``: Steps taken so far by the group's parameters, this one included; it goes on after a checkpoint is loaded.
     - ``group``: Index of the parameter group.
@@ -51,7 +51,7 @@ class Recorder:
     A sample reads numbers on the host, so inside ``torch.compile`` it breaks the graph (and ``fullgraph=True`` refuses it).
 
     Args:
-        optimizer: To listen to. Copies of it, pickled or deep, have no recorder.
+        optimizer: The optimizer to listen to. Its copies, pickled or deep, have no recorder.
         every: Steps from one sample to the next. A sample costs about as much as a few steps and, for its duration, a copy
             of the parameters.
         writer: A TensorBoard ``SummaryWriter`` (tags are ``learned_optim/group0/update_ratio`` ...), or a function that is
@@ -128,7 +128,7 @@ class Recorder:
 def _figures(
     count: float, change2: float, param2: float, descent: float, grad2: float, adam: float, adam2: float, *shares: float
 ) -> Row:
-    """Turn sums over a group into what a row shows."""
+    """Return the figures of a row from sums over a group."""
     skipped, at_rest, saturated, cells = shares
     return {
         "update_ratio": math.sqrt(_share(change2, param2)),
@@ -145,7 +145,7 @@ def _share(part: float, whole: float) -> float:
 
 
 def _batches(params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Tensor]]) -> Iterator[list[Tensor]]:
-    """Gather small parameters that can be joined, so that a sample does not pay for each of them."""
+    """Gather small parameters that can be joined: a sample then pays for each batch, not for each parameter."""
     alike: dict[Any, list[Tensor]] = defaultdict(list)
     sizes: dict[Any, int] = defaultdict(int)
     for param in params:
@@ -160,13 +160,13 @@ def _batches(params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Tensor]]
 
 
 PIECE = 16_384
-"""Coordinates looked at together: few enough for every intermediate result to stay within the caches."""
+"""Coordinates that are processed at once, so few that every intermediate result stays in the caches."""
 
 
 def _sums(
     optimizer: LearnedOptimizer, group: dict[str, Any], params: Sequence[Tensor], originals: Mapping[Tensor, Tensor]
 ) -> Tensor:
-    """Return what :func:`_figures` needs of a batch, summed over its coordinates, on the CPU in float64."""
+    """Return the arguments of :func:`_figures`, summed over a batch's coordinates, on the CPU in float64."""
     states, rule = [optimizer.state[param] for param in params], optimizer._rule_of(params[0], group)
     grads = [gradient_of(param) for param in params]
     before, after = _joined([originals[param] for param in params]), _joined(map(_flat, params))

@@ -16,7 +16,7 @@ FSDP1 = (
 """What is said where FSDP1 flattened the parameters."""
 
 REPLICATED, SUMMED, AVERAGED, OTHER = 64, 65, 66, 67
-"""Codes of placements for :func:`share_gradients`; a shard has the number of its dimension."""
+"""Codes of placements for :func:`share_gradients`. The code of a shard is the number of its dimension."""
 ABSENT = -1
 
 
@@ -36,7 +36,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def gradient_of(param: Tensor) -> Tensor:
-    """Return a parameter's gradient, real and sharded as the parameter is: tensor parallelism may leave it unreduced."""
+    """Return a parameter's gradient, real, and sharded as the parameter is. Tensor parallelism may leave it unreduced."""
     grad = param.grad
     assert grad is not None
     grad = as_real(grad.resolve_conj() if grad.is_complex() else grad)

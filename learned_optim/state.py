@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -32,6 +32,32 @@ def initial_state(param: Tensor, group: Group, rule: UpdateRule) -> dict[str, Te
     step = torch.zeros((), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
     entries = layout(rule, *layout_dtypes(param, group)).items()
     return {"step": step, **{name: zeros_like(like, entry.trailing, entry.dtype) for name, entry in entries}}
+
+
+def step_tensor(param: Tensor, group: Group, state: MutableMapping[str, Any]) -> Tensor:
+    """Return a parameter's count of steps as a tensor.
+
+    Args:
+        param: The parameter.
+        group: Its group.
+        state: Its state. A count that was set to a Python number is replaced by a tensor.
+
+    Returns:
+        0-dim float32, which the next step increments.
+
+    Raises:
+        RuntimeError: If the count is neither a tensor nor a number of steps.
+    """
+    step = state["step"]
+    if isinstance(step, Tensor):
+        return step
+    if not isinstance(step, (int, float)) or not 0 <= step <= torch.finfo(torch.float32).max:
+        raise RuntimeError(
+            f"state[...]['step'] was set to {type(step).__name__} {step!s:.20}; a count of steps is 0 or more"
+        )
+    with torch.inference_mode(False):
+        state["step"] = torch.tensor(float(step), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
+    return state["step"]
 
 
 def state_bytes(param: Tensor, group: Group, rule: UpdateRule, state: Mapping[str, Any] | None) -> int:

@@ -1,4 +1,4 @@
-"""A table that says what an optimizer is made of."""
+"""The table of an optimizer: weights, rule, memory and backend of each group."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -28,10 +28,10 @@ def summarize(
     ranks together. Nothing is allocated to count them.
 
     Args:
-        groups: Of parameters.
-        backend: What the user asked for.
-        rule_of: The rule that steps a parameter, in the dtype and on the device that it computes with.
-        state_bytes: What the optimizer keeps of a parameter.
+        groups: The optimizer's groups.
+        backend: The backend that the user asked for.
+        rule_of: Returns the rule that steps a parameter, in the dtype and on the device of the computation.
+        state_bytes: Returns the bytes of a parameter's state.
 
     Returns:
         Lines of aligned columns.

@@ -3,9 +3,9 @@ r"""How a rule's memory is stored: in float32, or in fewer bytes.
 A rule computes with float32; what is kept of a coordinate between steps may be narrower:
 
 - LSTM memory as bfloat16, rounded to nearest;
-- LSTM memory as int8: ``hidden``, which lies in (-1, 1), as ``q / 127``; ``cell`` as ``q * cell_scale`` with one bfloat16
-  scale for each coordinate and layer, at least the layer's largest cell / 127, so that no cell is cut off and none that
-  matters to a layer is lost, whatever the size of another's;
+- LSTM memory as int8: ``hidden``, which lies in (-1, 1), as ``q / 127``; ``cell`` as ``q * cell_scale``. Each coordinate and
+  layer has a bfloat16 scale of its own, at least the layer's largest cell / 127, so no cell is cut off, and a large cell in
+  one layer does not coarsen another layer;
 - moments as bfloat16, all but the mean square.
 
 Whatever *accumulates* -- int8 cells, bfloat16 moments -- is rounded stochastically: what is added in one step is often
@@ -27,24 +27,24 @@ from torch import Tensor
 from learned_optim.rules.rule import Memory, UpdateRule
 
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-"""Of LSTM memory, by name; a name, unlike a dtype, survives every checkpoint format."""
+"""Dtypes of LSTM memory, by name. A name, unlike a dtype, survives every checkpoint format."""
 
 MOMENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Of moments, by name."""
+"""Dtypes of moments, by name."""
 
 CELL_SCALE = "cell_scale"
 WIDE_MOMENTS = frozenset({"exp_avg_sq"})
 """Moments that are never narrowed."""
 
 LARGEST = 127
-"""The largest 8-bit integer in use; -128 is not, so that memory is symmetric."""
+"""The largest 8-bit integer in use. -128 is not used, so memory is symmetric."""
 
 _GOLDEN = 0x9E3779B9 - 2**32
 """2^32 over the golden ratio: its multiples spread evenly over 32 bits."""
 
 
 class Entry(NamedTuple):
-    """One tensor of a parameter's state: what stands behind the parameter's shape, and the dtype."""
+    """One tensor of a parameter's state: the dimensions behind the parameter's shape, and the dtype."""
 
     trailing: tuple[int, ...]
     dtype: torch.dtype
@@ -59,9 +59,10 @@ def layout(
     """Return everything that is kept of a coordinate, by name, in the order of the state.
 
     Args:
-        rule: Any.
-        state_dtype: Of the LSTM memory: float32, bfloat16 or int8.
-        moment_dtype: Of the moments that may be narrow: float32 or bfloat16. None: bfloat16 beside int8, else float32.
+        rule: The rule that uses the memory.
+        state_dtype: Dtype of the LSTM memory: float32, bfloat16 or int8.
+        moment_dtype: Dtype of the moments that may be narrow: float32 or bfloat16. None stands for bfloat16 beside int8, and
+            else for float32.
         compute_dtype: What the rule computes in. float64 keeps everything in float64.
 
     Returns:
@@ -79,11 +80,11 @@ def layout(
 
 
 def names(rule: UpdateRule, state: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Return what a parameter's memory consists of, judging by the dtype of its ``hidden``; ``state`` may hold more or less.
+    """Return the names of the tensors in a parameter's memory. An int8 ``hidden`` has scales.
 
     Args:
-        rule: Whose memory it is.
-        state: Of one parameter.
+        rule: The rule that uses the memory.
+        state: The state of one parameter; it may hold more or less.
 
     Returns:
         ``hidden``, ``cell``, the moments and perhaps ``cell_scale``: the order in which kernels take them.
@@ -96,7 +97,7 @@ def decode(rule: UpdateRule, stored: Memory, dtype: torch.dtype) -> Memory:
     """Return memory as a rule computes with it.
 
     Args:
-        rule: Whose memory it is.
+        rule: The rule that uses the memory.
         stored: Each ``(N, ...)``.
         dtype: To compute with.
 
@@ -114,7 +115,7 @@ def encode(rule: UpdateRule, memory: Memory, stored: Memory, active: Tensor, bit
     """Return memory as it is stored.
 
     Args:
-        rule: Whose memory it is.
+        rule: The rule that uses the memory.
         memory: After a step, as :meth:`UpdateRule.forward` returns it.
         stored: Before that step: the dtypes to store, and what inactive coordinates keep.
         active: ``(N,)`` bool.
@@ -140,7 +141,7 @@ def convert(rule: UpdateRule, stored: Memory, entries: Mapping[str, Entry]) -> M
     """Store memory in another layout. Everything is rounded to nearest: a single rounding accumulates no error.
 
     Args:
-        rule: Whose memory it is.
+        rule: The rule that uses the memory.
         stored: Each ``(N, ...)``, in any floating dtype; 8-bit values come with their ``cell_scale``, as int8 or as floats.
         entries: The layout to reach, from :func:`layout`.
 

@@ -449,6 +449,7 @@ def test_memory_in_a_dtype_of_no_memory_is_refused(name: str, dtype: torch.dtype
             lambda state: state["param_groups"][0].update(state_dtype="int4"),
             "group 0.*Invalid state_dtype",
         ),
+        (lambda state: state["param_groups"][0].update(guard_long_updates="x"), "group 0.*Invalid guard_long_updates"),
         (lambda state: state["param_groups"][0].update(guard=3), "group 0 of the checkpoint.*Invalid guard"),
     ],
 )
@@ -477,6 +478,20 @@ def test_a_load_into_a_lazy_module_says_what_to_do() -> None:
     lazy(torch.ones(1, 3))
     optimizer.load_state_dict(donor.state_dict())
     assert optimizer.state
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("number", [7, 7.0])
+def test_the_step_of_a_parameter_may_be_set_to_a_number(rule: UpdateRule, number: float, backend: str) -> None:
+    optimizer, params = trained(rule, backend=backend)
+    expected = LearnedOptimizer(clones(params), weights=rule, backend=backend)
+    expected.load_state_dict(optimizer.state_dict())
+    for memory, other in zip(optimizer.state.values(), expected.state.values(), strict=True):
+        memory["step"], other["step"] = number, torch.tensor(7.0)
+    take_steps(optimizer, params, 2, first=3)
+    take_steps(expected, expected.param_groups[0]["params"], 2, first=3)
+    assert_identical(params, expected.param_groups[0]["params"])
+    assert_identical([memory["step"] for memory in optimizer.state.values()], [torch.tensor(9.0)] * len(params))
 
 
 # Hooks
