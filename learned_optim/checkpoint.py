@@ -23,6 +23,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from learned_optim.group_options import Group, check_options, dtype_names, layout_dtypes, params_with_groups
+from learned_optim.modes import is_fake
 from learned_optim.rules import UpdateRule
 from learned_optim.rules.storage import CELL_SCALE, WIDE_MOMENTS, Entry, convert, layout
 from learned_optim.sharding import as_real, local, zeros_like
@@ -99,6 +100,8 @@ def check_checkpoint(state_dict: dict[str, Any], groups: Sequence[Group], defaul
     for index, saved, param, group in _saved_states(state_dict, groups):
         if is_lazy(param):
             raise ValueError(f"parameter {index} has no shape yet: its module is lazy; run one forward pass, then load")
+        if is_fake(param):
+            raise ValueError(f"parameter {index} is fake and holds no numbers; load into a real model")
         rule = rule_of(group)
         step_count(index, saved)
         _check_tensors(index, saved, param, rule)
@@ -322,7 +325,8 @@ def _pieces(memory: Mapping[str, Tensor], dims: int) -> Iterator[dict[str, Tenso
 
 
 def _is_dense(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta"
+    real = isinstance(value, Tensor) and value.device.type != "meta" and not is_fake(value)
+    return real and value.layout == torch.strided
 
 
 def _dtype(value: Any) -> torch.dtype | None:

@@ -22,7 +22,7 @@ ALLOWED = {
     "summary": {"backends", "rate_watch", "rules"},
     "sharding": set(),
     "group_options": {"guard", "rules"},
-    "checkpoint": {"group_options", "rules", "sharding"},
+    "checkpoint": {"group_options", "modes", "rules", "sharding"},
     "optimizer": {
         "backends",
         "checkpoint",

@@ -176,6 +176,23 @@ def test_real_parameters_inside_fake_tensor_mode_are_refused_before_anything_cha
     optimizer.step()
 
 
+def test_neither_fake_memory_nor_fake_parameters_are_loaded(rule: UpdateRule) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = LearnedOptimizer(model.parameters(), weights=rule)
+    take_steps(optimizer, list(model.parameters()), 1)
+    before = memories(optimizer, model.parameters())
+    with FakeTensorMode() as mode:
+        fake = nn.Linear(3, 2)
+        other = LearnedOptimizer(fake.parameters(), weights=rule)
+        with pytest.raises(ValueError, match="parameter 0 is fake and holds no numbers"):
+            other.load_state_dict(optimizer.state_dict())
+        state = optimizer.state_dict()
+        state["state"] = {i: {n: mode.from_tensor(v) for n, v in memory.items()} for i, memory in state["state"].items()}
+    with pytest.raises(ValueError, match="parameter 0"):
+        optimizer.load_state_dict(state)
+    assert_identical(memories(optimizer, model.parameters()), before)
+
+
 def test_a_guard_on_fake_parameters_is_refused(rule: UpdateRule) -> None:
     with FakeTensorMode():
         model = nn.Linear(3, 2)

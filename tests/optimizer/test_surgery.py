@@ -156,7 +156,8 @@ def through_a_checkpoint(case: Case, data: st.DataObject) -> None:
             state = torch.load(buffer, weights_only=True)
         if cast is not None:
             for memory in state["state"].values():
-                memory.update({name: value.to(cast) for name, value in memory.items() if not value.is_complex()})
+                tensors = {name: value for name, value in memory.items() if isinstance(value, Tensor)}
+                memory.update({name: value.to(cast) for name, value in tensors.items() if not value.is_complex()})
         if fresh:
             optimizer.state.clear()
         optimizer.load_state_dict(state)
