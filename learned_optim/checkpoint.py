@@ -25,14 +25,11 @@ from torch.optim import Optimizer
 from learned_optim.group_options import Group, check_options, dtype_names, layout_dtypes, params_with_groups
 from learned_optim.modes import is_fake
 from learned_optim.rules import UpdateRule
-from learned_optim.rules.storage import CELL_SCALE, WIDE_MOMENTS, Entry, convert, layout
+from learned_optim.rules.storage import CELL_SCALE, MEMORY_FLOATS, WIDE_MOMENTS, Entry, convert, layout
 from learned_optim.sharding import as_real, local, zeros_like
 
 PIECE = 2**16
 """Coordinates that are checked or converted at once: conversion needs little memory beside the state."""
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""What memory may be stored as; beside these, 8-bit LSTM memory."""
 
 RuleOf = Callable[[Group], UpdateRule]
 """From a group, live or saved, to the rule that steps it."""
@@ -258,7 +255,7 @@ def _check_tensors(index: int, saved: Mapping[str, Any], param: Tensor, rule: Up
     entries = layout(rule, torch.int8 if CELL_SCALE in saved else torch.float32)
     for name in names:
         dtype, shape = saved[name].dtype, tuple(saved[name].shape)
-        if dtype not in FLOATS and not (dtype == torch.int8 and entries[name].dtype == torch.int8):
+        if dtype not in MEMORY_FLOATS and not (dtype == torch.int8 and entries[name].dtype == torch.int8):
             raise ValueError(
                 f"the {name} of parameter {index} in the checkpoint is {dtype}, which no memory is stored in; save the "
                 "checkpoint again without a cast, or cast it to float32"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from os import PathLike
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from learned_optim.backends import Plan, PlannedGroup, StepItem, StepOptions, apply_step, check_backend, make_plan
 from learned_optim.checkpoint import loading
+from learned_optim.fit import check_fit
 from learned_optim.group_options import (
     check_options,
     compute_dtype,
@@ -31,7 +32,7 @@ from learned_optim.rate_watch import RateWatch
 from learned_optim.rules import UpdateRule
 from learned_optim.rules.storage import names
 from learned_optim.sharding import FSDP1, as_real, gradient_of, local, share_gradients, whole
-from learned_optim.state import initial_state, state_bytes, step_tensor
+from learned_optim.state import initial_state, make_contiguous, state_bytes, step_tensor
 from learned_optim.summary import summarize
 from learned_optim.weights import Weights, resolve_weights
 from learned_optim.weights.weights import living_weights
@@ -42,6 +43,15 @@ WeightsLike = str | PathLike[str] | UpdateRule | Weights
 Kind = tuple[torch.device, torch.dtype, bool]
 """What can be stepped together: device, dtype to compute in, and whether complex numbers are seen as real ones while
 ``torch.compile`` traces, which fails on an operator that writes such a view and follows plain PyTorch."""
+
+
+class _Work(NamedTuple):
+    """What one call of a backend steps; the arguments of :func:`~learned_optim.backends.apply_step`."""
+
+    backend: str
+    rule: UpdateRule
+    items: list[StepItem]
+    options: StepOptions
 
 
 class LearnedOptimizer(Optimizer):
@@ -230,7 +240,8 @@ class LearnedOptimizer(Optimizer):
             The closure's loss, or None without a closure.
 
         Raises:
-            RuntimeError: If a gradient is sparse, or a parameter has another shape than its state.
+            RuntimeError: If a gradient is sparse, or a gradient or state does not fit its parameter.
+            ValueError: If an option of a group was set out of range. After either error nothing has changed.
         """
         loss = None
         if closure is not None:
@@ -243,13 +254,12 @@ class LearnedOptimizer(Optimizer):
         if self._repeat_step():
             return loss
         sharded = share_gradients(self.param_groups)
-        self._refuse_what_does_not_fit()
+        work, counts = self._prepare()
         before = snapshot(self.param_groups)
-        for group in self.param_groups:
-            weights = self._weights_of(group)
-            for (device, dtype, traced_as_real), items in self._items(group, weights).items():
-                backend = "reference" if traced_as_real else self.backend
-                apply_step(backend, weights.rule_on(device, dtype), items, _options(group, device, dtype))
+        if counts:
+            torch._foreach_add_(counts, 1)  # Of thousands of steps on a GPU, in a few launches.
+        for each in work:
+            apply_step(*each)
         judge(self.param_groups, self.state, before, loss)
         if not sharded:  # A planned step talks to no other rank.
             self._plan_step()
@@ -296,55 +306,45 @@ class LearnedOptimizer(Optimizer):
         """Return the rule that steps a parameter, on its device and in the dtype it computes in."""
         return self._weights_of(group).rule_on(param.device, compute_dtype(param.dtype))
 
-    def _refuse_what_does_not_fit(self) -> None:
-        """Refuse before anything is written, so that a caller who catches the error has lost nothing."""
-        for param, _ in params_with_groups(self.param_groups):
-            grad, state = param.grad, self.state.get(param, {})
-            if grad is None:
-                continue
-            if grad.layout != torch.strided:
-                raise RuntimeError(
-                    "LearnedOptimizer does not support sparse gradients; build the embedding with sparse=False"
-                )
-            if not state and _capturing(param):
-                raise RuntimeError("a CUDA graph cannot hold the first step of a parameter; take one before you capture")
-            if state and state["hidden"].shape[:-1] != as_real(param).shape:
-                shape = tuple(state["hidden"].shape[:-1])
-                raise RuntimeError(
-                    f"a parameter has shape {tuple(param.shape)}, but its state is of shape {shape}: "
-                    "if its data were replaced on purpose, start its memory afresh: `del optimizer.state[param]`"
-                )
+    def _prepare(self) -> tuple[list[_Work], list[Tensor]]:
+        """Check a step, and collect what it reads and writes; no parameter, memory or count of steps changes."""
+        check_fit(self.param_groups, self.state, lambda group: self._weights_of(group).rule)
+        fresh = {
+            param: initial_state(param, group, self._weights_of(group).rule)
+            for param, group in params_with_groups(self.param_groups)
+            if param.grad is not None and not self.state.get(param)
+        }
+        for param, memory in fresh.items():
+            self.state[param].update(memory)
+        work, counts = [], []
+        for group in self.param_groups:
+            stepped: dict[Kind, list[Tensor]] = defaultdict(list)
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                counts.append(step_tensor(param, group, self.state[param]))
+                make_contiguous(self.state[param])
+                if param.numel() > 0:
+                    traced_as_real = torch.compiler.is_compiling() and param.is_complex()
+                    stepped[param.device, compute_dtype(param.dtype), traced_as_real].append(param)
+            for (device, dtype, traced_as_real), params in stepped.items():
+                rule = self._weights_of(group).rule_on(device, dtype)
+                backend = "reference" if traced_as_real else self.backend
+                work.append(_Work(backend, rule, self._items(rule, params), _options(group, device, dtype)))
+        return work, counts
 
-    def _items(self, group: dict[str, Any], weights: Weights) -> dict[Kind, list[StepItem]]:
-        """Collect the parameters to step, by their kind, and count the step."""
-        stepped: dict[Kind, list[Tensor]] = defaultdict(list)
-        steps = []
-        for param in group["params"]:
-            if param.grad is None:
-                continue
-            if not self.state[param]:
-                self.state[param].update(initial_state(param, group, weights.rule))
-            steps.append(step_tensor(param, group, self.state[param]))
-            if param.numel() > 0:
-                traced_as_real = torch.compiler.is_compiling() and param.is_complex()
-                stepped[param.device, compute_dtype(param.dtype), traced_as_real].append(param)
-        if steps:
-            torch._foreach_add_(steps, 1)  # Of thousands of steps on a GPU, in a few launches.
-        items: dict[Kind, list[StepItem]] = {}
-        for kind, params in stepped.items():
-            rule = weights.rule_on(*kind[:2])
-            scales = rule.tensor_scales([as_real(param) for param in params])
-            items[kind] = [
-                StepItem(
-                    param=local(as_real(param)),
-                    grad=local(gradient_of(param)),
-                    memory={name: local(self.state[param][name]) for name in names(rule, self.state[param])},
-                    step=self.state[param]["step"],
-                    scale=None if scale is None else whole(scale),
-                )
-                for param, scale in zip(params, scales, strict=True)
-            ]
-        return items
+    def _items(self, rule: UpdateRule, params: list[Tensor]) -> list[StepItem]:
+        scales = rule.tensor_scales([as_real(param) for param in params])
+        return [
+            StepItem(
+                param=local(as_real(param)),
+                grad=local(gradient_of(param)),
+                memory={name: local(self.state[param][name]) for name in names(rule, self.state[param])},
+                step=self.state[param]["step"],
+                scale=None if scale is None else whole(scale),
+            )
+            for param, scale in zip(params, scales, strict=True)
+        ]
 
     def _state_bytes(self, param: Tensor, group: dict[str, Any]) -> int:
         return state_bytes(param, group, self._weights_of(group).rule, self.state.get(param))
@@ -383,10 +383,6 @@ class LearnedOptimizer(Optimizer):
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-
-
-def _capturing(param: Tensor) -> bool:
-    return param.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 def _options(group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> StepOptions:

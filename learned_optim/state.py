@@ -81,3 +81,14 @@ def state_bytes(param: Tensor, group: Group, rule: UpdateRule, state: Mapping[st
         raise ValueError("a parameter has no shape yet: its module is lazy; run one forward pass first")
     numel = param.numel() * (2 if param.is_complex() else 1)
     return numel * bytes_per_parameter(rule, *layout_dtypes(param, group)) + 4
+
+
+def make_contiguous(memory: dict[str, Any]) -> None:
+    """Replace tensors of other strides, which a caller may have put there, by contiguous ones.
+
+    Args:
+        memory: The state of one parameter.
+    """
+    for name, value in memory.items():
+        if isinstance(value, Tensor) and not value.is_contiguous():
+            memory[name] = value.contiguous()

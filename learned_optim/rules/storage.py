@@ -32,6 +32,9 @@ STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": to
 MOMENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Dtypes of moments, by name."""
 
+MEMORY_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What memory may be stored as; beside these, 8-bit LSTM memory with its scales."""
+
 CELL_SCALE = "cell_scale"
 WIDE_MOMENTS = frozenset({"exp_avg_sq"})
 """Moments that are never narrowed."""
