@@ -32,7 +32,9 @@ def check_fit(groups: Iterable[Group], state: Mapping[Tensor, Any], rule_of: Cal
     """
     first = 0
     for group in groups:
-        check_options(group)
+        if not torch.compiler.is_compiling():
+            # To look at the value of a tensor would wait for its device.
+            check_options({**group, "lr": 1.0} if isinstance(group["lr"], Tensor) else group)
         rule = rule_of(group)
         for position, param in enumerate(group["params"]):
             if param.grad is not None:
