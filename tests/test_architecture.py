@@ -26,6 +26,7 @@ ALLOWED = {
     "optimizer": {
         "backends",
         "checkpoint",
+        "fit",
         "group_options",
         "guard",
         "modes",
@@ -36,6 +37,7 @@ ALLOWED = {
         "summary",
         "weights",
     },
+    "fit": {"group_options", "rules", "sharding"},
     "state": {"group_options", "rules", "sharding", "weights"},
     "memory": {"optimizer"},
     "recorder": {"backends", "group_options", "optimizer", "rules", "sharding"},

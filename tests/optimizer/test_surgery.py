@@ -127,7 +127,7 @@ def forget(case: Case, data: st.DataObject) -> None:
 
 def relayout(case: Case, data: st.DataObject) -> None:
     """Replace state tensors by equal ones that lie in memory otherwise."""
-    how = data.draw(st.sampled_from(["clone", "expand"]))
+    how = data.draw(st.sampled_from(["clone", "expand", "transposed"]))
 
     def moved(value: Tensor) -> Tensor:
         if how == "transposed" and value.dim() > 1:
