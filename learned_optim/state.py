@@ -83,6 +83,7 @@ def state_bytes(param: Tensor, group: Group, rule: UpdateRule, state: Mapping[st
     return numel * bytes_per_parameter(rule, *layout_dtypes(param, group)) + 4
 
 
+@torch.inference_mode(False)  # Later steps could not write to inference tensors.
 def make_contiguous(memory: dict[str, Any]) -> None:
     """Replace tensors of other strides, which a caller may have put there, by contiguous ones.
 
