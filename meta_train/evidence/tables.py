@@ -174,21 +174,19 @@ OPPONENTS = ("Adam(0.001)", "Adam, tuned", "AdamW+cosine, tuned", "ScheduleFree(
 """Whom the default rule is set against in the README; the CSVs have all."""
 
 
-def suite(results: Path = RESULTS / "judge") -> str:
-    """Return the judgement of the default rule as Markdown.
+def opponents(results: Path = RESULTS / "judge") -> str:
+    """Return how the default rule does against each opponent as Markdown.
 
     Args:
         results: Directory written by ``python -m meta_train evaluate default --suite judge``.
 
     Returns:
-        A table against each opponent, one of each task against tuned Adam, and a line of where they come from.
+        A table with a column for each horizon.
     """
-    rule = "LSTM (default)"
-    summary = {(r["against"], int(r["horizon"])): r for r in read_rows(results / "summary.csv") if r["rule"] == rule}
-    tasks = [row for row in read_rows(results / "ratios.csv") if row["rule"] == rule]
+    found = _of_default(results / "summary.csv")
+    summary = {(row["against"], int(row["horizon"])): row for row in found}
     horizons = sorted({horizon for _, horizon in summary})
-    heads = " | ".join(f"{horizon:,} steps" for horizon in horizons)
-    lines = [f"| final training loss against | {heads} |", "|---" * (len(horizons) + 1) + "|"]
+    lines = _head("final training loss against", horizons)
     for opponent in (name for name in OPPONENTS if (name, horizons[0]) in summary):
         cells = []
         for horizon in horizons:
@@ -196,7 +194,21 @@ def suite(results: Path = RESULTS / "judge") -> str:
             better = f"better on {row['wins']} of {row['tasks']}" if row else ""
             cells.append(f"{_trained_and_held_out(row, '**')}, {better}" if row else "")
         lines.append(f"| {opponent} | {' | '.join(cells)} |")
-    lines += ["", f"| task, against tuned Adam | {heads} |", "|---" * (len(horizons) + 1) + "|"]
+    return "\n".join(lines)
+
+
+def suite(results: Path = RESULTS / "judge") -> str:
+    """Return the judgement of the default rule as Markdown.
+
+    Args:
+        results: As for :func:`opponents`.
+
+    Returns:
+        That table, one of each task against tuned Adam, and a line of where they come from.
+    """
+    tasks = _of_default(results / "ratios.csv")
+    horizons = sorted({int(row["horizon"]) for row in tasks})
+    lines = [opponents(results), "", *_head("task, against tuned Adam", horizons)]
     for task in dict.fromkeys(row["task"] for row in tasks):
         of_task = {int(r["horizon"]): r for r in tasks if (r["task"], r["against"]) == (task, "Adam, tuned")}
         cells = [_trained_and_held_out(of_task[horizon]) if horizon in of_task else "" for horizon in horizons]
@@ -214,6 +226,15 @@ def suite(results: Path = RESULTS / "judge") -> str:
         f"[sweep.csv](docs/results/{results.name}/sweep.csv). {where(about)}{taken}. Command: `{about['command']}`."
     )
     return "\n".join([*lines, "", note])
+
+
+def _of_default(table: Path) -> list[dict[str, str]]:
+    return [row for row in read_rows(table) if row["rule"] == "LSTM (default)"]
+
+
+def _head(first: str, horizons: list[int]) -> list[str]:
+    columns = " | ".join(f"{horizon:,} steps" for horizon in horizons)
+    return [f"| {first} | {columns} |", "|---" * (len(horizons) + 1) + "|"]
 
 
 def _trained_and_held_out(row: dict[str, str], mark: str = "") -> str:
@@ -374,6 +395,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mnist-modulated": functools.partial(mnist, RESULTS / "mnist-modulated"),
     "cifar": cifar,
     "neural-art": neural_art,
+    "opponents": opponents,
     "judge": suite,
     "judge-long": functools.partial(suite, RESULTS / "judge-long"),
     "seeds": seeds,

@@ -39,10 +39,10 @@ def test_bundled_weights_go_up_with_their_results(hub: Hub, capsys: pytest.Captu
     shown = section(hub.files["README.md"], "Results")
     assert shown == evidence(Weights.from_pretrained("quadratic"))
     # The cells are those of the committed tables.
-    readme = (RESULTS.parent.parent / "README.md").read_text()
+    page = (RESULTS.parent / "results.md").read_text()
     for name in ("**LSTM (quadratic)**", "Adam", "NAG", "RMSprop", "SGD"):
         (row,) = [line for line in shown.splitlines() if line.startswith(f"| {name}, ")]
-        assert row in readme
+        assert row in page
     assert "quadratic-1)" not in shown
     assert "Meta-trained to 100 steps" in shown
     assert "Command: `python -m meta_train evaluate quadratic" in shown
