@@ -313,7 +313,7 @@ def _figures(options: argparse.Namespace) -> int:
         rows = training_table(options.runs)
         options.results.mkdir(parents=True, exist_ok=True)
         write_rows(training, rows)
-    endings = (".svg", ".png")
+    endings = (".svg",)
     if training.exists():
         for ending in endings:
             figures.training_process(read_rows(training), training.with_suffix(ending))
@@ -343,7 +343,7 @@ def _explain(options: argparse.Namespace) -> int:
     rows = responses(weights, config.step_size)
     options.out.mkdir(parents=True, exist_ok=True)
     write_rows(options.out / "responses.csv", rows)
-    for ending in (".svg", ".png"):
+    for ending in (".svg",):
         figures.rule_responses(read_rows(options.out / "responses.csv"), options.out / f"responses{ending}")
     return 0
 
@@ -357,7 +357,7 @@ def _figures_of_variants(results: Path) -> None:
     grid = evaluate.size_table(path.parent for path in sorted(results.rglob("curves.csv")))
     if grid:
         write_rows(results / "grid.csv", grid)
-    for ending in (".svg", ".png"):
+    for ending in (".svg",):
         figures.variant_curves(curves, results / f"variants{ending}")
         if grid:
             figures.size_grid(read_rows(results / "grid.csv"), results / f"grid{ending}")

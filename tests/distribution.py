@@ -142,8 +142,10 @@ def build(dist: Path) -> tuple[Path, Path]:
 
 
 def check_sdist(sdist: Path) -> None:
-    """See that it holds every committed file but those for development, and no other."""
+    """See that it holds every committed file but results and those for development, no other, and less than a megabyte."""
     committed = set(call(["git", "ls-files"], ROOT).split()) - NOT_SHIPPED
+    committed = {name for name in committed if not name.startswith("docs/results/")}
+    assert sdist.stat().st_size < 1_000_000, sdist.stat().st_size
     with tarfile.open(sdist) as archive:
         held = {member.name.split("/", 1)[1] for member in archive if member.isfile()}
     held = {name for name in held if not GENERATED.fullmatch(name)}

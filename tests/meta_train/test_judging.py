@@ -101,7 +101,6 @@ def test_a_judgement_is_written_and_drawn(tmp_path, monkeypatch, capsys):
         *(f"{name}.csv" for name in ("results", "ratios", "summary", "sweep", "curves")),
         "environment.json",
         "curves.svg",
-        "curves.png",
     }
 
 

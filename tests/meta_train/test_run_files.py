@@ -238,7 +238,7 @@ def test_a_checkpoint_that_cannot_be_read_is_named(damage: str, tmp_path: Path, 
 
 def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"run": "a", "outer_step": "1", "meta_loss": "1", "validation": "1", "measure": "optimizee loss"}]
-    for ending in (".svg", ".png"):
+    for ending in (".svg",):
         picture = tmp_path / f"training{ending}"
         figures.training_process(rows, picture)
         before = picture.read_bytes()
