@@ -105,7 +105,13 @@ def _processor() -> str:
     return f"{names[0] if names else 'unknown'}, {vector}"
 
 
-_CODE = (":/", ":(exclude,top)docs/results", ":(exclude,top)benchmarks/*.csv", ":(exclude,top)benchmarks/*.svg")
+_CODE = (
+    ":/",
+    ":(exclude,top)docs/results",
+    ":(exclude,top)benchmarks/*.csv",
+    ":(exclude,top)benchmarks/*.svg",
+    ":(exclude,top)experiments/*.csv",
+)
 """Everything but the tables and their figures, which an evaluation or a benchmark that asks is busy writing."""
 
 

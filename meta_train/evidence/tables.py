@@ -344,7 +344,7 @@ def exploration(results: Path = RESULTS / "exploration") -> str:
     """Return what each choice of the default recipe is worth as Markdown.
 
     Args:
-        results: Directory written by ``python -m benchmarks.exploration``.
+        results: Directory written by ``python -m experiments.exploration``.
 
     Returns:
         A row for each variation, best first, then one for each kind of problem left out.
@@ -367,7 +367,7 @@ def exploration(results: Path = RESULTS / "exploration") -> str:
         "n meta-training seeds, ± the standard deviation of its logarithm between seeds. Where n is 1 the seed is 0, with "
         f"which the unchanged recipe alone has {first}. Differences smaller than twice its spread say nothing. "
         f"Commits {commits}. Every kind is in "
-        f"[kinds.csv](docs/results/{results.name}/kinds.csv). Command: `python -m benchmarks.exploration --steps {steps}`."
+        f"[kinds.csv](docs/results/{results.name}/kinds.csv). Command: `python -m experiments.exploration --steps {steps}`."
     )
     return "\n".join([*lines, "", note])
 

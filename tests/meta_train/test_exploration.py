@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import exploration
+from experiments import exploration
 from meta_train.rows import read_rows
 
 

@@ -1,6 +1,6 @@
 """What the digits of a hundred minibatches teach a net that may look at them as often as it likes.
 
-    python -m benchmarks.sample_limit --data DIR
+    python -m experiments.sample_limit --data DIR
 
 An optimizer of `evaluate --task mnist` sees each minibatch once. Here Adam trains the same net on what the minibatches of
 so many steps hold, for thousands of steps; the lowest loss on that half of MNIST is kept. Thereabouts an optimizer would end

@@ -1,6 +1,6 @@
 """Does narrower memory change what an optimizer reaches?
 
-python -m benchmarks.memory_precision [--data DIR] [--seeds N] [--out DIR]
+python -m experiments.memory_precision [--data DIR] [--seeds N] [--out DIR]
 
 Trains the paper's quadratics (weights ``quadratic``), digits and the held-out kinds (weights ``default``), and with
 ``--data`` three models on real data, with each way to store memory, from the same starts on the same minibatches. Prints for

@@ -1,6 +1,6 @@
 """How many hidden units of a ReLU net on MNIST are switched off by an optimizer: zero on every one of a thousand digits.
 
-    python -m benchmarks.idle_units --data DIR
+    python -m experiments.idle_units --data DIR
 
 Nets of 784-20-10 units as `evaluate --task mnist-relu` judges them. Beside the rule that was meta-trained on sigmoids,
 `default` and Adam at the rate that is best there.

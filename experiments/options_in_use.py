@@ -1,6 +1,6 @@
 """What other options of the default rule would do in use, with the meta-parameters as they are.
 
-    python -m benchmarks.options_in_use '{"fast_decay": 0.9}' '{"anneal_power": 0.1}' [--horizon 5000] [--seeds 7 8]
+    python -m experiments.options_in_use '{"fast_decay": 0.9}' '{"anneal_power": 0.1}' [--horizon 5000] [--seeds 7 8]
 
 Options that do not change the shape of the meta-parameters (``[use]`` of a recipe) can be chosen without meta-training. Each
 kind of model that the mixture does not hold is trained with the published options and with each variation, from the same

@@ -1,6 +1,6 @@
 """Which choices of the default recipe matter: short meta-training runs that differ from it in one of them.
 
-    python -m benchmarks.exploration [--steps 150] [--seeds 0] [VARIATION ...]
+    python -m experiments.exploration [--steps 150] [--seeds 0] [VARIATION ...]
 
 Each run is the first phase of the recipe, cut short, and is judged on the synthetic kinds that the mixture does not hold, so
 nothing here spends the data that judge the published weights. Rules are judged as they were meta-trained, without the
@@ -25,7 +25,7 @@ import msgspec
 import torch
 from tqdm import tqdm
 
-from benchmarks.wider_rules import NotingSteps, TensorRule, ValueRule, WiderOptimizer, WiderRule, build_wider_rule
+from experiments.wider_rules import NotingSteps, TensorRule, ValueRule, WiderOptimizer, WiderRule, build_wider_rule
 from learned_optim import LearnedOptimizer
 from learned_optim.rules import UpdateRule
 from meta_train.files import write_atomically

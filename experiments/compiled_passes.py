@@ -1,6 +1,6 @@
 """What compiling the mixture's own forward and backward passes would gain, and what it would cost.
 
-    python -m benchmarks.compiled_passes [SEED ...]
+    python -m experiments.compiled_passes [SEED ...]
 
 An episode of the default recipe draws its own architectures. One pass of each is timed as it is and compiled by
 TorchInductor, beside what tracing and compiling take. Set TORCHINDUCTOR_CACHE_DIR to an empty folder, or what was

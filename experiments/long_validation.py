@@ -1,6 +1,6 @@
 """Whether seeds of the default recipe rank at long horizons as they do where they are validated.
 
-    python -m benchmarks.long_validation default runs/default-1.safetensors runs/default-2.safetensors
+    python -m experiments.long_validation default runs/default-1.safetensors runs/default-2.safetensors
 
 Validation on the way follows held-out kinds for 600 steps, so that it costs minutes. Here the weights of each seed, with the
 options they have in use, are validated on the first of these optimizees for 600 and for 4,000 steps. Adds to

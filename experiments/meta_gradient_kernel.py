@@ -1,6 +1,6 @@
 """What replaying a truncation costs per coordinate and inner step: ``nn.LSTM`` under autograd against the native kernel.
 
-    python -m benchmarks.meta_gradient_kernel
+    python -m experiments.meta_gradient_kernel
 
 Forward and backward, one thread. The time is the process's own processor time, so that a busy machine shows in caches and
 clock rate but not in waiting; contestants take turns and the fastest of several runs counts.
