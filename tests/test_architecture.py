@@ -1,9 +1,10 @@
-"""The direction of dependencies, and what an import may cost."""
+"""The direction of dependencies down to single files, their size, and what an import may cost."""
 
 import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -11,68 +12,130 @@ import pytest
 import learned_optim
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "learned_optim"
-ALLOWED = {
-    "rules": {"rules"},
-    "backends": {"backends", "modes", "rules"},
-    "weights": {"modes", "rules", "weights"},
-    "modes": set(),
-    "guard": {"modes", "rate_watch", "rules", "weights"},
-    "rate_watch": set(),
-    "summary": {"backends", "rate_watch", "rules"},
-    "sharding": set(),
-    "group_options": {"guard", "rules"},
-    "checkpoint": {"group_options", "modes", "rules", "sharding"},
-    "optimizer": {
-        "backends",
-        "checkpoint",
-        "fit",
-        "group_options",
-        "guard",
-        "modes",
-        "rate_watch",
-        "rules",
-        "sharding",
-        "state",
-        "summary",
-        "weights",
-    },
-    "fit": {"group_options", "rules", "sharding"},
-    "state": {"group_options", "rules", "sharding", "weights"},
-    "memory": {"optimizer"},
-    "recorder": {"backends", "group_options", "optimizer", "rules", "sharding"},
-    "__init__": {"memory", "optimizer", "recorder", "rules", "weights"},
-    "__main__": {"rules", "weights"},
+Graph = Mapping[str, set[str]]
+"""From each module to the modules of ours that it imports, inside functions too."""
+
+FORBIDDEN = {
+    "learned_optim": ("meta_train",),
+    "learned_optim.rules": ("learned_optim.",),
+    "learned_optim.backends": ("learned_optim.weights", "learned_optim.optimizer"),
+    "learned_optim.weights": ("learned_optim.backends", "learned_optim.optimizer"),
+    "learned_optim.optimizer": ("learned_optim.backends.",),
+    "meta_train.tasks": ("meta_train.training", "meta_train.judging", "meta_train.evidence"),
+    "meta_train.training": ("meta_train.judging", "meta_train.evidence"),
+    "meta_train.judging": ("meta_train.evidence",),
+    **dict.fromkeys(
+        (f"meta_train.{name}" for name in ("files", "rows", "provenance", "workers")),
+        tuple(f"meta_train.{room}" for room in ("tasks", "training", "judging", "evidence")),
+    ),
+}
+"""What a module or package must not import, by the beginning of names. A package may always import its own modules."""
+
+LONG_FILES = {"learned_optim.backends.triton.kernels", "learned_optim.backends.triton.step", "meta_train.__main__"}
+LONG_FUNCTIONS = {
+    "model_card": "one template, read from top to bottom",
+    "step_kernel": "one program, which Triton compiles whole",
+    "_parser": "one list of verbs and options",
+    "real_tasks": "one list of tasks",
+    "roll_out": "one loop",
 }
 
 
-def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def sources() -> dict[str, Path]:
+    """Every module of the two packages by its dotted name."""
+    paths = [path for package in ("learned_optim", "meta_train") for path in (ROOT / package).rglob("*.py")]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+
+
+def imports(tree: ast.AST, modules: set[str]) -> set[str]:
+    """The modules that a file imports, wherever in the file; ``from package import name`` may name a module."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-    return found
+            named = (f"{node.module}.{alias.name}" for alias in node.names)
+            found |= {name if name in modules else node.module for name in named}
+    return found & modules
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_dependencies_point_one_way(path: Path) -> None:
-    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    for module in imports(path):
-        assert not module.startswith("meta_train"), module
-        if module.startswith("learned_optim."):
-            assert module.split(".")[1] in ALLOWED[part], module
+def circles(graph: Graph) -> Iterator[list[str]]:
+    """Each circle that a walk along imports meets."""
+    done: set[str] = set()
+
+    def walk(module: str, path: list[str]) -> Iterator[list[str]]:
+        if module in path:
+            yield [*path[path.index(module) :], module]
+        elif module not in done:
+            for other in sorted(graph.get(module, ())):
+                yield from walk(other, [*path, module])
+            done.add(module)
+
+    for module in sorted(graph):
+        yield from walk(module, [])
+
+
+def breaches(graph: Graph) -> list[str]:
+    """What is wrong with a graph of imports, a line each."""
+    lines = [f"circle: {' -> '.join(circle)}" for circle in circles(graph)]
+    for module, imported in graph.items():
+        for place, forbidden in FORBIDDEN.items():
+            if module == place or module.startswith(f"{place}."):
+                lines += [
+                    f"{module} imports {other}"
+                    for other in sorted(imported)
+                    if other.startswith(forbidden) and not (other == place or other.startswith(f"{place}."))
+                ]
+    return lines
+
+
+MODULES = sources()
+TREES = {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
+GRAPH = {module: imports(tree, set(MODULES)) for module, tree in TREES.items()}
+
+
+def test_dependencies_point_one_way() -> None:
+    assert breaches(GRAPH) == []
 
 
 @pytest.mark.parametrize(
-    "path", sorted([*PACKAGE.rglob("*.py"), *(ROOT / "meta_train").rglob("*.py")]), ids=lambda path: path.stem
+    ("module", "line", "breach"),
+    [
+        ("meta_train.training.recipe", "from meta_train.judging import report", "meta_train.training.recipe imports"),
+        ("meta_train.tasks.mnist", "import meta_train.judging.report", "meta_train.tasks.mnist imports"),
+        (
+            "learned_optim.weights.errors",
+            "def late():\n    from learned_optim.weights.weights import Weights",
+            "circle: learned_optim.weights.errors -> ",
+        ),
+    ],
+    ids=["training imports judging", "tasks import judging", "a circle inside a function"],
 )
-def test_only_the_command_line_prints(path: Path) -> None:
-    calls = [
-        n.func.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
-    ]
-    assert "print" not in calls or path.name == "__main__.py"
+def test_a_breach_is_noticed(module: str, line: str, breach: str) -> None:
+    changed = {**GRAPH, module: GRAPH[module] | imports(ast.parse(line), set(MODULES))}
+    assert any(found.startswith(breach.split(" -> ")[0]) for found in breaches(changed)), breaches(changed)
+
+
+def test_files_and_functions_are_short() -> None:
+    long = {module for module, path in MODULES.items() if len(path.read_text().splitlines()) > 400}
+    assert long <= LONG_FILES
+    functions = {
+        node.name
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 60
+    }
+    assert functions <= set(LONG_FUNCTIONS), functions - set(LONG_FUNCTIONS)
+
+
+def test_no_file_is_named_after_nothing() -> None:
+    assert not {path.stem for path in MODULES.values()} & {"utils", "util", "common", "helpers", "helper", "misc"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_the_command_line_prints(module: str) -> None:
+    calls = [n.func.id for n in ast.walk(TREES[module]) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    assert "print" not in calls or module.endswith("__main__")
 
 
 def test_importing_brings_nothing_heavy_and_opens_no_socket() -> None:

@@ -107,3 +107,8 @@ def cell(row: Mapping[str, str]) -> str:
 
 def _line(*cells: str) -> str:
     return f"| {' | '.join(cells)} |".replace("|  |", "| |")
+
+
+def read_evaluation(results: Path) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """Read the summary of an evaluation, and where it was made."""
+    return read_rows(results / "summary.csv"), json.loads((results / "environment.json").read_text())
