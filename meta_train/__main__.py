@@ -19,6 +19,7 @@ from learned_optim.weights import Weights, available_weights, resolve_weights
 from meta_train.evidence import figures
 from meta_train.evidence.cards import RESULTS, evidence
 from meta_train.evidence.responses import probe, responses
+from meta_train.interrupts import StopRequest
 from meta_train.judging import arena_report as evaluate
 from meta_train.judging.arenas import ARENAS
 from meta_train.judging.contestants import LEARNED, learned_with, load_contestants, of_all_parts, refuse_repeated
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = verbs.add_parser("train", help="meta-train a recipe; run again to resume")
     train.add_argument("recipe", type=Path)
-    train.add_argument("--out", type=Path, required=True, help="run directory")
+    train.add_argument("--out", type=_directory, required=True, help="run directory")
     train.add_argument("--data", type=Path, help="directory of the real data, for tasks that need it")
     train.add_argument("--seed", type=int, help="replace the recipe's seed")
     train.add_argument("--workers", type=int, default=0, help=f"{WORKERS}; no more than outer.episodes have work")
@@ -87,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         help="bundled names, files or Hub ids, parts of a model joined by +; the first is the one drawn",
     )
-    judge.add_argument("--out", type=Path, required=True, help="directory for the tables")
+    judge.add_argument("--out", type=_directory, required=True, help="directory for the tables")
     what = judge.add_mutually_exclusive_group()
     what.add_argument("--task", choices=ARENAS, default="quadratic", help="default: %(default)s")
     what.add_argument("--suite", choices=SUITES, help="judge on whole models instead: synthetic kinds, or real data")
@@ -116,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
 
     explain = verbs.add_parser("explain", help="measure and draw what a rule of the default family learned")
     explain.add_argument("weights", help="bundled name, file or Hub id")
-    explain.add_argument("--out", type=Path, required=True, help="directory for responses.csv and its figure")
+    explain.add_argument("--out", type=_directory, required=True, help="directory for responses.csv and its figure")
     explain.set_defaults(verb=_explain)
 
     verify = verbs.add_parser("verify", help="evaluate again and compare with the committed tables")
@@ -147,6 +148,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _directory(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name a directory")
+    return Path(text)
+
+
 def _check_data(data: Path | None) -> None:
     """Refuse a directory that is none: what a real one lacks may come from the Hub, and so would all that this one lacks."""
     if data is not None and not data.is_dir():
@@ -169,7 +176,7 @@ def _train(options: argparse.Namespace) -> int:
     text = options.recipe.read_text()
     if options.seed is not None:
         text = _with_seed(text, options.seed)
-    with _each(options.workers) as each:
+    with StopRequest() as stop, _each(options.workers) as each:
         run = RunDir(options.out, text, options.data, each)
         if run.run.step and (changes := run.changes_since_start()):
             print(f"resuming elsewhere than it started, so not bit for bit: {', '.join(changes)}", file=sys.stderr)
@@ -181,6 +188,14 @@ def _train(options: argparse.Namespace) -> int:
                     validation = f"{record.validation:.4g} (best {run.run.best.validation:.4g})"
                 bar.set_postfix_str(f"meta-loss {record.meta_loss:.4g}, validation {validation}", refresh=False)
                 bar.update()
+                if stop.signal is not None and record.step < total:
+                    run.checkpoint()
+                    bar.close()
+                    print(
+                        f"meta_train: stopped after outer step {record.step} of {total}; run it again to go on from there",
+                        file=sys.stderr,
+                    )
+                    return 128 + stop.signal
     if not all(path.exists() for path in run.best_files):
         raise ValueError(f"no validation of {run.path} was finite: there are no weights worth keeping; lower outer.lr")
     print(f"best weights: {', '.join(map(str, run.best_files))} (validation {run.run.best.validation:.4g})")

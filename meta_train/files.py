@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 if sys.platform != "win32":
@@ -13,16 +16,32 @@ if sys.platform != "win32":
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that a reader or a kill sees either the old one or the whole new one.
 
+    The half-written file has a name that no other file has, so nothing is overwritten and no link is followed.
+
     Args:
         path: The file.
         data: Its new content.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{time.time_ns()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    with os.fdopen(descriptor, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def remove_leftovers(folder: Path, names: Callable[[str], bool]) -> None:
+    """Remove files that :func:`write_atomically` had half written when its process was killed.
+
+    Args:
+        folder: Where they lie.
+        names: Whether a name is that of a file which the caller writes there; all others are left alone.
+    """
+    for path in folder.iterdir():
+        leftover = re.fullmatch(r"\.(.+)\.\d+", path.name)
+        if leftover and names(leftover[1]):
+            path.unlink(missing_ok=True)
 
 
 _locked: dict[Path, list[int | None]] = {}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Protocol, runtime_checkable
 
@@ -129,34 +130,58 @@ def module_optimizee(
         num_problems: Problems side by side, P.
 
     Returns:
-        An optimizee whose parameters are the stacked parameters of the modules.
+        An optimizee whose parameters are the stacked parameters of the modules that require gradients. Frozen ones stay as
+        they are. Dropout and whatever else draws from torch's global generator follows from ``seed``, too.
+
+    Raises:
+        ValueError: If no parameter requires gradients.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         modules = [make_module() for _ in range(num_problems)]
     params, buffers = stack_module_state(modules)
     skeleton = modules[0]
+    frozen = [name for name, parameter in skeleton.named_parameters() if not parameter.requires_grad]
+    fixed = {**buffers, **{name: params.pop(name).detach() for name in frozen}}
+    if not params:
+        raise ValueError(f"no parameter of {type(skeleton).__name__} requires gradients, so there is nothing to optimize")
     generator = seeded(seed + 1)
 
-    class _Loss(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.module = skeleton
-
-        def forward(self, batch: tuple[Tensor, ...]) -> Tensor:
-            return loss(self.module, batch)
-
-    wrapped = _Loss()
+    wrapped = _WithLoss(skeleton, loss)
 
     def one(values: Params, fixed: Params, batch: tuple[Tensor, ...]) -> Tensor:
         named = {f"module.{name}": value for name, value in (*values.items(), *fixed.items())}
         return functional_call(wrapped, named, (batch,))
 
     def losses(values: Params) -> Tensor:
+        before = generator.get_state()
         batch = next_batch(generator)
-        if num_problems > 1:
-            return vmap(one)(values, buffers, batch)
-        first, fixed = ({name: value[0] for name, value in tensors.items()} for tensors in (values, buffers))
-        return one(first, fixed, tuple(value[0] for value in batch)).unsqueeze(0)
+        if torch.equal(generator.get_state(), before):  # The noise of the next call must be another.
+            torch.rand((), generator=generator)
+        with _global_generator_after(generator):
+            if num_problems > 1:
+                return vmap(one, randomness="different")(values, fixed, batch)
+            first, rest = ({name: value[0] for name, value in tensors.items()} for tensors in (values, fixed))
+            return one(first, rest, tuple(value[0] for value in batch)).unsqueeze(0)
 
     return Optimizee(params, losses, generator)
+
+
+class _WithLoss(nn.Module):
+    """A module whose output is the loss, for ``functional_call``."""
+
+    def __init__(self, module: nn.Module, loss: Callable[[nn.Module, tuple[Tensor, ...]], Tensor]) -> None:
+        super().__init__()
+        self.module, self.loss = module, loss
+
+    def forward(self, batch: tuple[Tensor, ...]) -> Tensor:
+        return self.loss(self.module, batch)
+
+
+@contextmanager
+def _global_generator_after(generator: torch.Generator) -> Iterator[None]:
+    """Let torch's global generator follow from the state of another, which does not advance, and restore it afterwards."""
+    digest = hashlib.sha256(generator.get_state().numpy().tobytes()).digest()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(digest[:7], "little"))
+        yield

@@ -7,6 +7,7 @@ are dropped on resuming.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from learned_optim.weights import Weights, resolve_weights, write_weights
-from meta_train.files import lock, unlock, write_atomically
+from meta_train.files import lock, remove_leftovers, unlock, write_atomically
 from meta_train.provenance import WHERE, environment, read_environment
 from meta_train.training.outer_loop import MetaTraining, OuterStep
 from meta_train.training.parts import AnyRule, members
@@ -32,6 +33,10 @@ from meta_train.workers import Each
 RECIPE, ENVIRONMENT, METRICS, CHECKPOINT = "recipe.toml", "environment.json", "metrics.jsonl", "checkpoint.pt"
 BEST, LAST = "best.safetensors", "last.safetensors"
 COST = "cost.json"
+
+DIGEST_MARK = b"sha256:"
+DIGEST_BYTES = len(DIGEST_MARK) + 32
+"""What stands behind a checkpoint: a mark and the digest of all before it."""
 
 
 def of_part(name: str, part: str) -> str:
@@ -66,9 +71,8 @@ class RunDir:
             raise
 
     def _open(self, recipe: Recipe, recipe_text: str, data: Path | None, each: Each) -> None:
-        self._remove_leftovers()
         kept = self.path / RECIPE
-        self.recipe_text = kept.read_text() if kept.exists() else recipe_text
+        self.recipe_text = kept.read_text(encoding="utf-8") if kept.exists() else recipe_text
         if parse_recipe(self.recipe_text) != recipe:
             raise ValueError(f"{self.path} holds a run of another recipe; choose another --out or remove it")
         # The recipe comes last: where it stands, everything before it does too.
@@ -76,6 +80,7 @@ class RunDir:
             write_atomically(self.path / ENVIRONMENT, (json.dumps(environment(), indent=2) + "\n").encode())
         if not kept.exists():
             write_atomically(kept, recipe_text.encode())
+        remove_leftovers(self.path, _is_own)
         read_environment(self.path / ENVIRONMENT, *WHERE, "threads")
         self.run = MetaTraining(recipe, data=data, each=each)
         if (self.path / CHECKPOINT).exists():
@@ -98,10 +103,10 @@ class RunDir:
             if record.validation is not None:
                 self._validations.append(_plain(record))
             if record.step % checkpoint_every == 0 or record.step == self.run.recipe.steps:
-                self._checkpoint()
+                self.checkpoint()
             yield record
         if not (self.path / of_part(LAST, next(iter(members(self.run.rule))))).exists():
-            self._checkpoint()
+            self.checkpoint()
 
     @property
     def best_files(self) -> list[Path]:
@@ -126,7 +131,8 @@ class RunDir:
             about = {**provenance, "part": part} if part else provenance
             write_weights(self.path / of_part(file, part), Weights(one, name, self.recipe_text, about))
 
-    def _checkpoint(self) -> None:
+    def checkpoint(self) -> None:
+        """Keep the whole state, so that the run goes on from here, and the best weights."""
         # Weights first: if the run is killed in between, the older checkpoint makes them again.
         best = self.run.best
         if math.isfinite(best.validation):
@@ -139,21 +145,27 @@ class RunDir:
         torch.save(self.run.state_dict(), buffer)
         with (self.path / METRICS).open("a") as metrics:
             os.fsync(metrics.fileno())
-        write_atomically(self.path / CHECKPOINT, buffer.getvalue())
+        data = buffer.getvalue()
+        write_atomically(self.path / CHECKPOINT, data + DIGEST_MARK + hashlib.sha256(data).digest())
 
     def _add_cost(self) -> None:
         """Count the time since the last checkpoint, whatever it was spent on, and the most memory any process held."""
         now, path = time.perf_counter(), self.path / COST
-        before = json.loads(path.read_text()) if path.exists() else {"minutes": 0.0, "peak_memory_mib": 0.0}
+        before = {"minutes": 0.0, "peak_memory_mib": 0.0} | _numbers(path)
         minutes = round(before["minutes"] + (now - self._clock) / 60, 3)
         self._clock = now
         peak = max(before["peak_memory_mib"], round(peak_memory() / 2**20, 1))
         write_atomically(path, (json.dumps({"minutes": minutes, "peak_memory_mib": peak}) + "\n").encode())
 
     def _go_on_from(self, checkpoint: Path) -> None:
-        data = io.BytesIO(checkpoint.read_bytes())
+        data = checkpoint.read_bytes()
+        data, mark, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:-32], data[-32:]
+        if mark != DIGEST_MARK:  # An earlier version wrote no digest.
+            data += mark + digest
+        elif hashlib.sha256(data).digest() != digest:
+            raise ValueError(f"{checkpoint} is damaged: its digest is another; restore it, or remove it to begin again")
         try:
-            state = torch.load(data, weights_only=True)
+            state = torch.load(io.BytesIO(data), weights_only=True)
         except Exception as error:  # Whatever the unpickler stumbles over: it promises no kind of error.
             raise ValueError(f"{checkpoint} cannot be read; restore it, or remove it to begin again") from error
         try:
@@ -176,11 +188,21 @@ class RunDir:
         write_atomically(path, "".join(lines).encode())
         return [record for record in records if "validation" in record]
 
-    def _remove_leftovers(self) -> None:
-        """Remove temporary files of a process that was killed while it wrote."""
-        for path in self.path.iterdir():
-            if re.fullmatch(r"\..+\.\d+", path.name):
-                path.unlink(missing_ok=True)
+
+def _numbers(path: Path) -> dict[str, float]:
+    """Return the numbers in a JSON file; none where it is missing or damaged, because costs are not worth a lost run."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    numbers = found.items() if isinstance(found, dict) else ()
+    return {name: value for name, value in numbers if isinstance(value, (int, float)) and math.isfinite(value)}
+
+
+def _is_own(name: str) -> bool:
+    """Return whether a run writes a file of this name."""
+    weights = re.fullmatch(r"(best|last)(-[\w.]+)?\.safetensors", name)
+    return weights is not None or name in (RECIPE, ENVIRONMENT, METRICS, CHECKPOINT, COST)
 
 
 def _record(path: Path, number: int, line: str) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """The verbs together: tables with short names, figures from tables alone, a verify that cannot pass by accident."""
 
 import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -201,3 +204,31 @@ def test_an_interrupted_run_says_how_to_go_on(
     monkeypatch.setattr(command_line, "RunDir", interrupt)
     assert main(["train", str(place / "tiny-0.toml"), "--out", str(place / "new")]) == 130
     assert "resumes when it is started again" in capsys.readouterr().err
+
+
+def test_a_directory_without_a_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "recipe.toml", "--out", ""])
+    assert "name a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_training_at_a_checkpoint(
+    number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY)
+    out, update = tmp_path / "run", command_line.tqdm.update
+
+    def stop_at_two(bar: Any, n: float = 1) -> Any:
+        if bar.n == 1:
+            os.kill(os.getpid(), number)
+        return update(bar, n)
+
+    monkeypatch.setattr(command_line.tqdm, "update", stop_at_two)
+    train = ["train", str(tmp_path / "tiny.toml"), "--out", str(out)]
+    assert main(train) == 128 + number
+    assert "stopped after outer step 2 of 12; run it again" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert RunDir(out, TINY).run.step == 2
+    assert main(train) == 0

@@ -247,3 +247,63 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, mon
             with pytest.raises(OSError, match="No space left"):
                 figures.training_process(rows * 2, picture)
         assert picture.read_bytes() == before
+
+
+NOT_OURS = (".notes.2024", ".bash_history.17", ".best-of.txt.3", "notes")
+
+
+@pytest.mark.parametrize("place", ["a new run", "a run of this recipe", "a run of another recipe"])
+def test_files_of_others_are_left_alone(place: str, tmp_path: Path) -> None:
+    if place != "a new run":
+        start(tmp_path, 4)
+    for name in NOT_OURS:
+        (tmp_path / name).write_text("keep")
+    leftovers = [tmp_path / f".{name}.123" for name in (CHECKPOINT, BEST, "best-first.safetensors")]
+    for path in leftovers:
+        path.write_text("half")
+    if place == "a run of another recipe":
+        with pytest.raises(ValueError, match="another recipe"):
+            RunDir(tmp_path, TINY + "[imitation]\nteacher = 0.1\nsteps = 5\nlr = 0.1\n")
+        assert all(path.exists() for path in leftovers)
+    else:
+        RunDir(tmp_path, TINY)
+        assert not any(path.exists() for path in leftovers)
+    assert all((tmp_path / name).read_text() == "keep" for name in NOT_OURS)
+
+
+def test_a_half_written_file_follows_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, path = tmp_path / "target", tmp_path / "file"
+    target.write_text("keep")
+    monkeypatch.setattr(files.time, "time_ns", lambda: 7)
+    (tmp_path / f".file.{os.getpid()}7").symlink_to(target)
+    with pytest.raises(FileExistsError):
+        write_atomically(path, b"new")
+    assert target.read_text() == "keep"
+
+
+def test_no_damaged_checkpoint_goes_on(tmp_path: Path) -> None:
+    start(tmp_path, 4)
+    whole = (tmp_path / CHECKPOINT).read_bytes()
+    for place in range(0, len(whole) - 40, len(whole) // 25):
+        damaged = bytearray(whole)
+        damaged[place] ^= 16
+        (tmp_path / CHECKPOINT).write_bytes(bytes(damaged))
+        with pytest.raises(ValueError, match=rf"{CHECKPOINT} is damaged"):
+            RunDir(tmp_path, TINY)
+    (tmp_path / CHECKPOINT).write_bytes(whole)
+    assert RunDir(tmp_path, TINY).run.step == 3
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_digest(tmp_path: Path, finished: Path) -> None:
+    start(tmp_path, 4)
+    (tmp_path / CHECKPOINT).write_bytes((tmp_path / CHECKPOINT).read_bytes()[:-39])
+    assert list(RunDir(tmp_path, TINY).train(checkpoint_every=5))
+    assert (tmp_path / BEST).read_bytes() == (finished / BEST).read_bytes()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"minutes": "long"}'])
+def test_a_damaged_cost_does_not_cost_the_run(text: str, tmp_path: Path) -> None:
+    start(tmp_path, 4)
+    (tmp_path / COST).write_text(text)
+    assert list(RunDir(tmp_path, TINY).train())
+    assert json.loads((tmp_path / COST).read_text())["peak_memory_mib"] > 0

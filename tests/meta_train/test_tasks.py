@@ -1,6 +1,8 @@
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from meta_train.judging.trial import train_case
 from meta_train.tasks import Mixture, Optimizee, Quadratic, Quartic, module_optimizee
@@ -105,3 +107,41 @@ def test_norm_normalises_each_problem_by_itself(over_batch: bool) -> None:
     centred = x - x.mean(1 if over_batch else 2, keepdim=True)
     deviation = (centred.square().mean(1 if over_batch else 2, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(norm(x), centred / deviation * norm.weight + norm.bias)
+
+
+def with_module(make: Callable[[], nn.Module], problems: int, *, whole: bool = False) -> Optimizee:
+    """A regression of a module on noise, or where ``whole`` on the same examples at every step."""
+
+    def next_batch(generator: torch.Generator) -> tuple[Tensor, ...]:
+        x = torch.ones(problems, 16, 4) if whole else torch.randn(problems, 16, 4, generator=generator)
+        return x, torch.ones(problems, 16, 1)
+
+    return module_optimizee(make, lambda m, b: (m(b[0]) - b[1]).square().mean(), next_batch, 3, problems)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["minibatches", "all examples at once"])
+@pytest.mark.parametrize("problems", [1, 2])
+def test_dropout_follows_from_the_seed(problems: int, whole: bool) -> None:
+    runs = []
+    for _ in range(2):
+        torch.rand(3)  # What others draw must not matter.
+        optimizee = with_module(
+            lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1)), problems, whole=whole
+        )
+        runs.append(torch.stack([optimizee.losses(optimizee.params) for _ in range(3)]))
+    assert torch.equal(*runs)
+    assert len(runs[0].unique()) == runs[0].numel(), "every call and problem has noise of its own"
+
+
+@pytest.mark.parametrize("problems", [1, 2])
+def test_frozen_parameters_stay_as_they_are(problems: int) -> None:
+    def make() -> nn.Module:
+        net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        net[0].requires_grad_(False)
+        return net
+
+    optimizee = with_module(make, problems)
+    assert list(optimizee.params) == ["2.weight", "2.bias"]
+    assert optimizee.losses(optimizee.params).shape == (problems,)
+    with pytest.raises(ValueError, match="nothing to optimize"):
+        with_module(lambda: nn.Linear(4, 1).requires_grad_(False), problems)
