@@ -44,7 +44,7 @@ def _calls_worth_timing(run: Callable[[], object]) -> int:
     return max(1, round(_SHORTEST / (time.perf_counter() - start)))
 
 
-def write_table(name: str, rows: Rows) -> None:
-    """Write ``name.csv`` beside the benchmarks, every row with where it was measured."""
+def write_table(name: str, rows: Rows, folder: Path = HERE) -> None:
+    """Write ``name.csv``, by default beside the benchmarks, every row with where it was measured."""
     where = {key: value for key, value in environment().items() if key in ("torch", "processor", "threads", "commit")}
-    write_rows(HERE / f"{name}.csv", [{**row, **where} for row in rows])
+    write_rows(folder / f"{name}.csv", [{**row, **where} for row in rows])

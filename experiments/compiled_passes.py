@@ -11,6 +11,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def main() -> None:
             f"problem {row['problem']}: a compiled pass takes {row['times_as_it_is']} x; "
             f"compiling it {row['compiling_over_passes_of_mean_episode']} x all passes of a mean episode"
         )
-    write_table("compiled_passes", rows)
+    write_table("compiled_passes", rows, Path(__file__).parent)
 
 
 if __name__ == "__main__":

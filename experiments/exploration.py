@@ -29,8 +29,7 @@ from experiments.wider_rules import NotingSteps, TensorRule, ValueRule, WiderOpt
 from learned_optim import LearnedOptimizer
 from learned_optim.rules import UpdateRule
 from meta_train.files import write_atomically
-from meta_train.judging.runner import smoothed_final
-from meta_train.judging.trial import train_case
+from meta_train.judging.trial import smoothed_final, train_case
 from meta_train.provenance import environment
 from meta_train.rows import Rows, read_rows, write_rows
 from meta_train.tasks.data import digit_stream

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks.timing import write_table
 from learned_optim import Weights
-from meta_train.judging.arena_report import MakeOptimizer
 from meta_train.judging.arenas import ARENAS
-from meta_train.judging.baselines import Setting
+from meta_train.judging.baselines import MakeOptimizer, Setting
 from meta_train.judging.contestants import learned_with
 from meta_train.tasks.images import MNIST, read_images
 from meta_train.tasks.mnist import HALVES
@@ -54,7 +53,7 @@ def main() -> None:
         row = {f"off_after_{step}": f"{share:.2f}" for step, share in zip(STEPS, shares.tolist(), strict=True)}
         rows.append({"optimizer": name, **row, "nets": NETS, "digits": DIGITS})
         print(json.dumps(rows[-1]))
-    write_table("idle_units", rows)
+    write_table("idle_units", rows, Path(__file__).parent)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer, state_bytes
-from meta_train.judging.arena_report import curves
 from meta_train.judging.arenas import ARENAS
 from meta_train.judging.real import real_tasks
 from meta_train.judging.real_data import prepared
-from meta_train.judging.trial import train_case
+from meta_train.judging.trial import curves, train_case
 from meta_train.provenance import environment
 from meta_train.rows import Row, write_rows
 from meta_train.tasks.case import JudgingTask

@@ -21,8 +21,7 @@ from tqdm import tqdm
 from learned_optim import LearnedOptimizer, Weights
 from learned_optim.rules import build_rule
 from learned_optim.weights import resolve_weights
-from meta_train.judging.runner import smoothed_final
-from meta_train.judging.trial import train_case
+from meta_train.judging.trial import smoothed_final, train_case
 from meta_train.provenance import environment
 from meta_train.rows import Rows, read_rows, write_rows
 from meta_train.tasks.held_out import HELD_OUT_KINDS, LONG_KINDS

@@ -59,7 +59,7 @@ def main() -> None:
         }
         rows.append({**row, "nets": NETS, "rate": RATE, "steps": STEPS})
         print(json.dumps(rows[-1]))
-    write_table("sample_limit", rows)
+    write_table("sample_limit", rows, Path(__file__).parent)
 
 
 if __name__ == "__main__":

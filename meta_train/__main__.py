@@ -15,28 +15,25 @@ import torch
 from tqdm import tqdm
 
 from learned_optim.rules import AdamModulationConfig
-from learned_optim.weights import Weights, available_weights, resolve_weights
+from learned_optim.weights import resolve_weights
 from meta_train.evidence import figures
 from meta_train.evidence.cards import RESULTS, evidence
 from meta_train.evidence.responses import probe, responses
 from meta_train.interrupts import StopRequest
-from meta_train.judging import arena_report as evaluate
+from meta_train.judging import arena_report, report
 from meta_train.judging.arenas import ARENAS
-from meta_train.judging.contestants import LEARNED, learned_with, load_contestants, of_all_parts, refuse_repeated
-from meta_train.judging.repeat import repeat_validation
-from meta_train.judging.report import judge_suite, label, read_baselines
-from meta_train.judging.runner import SEEDS, SUITES, TUNING_SEED, Runner, learned
-from meta_train.provenance import WHERE, elsewhere, read_environment
-from meta_train.rows import read_rows, write_judgement, write_rows
+from meta_train.judging.contestants import load_contestants
+from meta_train.judging.repeat import repeat_validation, verify
+from meta_train.judging.request import Request
+from meta_train.judging.suites import SUITES
+from meta_train.provenance import read_environment
+from meta_train.rows import is_learned, read_rows, write_rows
 from meta_train.training.publish import publish
-from meta_train.training.recipe import parse_recipe, read_recipe
+from meta_train.training.recipe import read_recipe
 from meta_train.training.run_dir import RunDir, training_table
 from meta_train.workers import Each, Workers
 
 WORKERS = "processes of one thread each; default: 0, this one alone"
-HONESTY = """\
-The optimizees are those of the committed tables. With the same torch, processor and threads the figures are equal to the
-last digit; elsewhere rounding differs, and agreement within two standard errors is all that can be promised."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,12 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument(
         "--workers", type=int, help="processes of one thread each; default: 1 for a suite, and 0, this one, for a task"
     )
-    judge.add_argument(
-        "--baselines", type=Path, metavar="DIR", help="take theirs from the tables of an earlier judgement of the suite"
-    )
-    judge.add_argument("--only", nargs="+", default=[], metavar="TASK", help="tasks of the suite to judge on; default: all")
-    judge.add_argument("--horizon", type=int, help="leave out longer horizons of the suite")
-    judge.add_argument("--lr", type=float, nargs="+", help="factors on the learned update, for a suite; default: 1")
+    judge.add_argument("--baselines", type=Path, metavar="DIR", help="take theirs from the tables of an earlier judgement")
+    judge.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="tasks to judge on; default: all")
+    judge.add_argument("--only", dest="tasks", nargs="+", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    judge.add_argument("--horizon", type=int, help="leave out longer horizons")
+    judge.add_argument("--lr", type=float, nargs="+", default=[1.0], help="factors on the learned update; default: 1")
     judge.set_defaults(verb=_evaluate)
 
     draw = verbs.add_parser("figures", help="draw the figures of an evaluation from its tables")
@@ -220,96 +216,29 @@ def _with_seed(text: str, seed: int) -> str:
     return (head if count else f"seed = {seed}\n{head}") + rest
 
 
-_OUT = "runs/results"
-"""Where a printed command writes: anywhere will do."""
-
-
-def _judge_suite(options: argparse.Namespace) -> int:
-    lrs = [1.0] if options.lr is None else options.lr
-    if len(set(lrs)) < len(lrs):
-        raise ValueError(f"--lr needs different factors, got {', '.join(f'{lr:g}' for lr in lrs)}")
-    rules = [learned(name, lr) for name in options.weights for lr in lrs]
-    refuse_repeated([label(rule).removeprefix("LSTM ") for rule in rules])
-
+def _evaluate(options: argparse.Namespace) -> int:
     def progress(runs: Iterable[Any], total: int) -> Iterable[Any]:
         return tqdm(runs, total=total, unit="run", dynamic_ncols=True, disable=not total)
 
-    suite = SUITES[options.suite]
-    runner = Runner(suite, options.cache, options.data, options.horizon, options.workers, progress, options.only)
-    baselines, taken = None, ""
-    about_baselines: dict[str, Any] = {}
-    if options.baselines:
-        baselines = read_baselines(options.baselines)
-        earlier = read_environment(options.baselines / "environment.json", "suite", *WHERE)
-        if earlier["suite"] != suite.name:
-            raise ValueError(f"{options.baselines} is a judgement of {earlier['suite']!r}, not of {suite.name!r}")
-        about_baselines = {"baselines": earlier.get("baselines") or {key: earlier[key] for key in WHERE}}
-        taken = f" --baselines {'DIR' if options.baselines.is_absolute() else options.baselines.as_posix()}"
-    report = judge_suite(runner, rules, baselines=baselines)
-    limit = f" --only {' '.join(options.only)}" if options.only else ""
-    limit += f" --horizon {options.horizon}" if options.horizon else ""
-    limit += f" --lr {' '.join(f'{lr:g}' for lr in lrs)}" if lrs != [1.0] else ""
-    data = " --data DIR" if options.data else ""
-    about = {
-        "suite": suite.name,
-        "fingerprints": {rule.name: rule.fingerprint for rule in rules},
-        "seeds": {"tuning": [TUNING_SEED], "evaluation": list(SEEDS)},
-        "command": f"python -m meta_train evaluate {' '.join(options.weights)} --suite {suite.name}{limit}{taken}{data}"
-        f" --out {_OUT}",
-        **about_baselines,
-        **_made_elsewhere(runner.used),
-    }
-    write_judgement(report, options.out, about)
-    for row in report.summary:
-        print(
-            f"{row['horizon']:>6} steps  {row['rule']:<16} against {row['against']:<22} {row['ratio']:>6.3f} x  "
-            f"wins {row['wins']:>2} of {row['tasks']:<2}  worst {row['worst']:.2f} ({row['worst_task']})"
-        )
-    return 0
-
-
-def _made_elsewhere(finished: Iterable[Path]) -> dict[str, Any]:
-    """Return where kept runs were made, as a part of ``environment.json``; nothing if it was here."""
-    places = elsewhere(finished)
-    return {"made": places} if places else {}
-
-
-def _evaluate(options: argparse.Namespace) -> int:
-    if options.suite:
-        return _judge_suite(options)
-    of_suites = {name: getattr(options, name) for name in ("lr", "horizon", "only", "baselines")}
-    if given := [f"--{name}" for name, value in of_suites.items() if value not in (None, [])]:
-        raise ValueError(f"{', '.join(given)} says nothing of a task; give a --suite, or leave it out")
-    weights, arena = load_contestants(options.weights), ARENAS[options.task].on(options.data)
-    used: set[Path] = set()
+    kind, evaluate = ("suite", report.evaluate) if options.suite else ("task", arena_report.evaluate)
+    rules = load_contestants(options.weights, options.lr)
     with _each(options.workers) as each:
-        judgement = evaluate.judge(
-            weights,
-            arena,
-            cache=options.cache / "arenas",
-            each=each,
-            progress=lambda settings: tqdm(list(settings), unit="setting", dynamic_ncols=True),
-            used=used,
+        request = Request(
+            kind,
+            options.suite or options.task,
+            rules,
+            options.cache,
+            options.data,
+            options.baselines,
+            options.horizon,
+            options.tasks,
+            each,
+            progress,
         )
-    drawn = of_all_parts(weights[0])[0]
-    names = ["+".join(part.name for part in of_all_parts(one)) for one in weights]
-    about = {
-        "task": options.task,
-        "trained_to": parse_recipe(drawn.recipe).inner.horizon[1] if drawn.recipe else None,
-        "optimizees": {"tuning": arena.tuning, "evaluation": arena.fresh, "seed": 0},
-        "fingerprints": {one.name: one.fingerprint for one in weights},
-        "command": f"python -m meta_train evaluate {' '.join(names)} --task {options.task}"
-        f"{' --data DIR' if options.data else ''} --out {_OUT}",
-        **_made_elsewhere(used),
-    }
-    write_judgement(judgement, options.out, about)
-    write_rows(options.out / "probe.csv", probe(drawn, scale=0.01))
-    for row in judgement.summary:
-        ratio = f"{row['ratio_to_best_baseline']:.3f} x best baseline" if row["ratio_to_best_baseline"] != "" else ""
-        print(
-            f"{row['horizon']:>4} steps  {row['criterion']:<6} {row['optimizer']:<24} {row['mean']:>9.4g} "
-            f"+- {row['standard_error']:<9.2g} {ratio:>21}  {row['setting']}"
-        )
+        for line in evaluate(request, options.out):
+            print(line)
+    if kind == "task":
+        write_rows(options.out / "probe.csv", probe(rules[0].first, scale=0.01))
     return 0
 
 
@@ -318,7 +247,7 @@ def _drawn(results: Path) -> list[dict[str, str]]:
     rows = read_rows(results / "curves.csv")
     if "task" in rows[0]:
         return rows
-    ours = list(dict.fromkeys(row["optimizer"] for row in rows if row["optimizer"].startswith(LEARNED)))
+    ours = list(dict.fromkeys(row["optimizer"] for row in rows if is_learned(row)))
     return [row for row in rows if row["optimizer"] not in ours[1:] or row["optimizer"] == figures.DEFAULT]
 
 
@@ -352,10 +281,10 @@ def _figures(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     (weights,) = load_contestants([options.weights])
-    config = of_all_parts(weights)[0].rule.config
-    if not isinstance(weights, Weights) or not isinstance(config, AdamModulationConfig):
+    config = weights.first.rule.config
+    if len(weights.weights) > 1 or not isinstance(config, AdamModulationConfig):
         raise ValueError(f"{weights.name}: only a rule that modulates an Adam step can be compared with one")
-    rows = responses(weights, config.step_size)
+    rows = responses(weights.first, config.step_size)
     options.out.mkdir(parents=True, exist_ok=True)
     write_rows(options.out / "responses.csv", rows)
     for ending in (".svg",):
@@ -369,7 +298,7 @@ def _figures_of_variants(results: Path) -> None:
     if not variants:
         return
     curves = {path.name: _drawn(path) for path in variants}
-    grid = evaluate.size_table(path.parent for path in sorted(results.rglob("curves.csv")))
+    grid = arena_report.size_table(path.parent for path in sorted(results.rglob("curves.csv")))
     if grid:
         write_rows(results / "grid.csv", grid)
     for ending in (".svg",):
@@ -380,36 +309,10 @@ def _figures_of_variants(results: Path) -> None:
 
 def _verify(options: argparse.Namespace) -> int:
     (weights,) = load_contestants([options.weights])
-    name = weights.name
-    results = options.results or RESULTS / name
-    if not (results / "summary.csv").exists():
-        raise ValueError(f"there is no committed evidence for {name!r}: {results.name}/summary.csv is missing")
-    rows = read_rows(results / "summary.csv")
-    if rows and "optimizer" not in rows[0]:
-        raise ValueError(f"the tables in {results.name} are of a suite, not of a task; `evaluate --suite` makes them again")
-    expected = [row for row in rows if row["optimizer"] == f"{LEARNED} ({name})"]
-    if not expected:
-        raise ValueError(f"the tables in {results.name} say nothing of {name!r}; evaluate it under that name")
-    about = read_environment(results / "environment.json", "task", "fingerprints")
-    if about["task"] not in ARENAS:
-        raise ValueError(f"the tables in {results.name} are of an unknown task {about['task']!r}")
-    arena = ARENAS[about["task"]].on(options.data)
-    print(HONESTY)
-    agrees = about["fingerprints"].get(name) == weights.fingerprint
-    if not agrees:
-        print("The committed tables were made with OTHER weights of that name: only their spread can be compared.")
-        agrees = options.weights not in available_weights()
-    horizon, count = max(arena.horizons), int(expected[0]["n"])
-    fresh = evaluate.curves(arena.task, learned_with(weights), horizon, "evaluation", count)
-    for row in expected:
-        now = float(evaluate.measure(row["criterion"], fresh, int(row["horizon"]), arena.last).mean())
-        committed, error = float(row["mean"]), float(row["standard_error"])
-        within = abs(now - committed) <= 2 * error
+    agrees = True
+    for line, within in verify(options.weights, weights, options.results or RESULTS / weights.name, options.data):
+        print(line)
         agrees &= within
-        verdict = "DIFFERS by more than two standard errors"
-        if within:
-            verdict = "equal" if f"{now:.6g}" == f"{committed:.6g}" else "agrees within two standard errors"
-        print(f"{row['horizon']:>4} steps  {row['criterion']:<6} committed {committed:.6g}, now {now:.6g}: {verdict}")
     return 0 if agrees else 1
 
 

@@ -17,10 +17,29 @@ from meta_train.provenance import environment
 Row = dict[str, str | int | float]
 Rows = list[Row]
 
+LEARNED = "LSTM"
+"""How tables call a learned rule, before its name."""
 
-def rounded(value: Tensor | float) -> float:
-    """Return a number to six digits, as tables have it."""
-    return float(f"{float(value):.6g}")
+
+def is_learned(row: Mapping[str, Any], column: str = "optimizer") -> bool:
+    """Return whether a row is of a learned rule.
+
+    Tables have no column for it, because the committed ones stay as they are: a learned rule is labelled ``LSTM (name)``,
+    and no baseline is called so.
+
+    Args:
+        row: Of any table.
+        column: The column of labels.
+
+    Returns:
+        True for a learned rule.
+    """
+    return str(row[column]).startswith(f"{LEARNED} (")
+
+
+def rounded(value: Tensor | float, digits: int = 6) -> float:
+    """Return a number to some significant digits, as tables have it."""
+    return float(f"{float(value):.{digits}g}")
 
 
 def write_rows(path: Path, rows: Rows) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 
 from learned_optim.weights import Weights
 from meta_train.judging.arenas import ARENAS
-from meta_train.judging.contestants import LEARNED
-from meta_train.rows import read_rows
+from meta_train.rows import LEARNED, read_rows
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from meta_train.evidence.cards import RESULTS, cell, comparison, read_evaluation, where
 from meta_train.evidence.default_tables import exploration, opponents, seeds, step_sizes, stress, suite
 from meta_train.files import write_atomically
-from meta_train.judging.contestants import LEARNED
-from meta_train.rows import read_rows
+from meta_train.rows import LEARNED, read_rows
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,4 +1,4 @@
-"""Judge optimizers: every one, learned or not, runs through the same ``torch.optim`` path on optimizees it has never seen.
+"""Tables of an arena: every optimizer, learned or not, on optimizees that it has never seen.
 
 Baselines are tuned on optimizees of their own (purpose ``"tuning"``), then everything is reported on fresh ones (purpose
 ``"evaluation"``). A curve holds the losses ``f(theta_0) ... f(theta_T)``; its *sum* adds ``f(theta_0) ... f(theta_{T-1})``,
@@ -8,117 +8,26 @@ the mean of the last few.
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch import Tensor
 
-from meta_train.files import write_atomically
 from meta_train.judging.arenas import ARENAS, Arena
-from meta_train.judging.baselines import MakeOptimizer, Setting, best_setting
-from meta_train.judging.contestants import LEARNED, AnyWeights, Contestant, learned_with
-from meta_train.provenance import here, read_environment
-from meta_train.rows import Row, Rows, read_rows, rounded
-from meta_train.tasks import Mnist, Optimizee, Task, derive_seed
-from meta_train.workers import Each
+from meta_train.judging.baselines import Setting
+from meta_train.judging.contestants import Contestant, Learned
+from meta_train.judging.request import Request
+from meta_train.judging.runner import OptimizeeTrials, Run, Runner, refuse_edge, stacked, tune
+from meta_train.judging.trial import measure
+from meta_train.provenance import read_environment
+from meta_train.rows import Row, Rows, is_learned, read_rows, rounded, write_judgement
+from meta_train.tasks import Mnist
+from meta_train.training.recipe import parse_recipe
 
-MakeSchedule = Callable[[Optimizer, int], LRScheduler]
-
-
-def run(
-    optimizee: Optimizee, make_optimizer: MakeOptimizer, horizon: int, schedule: MakeSchedule | None = None
-) -> list[float]:
-    """Train one optimizee with a ``torch.optim`` optimizer.
-
-    Args:
-        optimizee: Freshly sampled, a single problem (P = 1).
-        make_optimizer: From named parameters to optimizer.
-        horizon: Inner steps, T.
-        schedule: From optimizer and horizon to a schedule of the rate.
-
-    Returns:
-        T + 1 losses, before each step and after the last; infinite from where it diverged.
-
-    Raises:
-        ValueError: If the optimizee holds several problems, which would share what an optimizer knows of a tensor.
-    """
-    if optimizee.num_problems != 1:
-        raise ValueError(f"evaluate one problem at a time, got {optimizee.num_problems} side by side")
-    params = {name: nn.Parameter(value[0].clone()) for name, value in optimizee.params.items()}
-    optimizer = make_optimizer(params.items())
-    scheduler = schedule(optimizer, horizon) if schedule else None
-    losses = []
-
-    def forward() -> Tensor:
-        optimizer.zero_grad()
-        return optimizee.losses({name: value.unsqueeze(0) for name, value in params.items()}).sum()
-
-    def closure() -> float:
-        loss = forward()
-        loss.backward()
-        return loss.item()
-
-    for step in range(horizon + 1):
-        loss = forward()
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            return losses[:-1] + [math.inf] * (horizon + 1 - step)
-        if step < horizon:
-            loss.backward()
-            optimizer.step(closure if isinstance(optimizer, LBFGS) else None)
-            if scheduler:
-                scheduler.step()
-    return losses
-
-
-def curves(
-    task: Task,
-    make_optimizer: MakeOptimizer,
-    horizon: int,
-    purpose: str,
-    count: int,
-    schedule: MakeSchedule | None = None,
-) -> Tensor:
-    """Train ``count`` fresh optimizees.
-
-    Args:
-        task: Where they come from.
-        make_optimizer: From parameters to optimizer.
-        horizon: Inner steps, T.
-        purpose: ``"tuning"`` or ``"evaluation"``: their optimizees are disjoint.
-        count: How many.
-        schedule: From optimizer and horizon to a schedule of the rate.
-
-    Returns:
-        Losses ``(count, T + 1)``; infinite from where one diverged.
-    """
-    sampled = (task.sample(derive_seed(0, purpose, index)) for index in range(count))
-    return torch.tensor([run(one, make_optimizer, horizon, schedule) for one in sampled], dtype=torch.float64)
-
-
-def measure(criterion: str, losses: Tensor, horizon: int, last: int = 1) -> Tensor:
-    """Reduce curves to one number each.
-
-    Args:
-        criterion: ``"sum"`` or ``"final"``.
-        losses: ``(count, >= horizon + 1)``.
-        horizon: Inner steps to look at.
-        last: Losses averaged into the final one.
-
-    Returns:
-        Tensor of shape ``(count,)``.
-    """
-    if criterion == "sum":
-        return losses[:, :horizon].sum(1)
-    return losses[:, horizon + 1 - last : horizon + 1].mean(1)
+Look = tuple[str, int]
+"""A criterion and a horizon."""
 
 
 @dataclass(frozen=True)
@@ -139,145 +48,202 @@ class Judgement:
     fixed: Rows = field(default_factory=list)
 
 
-def _ways(contestant: Contestant) -> tuple[MakeOptimizer, MakeSchedule | None]:
-    if isinstance(contestant, Setting):
-        return contestant.make, contestant.schedule
-    return learned_with(contestant), None
+class ArenaRuns:
+    """The curves of an arena's contestants.
 
+    Args:
+        arena: What optimizers are judged on.
+        runner: Makes the runs.
+    """
 
-def _file(task: Task, contestant: Contestant, horizon: int, purpose: str, cache: Path, index: int) -> Path:
-    """Return where a finished run is kept: the name is a hash of all that decides it."""
-    who = f"{contestant.optimizer} {contestant}" if isinstance(contestant, Setting) else contestant.fingerprint
-    digest = hashlib.sha256(repr((task, who, horizon, purpose, index)).encode()).hexdigest()[:16]
-    return cache / f"{digest}.json"
-
-
-def _curve(task: Task, contestant: Contestant, horizon: int, purpose: str, cache: Path | None, index: int) -> list[float]:
-    file = _file(task, contestant, horizon, purpose, cache, index) if cache else None
-    if file and file.exists():
-        kept = json.loads(file.read_text())
-        return kept["losses"] if isinstance(kept, dict) else kept  # Earlier versions kept the losses alone.
-    make, schedule = _ways(contestant)
-    losses = run(task.sample(derive_seed(0, purpose, index)), make, horizon, schedule)
-    if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps({**here(), "losses": losses}).encode())
-    return losses
-
-
-class _Runs:
-    """Curves of baselines and rules, each made once for each horizon it needs; with a directory, once for all."""
-
-    def __init__(self, arena: Arena, cache: Path | None, each: Each, used: set[Path] | None = None) -> None:
-        self.tasks = {"tuning": arena.tuning_task or arena.task, "evaluation": arena.task}
+    def __init__(self, arena: Arena, runner: Runner) -> None:
+        self.arena, self.runner = arena, runner
+        tasks = {"tuning": arena.tuning_task or arena.task, "evaluation": arena.task}
+        self.trials = {purpose: OptimizeeTrials(task, purpose) for purpose, task in tasks.items()}
         self.counts = {"tuning": arena.tuning, "evaluation": arena.fresh}
-        self.last, self.drawn, self.longest = arena.last, arena.horizons[0], max(arena.horizons)
-        self.cache, self.each, self.used = cache, each, set() if used is None else used
-        self.kept: dict[tuple[Contestant, int, str], Tensor] = {}
+        self.longest, self.long = max(arena.horizons), set[tuple[Contestant, str]]()
+
+    def runs_of(self, contestant: Contestant, end: int, purpose: str) -> list[Run]:
+        """Return the runs for a horizon: where no schedule depends on it, longer ones serve shorter ones too."""
+        key = (contestant, purpose)
+        shared = purpose == "tuning" or end in (self.arena.horizons[0], self.longest) or key in self.long
+        horizon = self.longest if shared and not contestant.schedule else end
+        if horizon == self.longest:
+            self.long.add(key)
+        return [Run(self.trials[purpose], contestant, horizon, index) for index in range(self.counts[purpose])]
 
     def of(self, contestant: Contestant, end: int, purpose: str) -> Tensor:
-        """Return the curves of a contestant: where no schedule depends on a horizon, longer ones serve shorter ones too."""
-        scheduled = _ways(contestant)[1] is not None
-        shared = purpose == "tuning" or end == self.drawn or (contestant, self.longest, purpose) in self.kept
-        horizon = self.longest if shared and not scheduled else end
-        key = (contestant, horizon, purpose)
-        if key not in self.kept:
-            task, indices = self.tasks[purpose], range(self.counts[purpose])
-            curve = functools.partial(_curve, task, contestant, horizon, purpose, self.cache)
-            self.kept[key] = torch.tensor(list(self.each(curve, indices)), dtype=torch.float64)
-            if self.cache:
-                self.used |= {_file(task, contestant, horizon, purpose, self.cache, index) for index in indices}
-        return self.kept[key]
+        """Return the curves of a contestant, a row for each optimizee."""
+        runs = self.runs_of(contestant, end, purpose)
+        self.runner.complete(runs)
+        return stacked(map(self.runner.outcome, runs))
 
     def score(self, contestant: Contestant, criterion: str, end: int, purpose: str = "evaluation") -> Tensor:
         """Return one number for each optimizee."""
-        return measure(criterion, self.of(contestant, end, purpose), end, self.last)
+        return measure(criterion, self.of(contestant, end, purpose), end, self.arena.last)
 
-    def diverges(self, contestant: Contestant, end: int) -> bool:
-        """Return whether any fresh optimizee ends above where they all start."""
-        losses = self.of(contestant, end, "evaluation")
-        return bool(losses[:, end].max() > losses[:, 0].max())
+    def tuning_score(self, setting: Setting, look: Look) -> float:
+        """Return the mean over the optimizees for tuning."""
+        return float(self.score(setting, *look, "tuning").mean())
+
+    def stays(self, contestant: Contestant, look: Look) -> bool:
+        """Return whether no fresh optimizee ends above where they all start."""
+        losses = self.of(contestant, look[1], "evaluation")
+        return not bool(losses[:, look[1]].max() > losses[:, 0].max())
 
 
 def judge(
-    learned: Sequence[AnyWeights],
-    arena: Arena,
-    *,
-    cache: Path | None = None,
-    each: Each = map,
-    progress: Callable[[Iterable[Setting]], Iterable[Setting]] = iter,
-    used: set[Path] | None = None,
+    rules: Sequence[Learned], arena: Arena, runner: Runner | None = None, baselines: Judgement | None = None
 ) -> Judgement:
     """Compare learned rules with tuned baselines.
 
     Each baseline gets, for each criterion and horizon, the setting that is best for it; one that is best at the edge of what
-    was tried is an error.
+    was tried is an error, and one that diverges on a fresh optimizee is passed over, which can only help the baseline.
 
     Args:
-        learned: Rules, of different names; they are not tuned.
+        rules: Learned contestants of different names; they are not tuned.
         arena: What they are judged on.
-        cache: Directory of finished runs, each a file named by a hash of task (its ``repr``), contestant, horizon and
-            optimizee; what it holds is not run again.
-        each: Goes over the optimizees: ``map``, or that of :class:`~meta_train.workers.Workers`.
-        progress: Wraps the settings while tuning, to show how far it is.
-        used: Collects the files of the finished runs that the judgement is made of.
+        runner: Makes the runs; by default in this process and without files.
+        baselines: Take theirs from here (:func:`read_baselines`) and run the learned rules alone.
 
     Returns:
         The judgement.
+
+    Raises:
+        ValueError: If a best setting lies at the edge of its grid, or ``baselines`` lack a criterion or horizon.
     """
-    runs, judgement = _Runs(arena, cache, each, used), Judgement()
-    settings = list(dict.fromkeys(arena.sweep))
-    for setting in progress(settings):
-        scores = {
-            f"{criterion}_{end}": rounded(runs.score(setting, criterion, end, "tuning").mean())
-            for end in arena.horizons
-            for criterion in arena.criteria
-        }
-        hyperparameters: Row = {"lr": setting.lr, "momentum": setting.momentum}
-        judgement.sweep.append({"optimizer": setting.optimizer, **hyperparameters, **scores, "n": arena.tuning})
+    runs, judgement = ArenaRuns(arena, runner or Runner()), Judgement()
+    settings = [] if baselines else list(dict.fromkeys(arena.sweep))
+    untuned = [] if baselines else arena.untuned
+    runs.runner.complete(run for one in settings for end in arena.horizons for run in runs.runs_of(one, end, "tuning"))
+    judgement.sweep.extend(baselines.sweep if baselines else (_sweep_row(runs, setting) for setting in settings))
+    judgement.fixed.extend(_of_horizons(baselines.fixed, arena.horizons) if baselines else ())
     for end in arena.horizons:
         for criterion in arena.criteria:
-            chosen = _tuned(runs, settings, criterion, end)
-            judgement.summary.extend(_summary(runs, chosen, learned, criterion, end))
-            if (criterion, end) == ("final", arena.horizons[0]):
-                others = {setting.optimizer: setting for setting in arena.untuned if setting.optimizer not in chosen}
-                judgement.curves.extend(_curves(runs, chosen | others, learned, end))
-            for setting in arena.untuned:
-                row: Row = {"horizon": end, "criterion": criterion, "optimizer": setting.optimizer, "setting": str(setting)}
-                judgement.fixed.append({**row, **_statistics(runs.score(setting, criterion, end))})
+            look = (criterion, end)
+            chosen = _tuned(runs, settings, look)
+            taken = _taken(baselines.summary, look) if baselines else ()
+            judgement.summary.extend(_summary(runs, chosen, rules, look, taken))
+            if look == ("final", arena.horizons[0]):
+                others = {setting.optimizer: setting for setting in untuned if setting.optimizer not in chosen}
+                judgement.curves.extend(_curves(runs, {rule.label: rule for rule in rules} | chosen | others, end))
+                judgement.curves.extend(baselines.curves if baselines else ())
+            for setting in untuned:
+                row: Row = {"horizon": end, "criterion": criterion, "optimizer": setting.optimizer, "setting": setting.text}
+                judgement.fixed.append({**row, **_statistics(runs.score(setting, *look))})
     return judgement
 
 
-def _tuned(runs: _Runs, settings: Sequence[Setting], criterion: str, end: int) -> dict[str, Setting]:
-    """Choose each baseline's best setting, passing over any that diverges on a fresh optimizee: that can only help them."""
+def read_baselines(results: Path) -> Judgement:
+    """Read what an earlier judgement found of the optimizers that are not learned.
+
+    Args:
+        results: Directory of its tables.
+
+    Returns:
+        Their rows.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if not (results / "sweep.csv").exists():
+        raise ValueError(f"there are no baselines in {results}: sweep.csv is missing; leave --baselines out to run them")
+    tables = {name: results / f"{name}.csv" for name in ("sweep", "curves", "summary", "fixed")}
+    read = {name: read_rows(path) if path.exists() else [] for name, path in tables.items()}
+    kept: dict[str, Rows] = {name: [{**row} for row in rows if not is_learned(row)] for name, rows in read.items()}
+    return Judgement(**kept)
+
+
+def evaluate(request: Request, out: Path) -> Iterator[str]:
+    """Judge on an arena and write the tables.
+
+    Args:
+        request: What to judge.
+        out: Directory for the tables.
+
+    Yields:
+        Lines for the screen.
+
+    Raises:
+        ValueError: If the arena has no such task, or no horizon that is short enough.
+    """
+    arena = ARENAS[request.name].on(request.data)
+    if unknown := [name for name in request.tasks if name != request.name]:
+        raise ValueError(f"the arena {request.name} has no task {unknown[0]!r}; it has {request.name}")
+    if request.horizon is not None:
+        horizons = [end for end in arena.horizons if end <= request.horizon]
+        if not horizons:
+            least = min(arena.horizons)
+            raise ValueError(
+                f"a longest horizon of {request.horizon} leaves nothing of {request.name}; its shortest is {least}"
+            )
+        arena = replace(arena, horizons=horizons)
+    request.check_baselines()
+    baselines = read_baselines(request.baselines) if request.baselines else None
+    runner = Runner(request.cache / "arenas", request.each, request.progress)
+    judgement = judge(request.rules, arena, runner, baselines)
+    recipe = request.rules[0].first.recipe
+    about = {
+        "trained_to": parse_recipe(recipe).inner.horizon[1] if recipe else None,
+        "optimizees": {"tuning": arena.tuning, "evaluation": arena.fresh, "seed": 0},
+    }
+    write_judgement(judgement, out, {**request.about(runner.used), **about})
+    for row in judgement.summary:
+        ratio = f"{float(row['ratio_to_best_baseline']):.3f} x best baseline" if row["ratio_to_best_baseline"] != "" else ""
+        yield (
+            f"{row['horizon']:>4} steps  {row['criterion']:<6} {row['optimizer']:<24} {float(row['mean']):>9.4g} "
+            f"+- {float(row['standard_error']):<9.2g} {ratio:>21}  {row['setting']}"
+        )
+
+
+def _sweep_row(runs: ArenaRuns, setting: Setting) -> Row:
+    scores = {
+        f"{criterion}_{end}": rounded(runs.tuning_score(setting, (criterion, end)))
+        for end in runs.arena.horizons
+        for criterion in runs.arena.criteria
+    }
+    hyperparameters: Row = {"lr": setting.lr, "momentum": setting.momentum}
+    return {"optimizer": setting.optimizer, **hyperparameters, **scores, "n": runs.arena.tuning}
+
+
+def _tuned(runs: ArenaRuns, settings: Sequence[Setting], look: Look) -> dict[str, Setting]:
     chosen = {}
     for optimizer in dict.fromkeys(setting.optimizer for setting in settings):
         group = [setting for setting in settings if setting.optimizer == optimizer]
-        scores = {str(setting): float(runs.score(setting, criterion, end, "tuning").mean()) for setting in group}
-        while runs.diverges(best := best_setting(scores, group), end):
-            scores[str(best)] = math.inf
-        chosen[optimizer] = best
+        chosen[optimizer] = tune(group, [look], runs.tuning_score, refuse_edge, runs.stays)[0][look]
     return chosen
 
 
+def _of_horizons(rows: Rows, horizons: Sequence[int]) -> Rows:
+    return [row for row in rows if int(row["horizon"]) in horizons]
+
+
+def _taken(rows: Rows, look: Look) -> Rows:
+    taken = [row for row in rows if (row["criterion"], int(row["horizon"])) == look]
+    if not taken:
+        raise ValueError(f"the baselines have no {look[0]} loss at {look[1]} steps; leave --baselines out to run them")
+    return taken
+
+
 def _summary(
-    runs: _Runs, chosen: Mapping[str, Setting], learned: Sequence[AnyWeights], criterion: str, end: int
+    runs: ArenaRuns, chosen: Mapping[str, Setting], rules: Sequence[Learned], look: Look, taken: Iterable[Row]
 ) -> Iterator[Row]:
-    results = {name: (str(setting), runs.score(setting, criterion, end)) for name, setting in chosen.items()}
-    best = min(float(values.mean()) for _, values in results.values())
-    ours = {f"{LEARNED} ({weights.name})": ("", runs.score(weights, criterion, end)) for weights in learned}
+    taken = list(taken)
+    criterion, end = look
+    results = {name: (setting.text, runs.score(setting, *look)) for name, setting in chosen.items()}
+    best = min([float(values.mean()) for _, values in results.values()] + [float(row["mean"]) for row in taken])
+    yield from taken
+    ours = {rule.label: ("", runs.score(rule, *look)) for rule in rules}
     for name, (text, values) in (results | ours).items():
         ratio = rounded(float(values.mean()) / best) if best > 0 else ""
         row: Row = {"horizon": end, "criterion": criterion, "optimizer": name, "setting": text}
         yield {**row, **_statistics(values), "ratio_to_best_baseline": ratio}
 
 
-def _curves(runs: _Runs, chosen: Mapping[str, Setting], learned: Sequence[AnyWeights], end: int) -> Iterator[Row]:
-    contestants: dict[str, Contestant] = {f"{LEARNED} ({weights.name})": weights for weights in learned}
-    for name, contestant in (contestants | dict(chosen)).items():
-        text = str(contestant) if isinstance(contestant, Setting) else ""
+def _curves(runs: ArenaRuns, contestants: Mapping[str, Contestant], end: int) -> Iterator[Row]:
+    for name, contestant in contestants.items():
         for step, column in enumerate(runs.of(contestant, end, "evaluation").T):
-            yield {"optimizer": name, "setting": text, "inner_step": step, **_statistics(column)}
+            yield {"optimizer": name, "setting": contestant.text, "inner_step": step, **_statistics(column)}
 
 
 def _statistics(values: Tensor) -> dict[str, float | int]:

@@ -45,6 +45,21 @@ class Setting:
         """From optimizer and horizon to a schedule; None for a constant rate, which needs no horizon."""
         return CosineAnnealingLR if self.optimizer == "AdamW+cosine" else None
 
+    @property
+    def identity(self) -> str:
+        """What decides its runs."""
+        return f"{self.optimizer} {self}"
+
+    @property
+    def label(self) -> str:
+        """Its name in tables, where it is not tuned."""
+        return f"{self.optimizer}({self.lr:g})"
+
+    @property
+    def text(self) -> str:
+        """Its hyperparameters in tables."""
+        return str(self)
+
     def __str__(self) -> str:
         """Name the hyperparameters, for tables."""
         return f"lr={self.lr:g}" + (f" momentum={self.momentum:g}" if self.momentum else "")
@@ -199,30 +214,3 @@ FIXED = [Setting("SGD", 0.001), Setting("RMSprop", 0.01), Setting("Adam", 0.1)]
 
 UNTUNED = [Setting("Adam", 1e-3)]
 """What most people start with: the row that an optimizer without a rate must beat first."""
-
-
-def best_setting(scores: dict[str, float], group: Sequence[Setting]) -> Setting:
-    """Choose the setting with the lowest score; an optimum at the edge of what was tried is an error.
-
-    Args:
-        scores: Score of each setting, by its text; NaN or Inf where it diverged.
-        group: The settings of one baseline.
-
-    Returns:
-        The best setting.
-
-    Raises:
-        ValueError: If every setting diverged, or the best rate is the lowest or highest that was tried, or the best
-            momentum the highest (below the lowest there is plain SGD).
-    """
-    finite = [setting for setting in group if math.isfinite(scores[str(setting)])]
-    if not finite:
-        raise ValueError(f"every setting of {group[0].optimizer} diverged; extend its grid to lower rates")
-    best = min(finite, key=lambda setting: scores[str(setting)])
-    lrs = [setting.lr for setting in group]
-    momenta = [setting.momentum for setting in group]
-    edges = {"rate": (best.lr, (min(lrs), max(lrs))), "momentum": (best.momentum, (max(momenta) or None,))}
-    for name, (value, ends) in edges.items():
-        if value in ends:
-            raise ValueError(f"the best {name} of {best.optimizer} is {value:g}, at the edge of its grid; extend the grid")
-    return best

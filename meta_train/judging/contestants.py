@@ -1,9 +1,9 @@
-"""Who is judged: learned rules beside settings of ordinary optimizers."""
+"""The contestants: learned rules beside settings of ordinary optimizers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,105 +13,127 @@ from torch.optim.optimizer import ParamsT
 from learned_optim import LearnedOptimizer
 from learned_optim.weights import Weights, resolve_weights
 from meta_train.judging.baselines import MakeOptimizer, Setting
+from meta_train.rows import LEARNED
 from meta_train.training.parts import part_of
 
-LEARNED = "LSTM"
-"""How tables call a learned rule, before its name."""
 
-
-@dataclass(frozen=True, eq=False)
-class WeightsOfParts:
-    """Weights that share a model.
+@dataclass(frozen=True)
+class Learned:
+    """A learned rule with a factor on its update.
 
     Args:
         name: In tables.
-        weights: By the beginning of the names of the parameters that they move.
+        fingerprint: Of the weights; those of several parts are joined by ``+``.
+        lr: Factor on the update.
+        weights: By the beginning of the names of the parameters that they move; ``""`` where one moves them all.
     """
 
     name: str
-    weights: Mapping[str, Weights]
+    fingerprint: str
+    lr: float = 1.0
+    weights: Mapping[str, Weights] = field(default_factory=dict, compare=False, repr=False)
+    schedule: None = None
 
     @property
-    def fingerprint(self) -> str:
-        """The fingerprints of all, joined by ``+``."""
-        return "+".join(weights.fingerprint for weights in self.weights.values())
+    def first(self) -> Weights:
+        """The weights of the first part."""
+        return next(iter(self.weights.values()))
+
+    @property
+    def names(self) -> str:
+        """The names of all weights, as the command line takes them."""
+        return "+".join(weights.name for weights in self.weights.values())
+
+    @property
+    def identity(self) -> str:
+        """What decides its runs, beside the rate."""
+        return self.fingerprint
+
+    @property
+    def label(self) -> str:
+        """Its name in tables."""
+        return f"{LEARNED} ({self.name})" + (f", lr={self.lr:g}" if self.lr != 1 else "")
+
+    @property
+    def text(self) -> str:
+        """Its hyperparameters in tables: none."""
+        return ""
 
     def make(self, params: ParamsT) -> Optimizer:
-        """Build the shipped optimizer, with a group for each part.
+        """Build the shipped optimizer, with a group for each part of a model.
 
         Args:
-            params: Named parameters.
+            params: Parameters; named ones where there are several parts.
 
         Returns:
             The optimizer.
         """
+        if "" in self.weights:
+            return LearnedOptimizer(params, lr=self.lr, weights=self.weights[""])
         groups: list[dict[str, Any]] = [{"params": [], "weights": weights} for weights in self.weights.values()]
         for name, param in dict(params).items():  # type: ignore[arg-type]
             groups[part_of(self.weights, name)]["params"].append((name, param))
-        return LearnedOptimizer(groups)
+        return LearnedOptimizer(groups, lr=self.lr)
 
 
-AnyWeights = Weights | WeightsOfParts
+Contestant = Setting | Learned
+"""Both have ``make``, ``schedule``, ``lr``, ``label``, ``text`` and ``identity``."""
 
 
-def of_all_parts(learned: AnyWeights) -> tuple[Weights, ...]:
-    """Return the weights of every part of a model."""
-    return tuple(learned.weights.values()) if isinstance(learned, WeightsOfParts) else (learned,)
+def learned(weights: Weights | str, lr: float = 1.0) -> Learned:
+    """Make weights a contestant.
+
+    Args:
+        weights: Weights of a whole model, or the bundled name, file or Hub id of such.
+        lr: Factor on the update.
+
+    Returns:
+        The contestant.
+    """
+    loaded = _named(weights) if isinstance(weights, str) else weights
+    return Learned(loaded.name, loaded.fingerprint, lr, {"": loaded})
 
 
-Contestant = Setting | AnyWeights
-
-
-def learned_with(weights: AnyWeights) -> MakeOptimizer:
+def learned_with(weights: Weights) -> MakeOptimizer:
     """Return a maker of the shipped optimizer with the given weights."""
-    if isinstance(weights, WeightsOfParts):
-        return weights.make
-
-    def make(params: ParamsT) -> Optimizer:
-        return LearnedOptimizer(params, weights=weights)
-
-    return make
+    return learned(weights).make
 
 
-def load_contestants(names: Sequence[str]) -> list[AnyWeights]:
+def load_contestants(names: Sequence[str], lrs: Sequence[float] = (1.0,)) -> list[Learned]:
     """Load weights under short names.
 
     Args:
         names: Bundled names, files or Hub ids; those of a model's parts joined by ``+``.
+        lrs: Factors on the update.
 
     Returns:
-        One contestant a name.
+        One contestant for each name and factor.
 
     Raises:
-        ValueError: If two have the same name, or one that moves a whole model is joined with others.
+        ValueError: If two have the same name or factor, or one that moves a whole model is joined with others.
     """
-    loaded = [_contestant([name] if Path(name).exists() else name.split("+")) for name in names]
-    refuse_repeated([one.name for one in loaded])
+    if len(set(lrs)) < len(lrs):
+        raise ValueError(f"--lr needs different factors, got {', '.join(f'{lr:g}' for lr in lrs)}")
+    loaded = [_of_parts([name] if Path(name).exists() else name.split("+"), lr) for name in names for lr in lrs]
+    labels = [one.label for one in loaded]
+    if len(set(labels)) < len(labels):
+        shown = ", ".join(label.removeprefix(f"{LEARNED} ") for label in labels)
+        raise ValueError(f"weights need different names to share a table, got {shown}; publish them first")
     return loaded
 
 
-def refuse_repeated(labels: Sequence[str]) -> None:
-    """Refuse names that a table could not tell apart.
-
-    Args:
-        labels: The names.
-
-    Raises:
-        ValueError: If two are the same.
-    """
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"weights need different names to share a table, got {', '.join(labels)}; publish them first")
+def _named(name: str) -> Weights:
+    one = resolve_weights(name)
+    return Weights(one.rule, Path(name).stem if name.endswith(".safetensors") else name, one.recipe, one.metadata)
 
 
-def _contestant(names: Sequence[str]) -> AnyWeights:
-    loaded = [
-        Weights(one.rule, Path(name).stem if name.endswith(".safetensors") else name, one.recipe, one.metadata)
-        for name, one in zip(names, map(resolve_weights, names), strict=True)
-    ]
+def _of_parts(names: Sequence[str], lr: float) -> Learned:
+    loaded = [_named(name) for name in names]
     if len(loaded) == 1:
-        return loaded[0]
+        return learned(loaded[0], lr)
     if whole := [one.name for one in loaded if "part" not in one.metadata]:
         raise ValueError(f"{whole[0]} moves a whole model; only weights that were meta-trained as parts of one go together")
     together = {one.metadata["part"]: one for one in loaded}
     shared = list(dict.fromkeys(one.name.removesuffix(f"-{part}") for part, one in together.items()))
-    return WeightsOfParts("+".join(shared), together)
+    fingerprint = "+".join(weights.fingerprint for weights in together.values())
+    return Learned("+".join(shared), fingerprint, lr, together)

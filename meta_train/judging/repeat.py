@@ -1,4 +1,4 @@
-"""The validation that chose weights, again: by the recipe inside them, beside the figure that they carry."""
+"""Committed figures, made again: the tables of an arena, and the validation that chose weights."""
 
 from __future__ import annotations
 
@@ -6,11 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from meta_train.judging.contestants import AnyWeights, of_all_parts
+from learned_optim.weights import available_weights
+from meta_train.judging.arenas import ARENAS
+from meta_train.judging.contestants import Learned
+from meta_train.judging.trial import curves, measure
+from meta_train.provenance import read_environment
+from meta_train.rows import is_learned, read_rows
 from meta_train.training.outer_loop import MetaTraining
 from meta_train.training.parts import Parts, members
 from meta_train.training.recipe import parse_recipe
 from meta_train.workers import Each
+
+HONESTY = """\
+The optimizees are those of the committed tables. With the same torch, processor and threads the figures are equal to the
+last digit; elsewhere rounding differs, and agreement within two standard errors is all that can be promised."""
 
 TOLERANCE = 0.03
 """Share of a figure that rounding may change: optimizees are the same everywhere, their last digits are not, and thousands
@@ -44,7 +53,7 @@ class Repeated:
         return f"{'agrees within' if self.agrees else 'DIFFERS by more than'} {TOLERANCE:.0%}"
 
 
-def repeat_validation(weights: AnyWeights, data: Path | None = None, each: Each = map) -> Iterator[Repeated]:
+def repeat_validation(weights: Learned, data: Path | None = None, each: Each = map) -> Iterator[Repeated]:
     """Validate weights as their run did, over each set of horizons of which they carry a figure.
 
     Args:
@@ -58,13 +67,13 @@ def repeat_validation(weights: AnyWeights, data: Path | None = None, each: Each 
     Raises:
         ValueError: If the weights carry no recipe or no figure, or only some parts of a model are there.
     """
-    one = of_all_parts(weights)[0]
+    one = weights.first
     if not one.recipe or "validation" not in one.metadata:
         raise ValueError(
             f"{weights.name} does not say how it was validated: only what `publish` wrote holds recipe and figure"
         )
     run = MetaTraining(parse_recipe(one.recipe), data=data, each=each)
-    rules = {part.metadata.get("part", ""): part.rule for part in of_all_parts(weights)}
+    rules = {part.metadata.get("part", ""): part.rule for part in weights.weights.values()}
     parts = members(run.rule)
     if missing := [part for part in parts if part not in rules]:
         raise ValueError(f"{weights.name} was validated together with {', '.join(missing)}; name all parts, joined by +")
@@ -72,3 +81,45 @@ def repeat_validation(weights: AnyWeights, data: Path | None = None, each: Each 
     for name in ("validation", "final_validation"):
         if name in one.metadata:
             yield Repeated(name, one.metadata[name], run.validation_figure(rule, final=name == "final_validation"))
+
+
+def verify(name: str, weights: Learned, results: Path, data: Path | None = None) -> Iterator[tuple[str, bool]]:
+    """Evaluate weights again and compare with committed tables of an arena.
+
+    Args:
+        name: As the command line names the weights: bundled ones must be the ones of the tables.
+        weights: The rule.
+        results: Directory of the tables.
+        data: Directory of real data, for tasks that need it.
+
+    Yields:
+        A line for the screen, and whether it agrees.
+
+    Raises:
+        ValueError: If there are no tables of these weights, or they are of a suite or an unknown arena.
+    """
+    if not (results / "summary.csv").exists():
+        raise ValueError(f"there is no committed evidence for {weights.name!r}: {results.name}/summary.csv is missing")
+    rows = read_rows(results / "summary.csv")
+    if rows and "optimizer" not in rows[0]:
+        raise ValueError(f"the tables in {results.name} are of a suite, not of a task; `evaluate --suite` makes them again")
+    expected = [row for row in rows if is_learned(row) and row["optimizer"] == weights.label]
+    if not expected:
+        raise ValueError(f"the tables in {results.name} say nothing of {weights.name!r}; evaluate it under that name")
+    about = read_environment(results / "environment.json", "task", "fingerprints")
+    if about["task"] not in ARENAS:
+        raise ValueError(f"the tables in {results.name} are of an unknown task {about['task']!r}")
+    arena = ARENAS[about["task"]].on(data)
+    yield HONESTY, True
+    if about["fingerprints"].get(weights.name) != weights.fingerprint:
+        other = "The committed tables were made with OTHER weights of that name: only their spread can be compared."
+        yield other, name not in available_weights()
+    fresh = curves(arena.task, weights.make, max(arena.horizons), "evaluation", int(expected[0]["n"]))
+    for row in expected:
+        now = float(measure(row["criterion"], fresh, int(row["horizon"]), arena.last).mean())
+        committed, error = float(row["mean"]), float(row["standard_error"])
+        within = abs(now - committed) <= 2 * error
+        verdict = "DIFFERS by more than two standard errors"
+        if within:
+            verdict = "equal" if f"{now:.6g}" == f"{committed:.6g}" else "agrees within two standard errors"
+        yield f"{row['horizon']:>4} steps  {row['criterion']:<6} committed {committed:.6g}, now {now:.6g}: {verdict}", within

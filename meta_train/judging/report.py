@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from meta_train.judging.baselines import Setting
-from meta_train.judging.runner import SEEDS, TUNING_SEED, Contestant, Learned, Runner, smoothed_final
-from meta_train.judging.trial import Outcome
-from meta_train.rows import Row, Rows, read_rows
+from meta_train.judging.contestants import Contestant, Learned
+from meta_train.judging.request import Request
+from meta_train.judging.suites import SEEDS, SUITES, TUNING_SEED, SuiteRunner
+from meta_train.judging.trial import Outcome, smoothed_final
+from meta_train.rows import Row, Rows, is_learned, read_rows, rounded, write_judgement
 
 CURVE_POINTS = 60
 """Points of each drawn curve, at logarithmically spaced inner steps."""
+
+_rounded = functools.partial(rounded, digits=5)
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Report:
 
 
 def judge_suite(
-    runner: Runner, rules: Sequence[Learned], seeds: Sequence[int] = SEEDS, baselines: Report | None = None
+    runner: SuiteRunner, rules: Sequence[Learned], seeds: Sequence[int] = SEEDS, baselines: Report | None = None
 ) -> Report:
     """Tune the baselines, run everything that has not been run before, and compare.
 
@@ -88,6 +92,30 @@ def judge_suite(
     return report
 
 
+def evaluate(request: Request, out: Path) -> Iterator[str]:
+    """Judge on a suite and write the tables.
+
+    Args:
+        request: What to judge.
+        out: Directory for the tables.
+
+    Yields:
+        Lines for the screen.
+    """
+    suite = SUITES[request.name]
+    runner = SuiteRunner(suite, request.cache, request.data, request.horizon, request.each, request.progress, request.tasks)
+    baselines = read_baselines(request.baselines) if request.baselines else None
+    request.check_baselines()
+    report = judge_suite(runner, request.rules, baselines=baselines)
+    seeds = {"tuning": [TUNING_SEED], "evaluation": list(SEEDS)}
+    write_judgement(report, out, {**request.about(runner.used), "seeds": seeds})
+    for row in report.summary:
+        yield (
+            f"{row['horizon']:>6} steps  {row['rule']:<16} against {row['against']:<22} {row['ratio']:>6.3f} x  "
+            f"wins {row['wins']:>2} of {row['tasks']:<2}  worst {row['worst']:.2f} ({row['worst_task']})"
+        )
+
+
 def read_baselines(results: Path) -> Report:
     """Read what an earlier judgement found of the optimizers that are not learned.
 
@@ -102,7 +130,7 @@ def read_baselines(results: Path) -> Report:
     """
     if not (results / "results.csv").exists():
         raise ValueError(f"there are no baselines in {results}: results.csv is missing; leave --baselines out to run them")
-    hand_designed: Rows = [{**row} for row in read_rows(results / "results.csv") if row["setting"]]
+    hand_designed: Rows = [{**row} for row in read_rows(results / "results.csv") if not is_learned(row)]
     names = {row["optimizer"] for row in hand_designed}
     curves: Rows = [{**row} for row in read_rows(results / "curves.csv") if row["optimizer"] in names]
     return Report(results=hand_designed, sweep=[{**row} for row in read_rows(results / "sweep.csv")], curves=curves)
@@ -115,21 +143,12 @@ def _taken(results: Rows, task: str, horizon: int) -> Rows:
     return rows
 
 
-def label(contestant: Contestant) -> str:
-    """Name a contestant in tables."""
-    if isinstance(contestant, Learned):
-        return f"LSTM ({contestant.name})" + (f", lr={contestant.lr:g}" if contestant.lr != 1 else "")
-    return contestant.optimizer
-
-
 def _contestants(
-    fixed: Sequence[Contestant], runner: Runner, tuned: dict[tuple[str, str, int], Setting], task: str, horizon: int
+    fixed: Sequence[Contestant], runner: SuiteRunner, tuned: dict[tuple[str, str, int], Setting], task: str, horizon: int
 ) -> Iterable[tuple[str, Contestant]]:
     for one in fixed:
-        if isinstance(one, Learned):
-            yield label(one), one
-        elif horizon <= runner.suite.horizon_limits.get(one.optimizer, math.inf):
-            yield f"{one.optimizer}({one.lr:g})", one
+        if isinstance(one, Learned) or horizon <= runner.suite.horizon_limits.get(one.optimizer, math.inf):
+            yield one.label, one
     for name in runner.suite.grids:
         if (task, name, horizon) in tuned:
             yield f"{name}, tuned", tuned[task, name, horizon]
@@ -150,21 +169,21 @@ def _results(
             "task": task,
             "horizon": horizon,
             "optimizer": name,
-            "setting": str(contestant) if isinstance(contestant, Setting) else "",
-            "final": _round(finals.mean()),
-            "standard_error": _round(finals.std() / len(finals) ** 0.5)
+            "setting": contestant.text,
+            "final": _rounded(finals.mean()),
+            "standard_error": _rounded(finals.std() / len(finals) ** 0.5)
             if len(finals) > 1 and finals.isfinite().all()
             else "",
-            "mean_over_run": _round(areas.mean()),
-            "held_out": _round(sum(held_out) / len(held_out)) if has_held_out else "",
+            "mean_over_run": _rounded(areas.mean()),
+            "held_out": _rounded(sum(held_out) / len(held_out)) if has_held_out else "",
             "n": len(finals),
         }
 
 
 def _ratios(results: Rows) -> Iterable[Row]:
     """Compare each learned rule with each baseline in the results of one task and horizon."""
-    for rule in (row for row in results if not row["setting"]):
-        for baseline in (row for row in results if row["setting"]):
+    for rule in (row for row in results if is_learned(row)):
+        for baseline in (row for row in results if not is_learned(row)):
             held_out = [row["held_out"] for row in (rule, baseline)]
             yield {
                 "task": rule["task"],
@@ -184,7 +203,7 @@ def _over(ours: float, theirs: float) -> float:
         return math.nan
     if theirs == 0:
         return math.inf if ours else 1.0
-    return _round(ours / theirs)
+    return _rounded(ours / theirs)
 
 
 def _relative_error(row: Row) -> float:
@@ -194,7 +213,7 @@ def _relative_error(row: Row) -> float:
 
 def _root_sum_square(errors: Sequence[float]) -> float | str:
     total = math.hypot(*errors)
-    return "" if math.isnan(total) else _round(total)
+    return "" if math.isnan(total) else _rounded(total)
 
 
 def _summary(ratios: Rows, results: Rows) -> Rows:
@@ -219,8 +238,8 @@ def _summarised(ratios: Rows, results: Rows) -> Iterable[Row]:
             "rule": rule,
             "against": against,
             "horizon": horizon,
-            "ratio": _round(values.log().mean().exp()),
-            "held_out_ratio": _round(held.log().mean().exp()) if len(held) else "",
+            "ratio": _rounded(values.log().mean().exp()),
+            "held_out_ratio": _rounded(held.log().mean().exp()) if len(held) else "",
             "wins": int((values < 1).sum()),
             "tasks": len(chosen),
             "worst": worst["ratio"],
@@ -230,25 +249,21 @@ def _summarised(ratios: Rows, results: Rows) -> Iterable[Row]:
         }
 
 
-def _sweep(runner: Runner) -> Iterable[Row]:
+def _sweep(runner: SuiteRunner) -> Iterable[Row]:
     for (task, name), group in runner.tried.items():
         for setting in group:
             for horizon in runner.horizons_of(setting, runner.tasks[task]):
                 final = runner.final(setting, task, horizon, (TUNING_SEED,))
                 row: Row = {"task": task, "horizon": horizon, "optimizer": name, "lr": setting.lr}
-                yield {**row, "momentum": setting.momentum, "final": _round(final.mean()), "n": 1}
+                yield {**row, "momentum": setting.momentum, "final": _rounded(final.mean()), "n": 1}
 
 
 def _curves(
-    runner: Runner, contestants: dict[str, Contestant], task: str, horizon: int, seeds: Sequence[int]
+    runner: SuiteRunner, contestants: dict[str, Contestant], task: str, horizon: int, seeds: Sequence[int]
 ) -> Iterable[Row]:
     ends = sorted({round(horizon ** (0.25 + 0.75 * i / CURVE_POINTS)) for i in range(CURVE_POINTS + 1)})
     for name, contestant in contestants.items():
         losses = torch.stack([one.losses[:horizon] for one in runner.outcomes(contestant, task, horizon, seeds)])
         for end in ends:
             row: Row = {"task": task, "optimizer": name, "inner_step": end}
-            yield {**row, "loss": _round(torch.stack([smoothed_final(one, end) for one in losses]).mean())}
-
-
-def _round(value: Tensor | float) -> float:
-    return float(f"{float(value):.5g}")
+            yield {**row, "loss": _rounded(torch.stack([smoothed_final(one, end) for one in losses]).mean())}

@@ -1,7 +1,7 @@
-"""Run a suite of judging tasks: tune the baselines, run everything on fresh seeds, reuse whatever was run before.
+"""The only engine of the judging: it makes every run once, keeps it in a file, and tunes baselines.
 
-Each run is one file named by a hash of all that decides it, so an interrupted judgement goes on and only what changed is run
-again. Baselines are tuned, per task and horizon, on a seed of their own; a best rate at the edge of its grid extends it.
+The name of a file is a hash of all that decides the run, so an interrupted judgement goes on where it stopped, and a change
+of one contestant repeats the runs of that contestant alone.
 """
 
 from __future__ import annotations
@@ -11,122 +11,93 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.optimizer import ParamsT
 
-from learned_optim import LearnedOptimizer
-from learned_optim.weights import Weights, resolve_weights
 from meta_train.files import write_atomically
 from meta_train.judging.baselines import Setting
-from meta_train.judging.real import real_tasks
-from meta_train.judging.real_data import prepared
-from meta_train.judging.stress import stress_tasks
-from meta_train.judging.trial import Outcome, train_case
+from meta_train.judging.contestants import Contestant
+from meta_train.judging.trial import Outcome, Problem, problem_of_case, problem_of_optimizee, train
 from meta_train.provenance import here
+from meta_train.tasks import Task, derive_seed
 from meta_train.tasks.case import JudgingTask
-from meta_train.tasks.held_out import HELD_OUT_KINDS, LONG_KINDS
-from meta_train.workers import Workers
+from meta_train.workers import Each
 
-TUNING_SEED = 1000
-SEEDS = (0, 1, 2)
-
-
-@dataclass(frozen=True)
-class Learned:
-    """A learned rule as a contestant.
-
-    Args:
-        name: In tables.
-        weights: Bundled name, file or Hub id.
-        fingerprint: Of the weights.
-        lr: Factor on the update.
-    """
-
-    name: str
-    weights: str
-    fingerprint: str
-    lr: float = 1.0
-    schedule: None = None
-
-    def make(self, params: ParamsT) -> Optimizer:
-        """Build the shipped optimizer."""
-        return LearnedOptimizer(params, lr=self.lr, weights=_resolved(self.weights))
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+"""Wraps an iterable of known length, to show how far it is."""
 
 
-Contestant = Setting | Learned
+class Trials(Protocol):
+    """A source of problems, one for each seed."""
+
+    def start(self, seed: int) -> Problem:
+        """Make the problem of a seed."""
+        ...
+
+    def file(self, contestant: Contestant, horizon: int, seed: int) -> str:
+        """Name the file of a finished run by all that decides it."""
+        ...
 
 
-@functools.cache
-def _resolved(name: str) -> Weights:
-    return resolve_weights(name)
-
-
-def learned(name: str, lr: float = 1.0) -> Learned:
-    """Return weights as a contestant.
+@dataclass(frozen=True, eq=False)
+class OptimizeeTrials:
+    """Optimizees of a task; the seed is their index.
 
     Args:
-        name: Bundled name, file or Hub id.
-        lr: Factor on the update.
-
-    Returns:
-        The contestant.
+        task: Samples them; its ``repr`` says all that decides it.
+        purpose: ``"tuning"`` or ``"evaluation"``.
     """
-    return Learned(Path(name).stem if name.endswith(".safetensors") else name, name, _resolved(name).fingerprint, lr)
+
+    task: Task
+    purpose: str
+
+    def start(self, seed: int) -> Problem:
+        """Sample an optimizee."""
+        return problem_of_optimizee(self.task.sample(derive_seed(0, self.purpose, seed)))
+
+    def file(self, contestant: Contestant, horizon: int, seed: int) -> str:
+        """Name the file of a finished run."""
+        factor = () if isinstance(contestant, Setting) or contestant.lr == 1 else (contestant.lr,)
+        return f"{_digest(repr((self.task, contestant.identity, horizon, self.purpose, seed, *factor)))}.safetensors"
 
 
-@dataclass(frozen=True)
-class Suite:
-    """A named list of tasks and how baselines are tuned on them.
+@dataclass(frozen=True, eq=False)
+class CaseTrials:
+    """Cases of a judging task.
 
     Args:
-        name: On the command line.
-        tasks: Makes the tasks from the cache directory and ``--data``.
-        grids: First rates tried of each tuned baseline; extended where the best lies at an end.
-        horizon_limits: Longest horizon of a baseline that is not worth running to the end.
-        untuned: Settings that are reported as they are.
+        task: Makes them.
+        again: A call that finds these trials in another process: functions do not travel.
     """
 
-    name: str
-    tasks: Callable[[Path, Path | None], Sequence[JudgingTask]]
-    grids: dict[str, tuple[float, ...]]
-    horizon_limits: dict[str, int]
-    untuned: tuple[Setting, ...]
+    task: JudgingTask
+    again: tuple[Callable[..., CaseTrials], tuple[Any, ...]] | None = None
+
+    def __reduce__(self) -> Any:
+        """Travel as the call that finds them."""
+        if self.again is None:
+            raise TypeError(f"the task {self.task.name!r} belongs to no registered suite and cannot leave its process")
+        return self.again
+
+    def start(self, seed: int) -> Problem:
+        """Make a case."""
+        return problem_of_case(self.task, seed)
+
+    def file(self, contestant: Contestant, horizon: int, seed: int) -> str:
+        """Name the file of a finished run."""
+        task = self.task
+        text = json.dumps([task.name, task.about, task.data, contestant.identity, contestant.lr, horizon, seed])
+        return f"{re.sub('[^a-z0-9.]+', '-', task.name)}-{_digest(text)}.safetensors"
 
 
-_ADAM = Setting("Adam", 1e-3)
-_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-SUITES = {
-    suite.name: suite
-    for suite in (
-        Suite(
-            "held-out-kinds", lambda cache, data: HELD_OUT_KINDS + LONG_KINDS, {"Adam": _RATES}, {}, (Setting("Adam", 1e-3),)
-        ),
-        Suite("stress", lambda cache, data: stress_tasks(), {"Adam": _RATES}, {}, (Setting("Adam", 1e-3),)),
-        Suite(
-            "judge",
-            lambda cache, data: real_tasks(*prepared(cache, data)),
-            {
-                "Adam": _RATES,
-                "AdamW+cosine": (1e-3, 3e-3, 1e-2),
-                "SGD": (1e-2, 3e-2, 1e-1, 3e-1),
-                "NAG": (3e-3, 1e-2, 3e-2, 1e-1),
-                "RMSprop": (3e-4, 1e-3, 3e-3),
-            },
-            {"SGD": 1000, "NAG": 1000, "RMSprop": 1000, "Prodigy": 1000, "ScheduleFree": 1000},
-            (_ADAM, Setting("Prodigy", 1.0), Setting("ScheduleFree", 2.5e-3)),
-        ),
-    )
-}
-"""Synthetic kinds outside the mixture, for selection; the same under stress; and real data, for the judgement."""
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -134,159 +105,175 @@ class Run:
     """One training run.
 
     Args:
-        task: Name.
-        contestant: Who trains.
+        trials: Make the problem.
+        contestant: Trains it.
         horizon: Inner steps.
-        seed: Of initialisation and minibatches.
+        seed: Chooses the problem.
     """
 
-    task: str
+    trials: Trials
     contestant: Contestant
     horizon: int
     seed: int
 
-    def file(self, cache: Path, task: JudgingTask) -> Path:
-        """Return where the outcome is kept: the name is a hash of all that decides it."""
-        who = self.contestant
-        name = who.fingerprint if isinstance(who, Learned) else f"{who.optimizer} {who}"
-        text = json.dumps([task.name, task.about, task.data, name, who.lr, self.horizon, self.seed])
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        return cache / f"{re.sub('[^a-z0-9.]+', '-', self.task)}-{digest}.safetensors"
+    @property
+    def file(self) -> str:
+        """The name of the file that keeps the outcome."""
+        return self.trials.file(self.contestant, self.horizon, self.seed)
 
 
 class Runner:
     """Makes outcomes, each once.
 
     Args:
-        suite: What to run.
-        cache: Directory of outcomes.
-        data: Directory of real data, for suites that need it.
-        horizon: Leave out longer horizons, and tasks that have no others.
-        workers: Processes, one thread each; 0 runs everything in this one.
-        progress: Wraps a list of runs, to show how far it is.
-        only: Names of the tasks to judge on; empty for all.
-
-    Raises:
-        ValueError: If the suite has no task of a name, or no horizon that is short enough.
+        cache: Directory of outcomes; None keeps them in memory alone.
+        each: Goes over the runs: ``map``, or the method of that name of :class:`~meta_train.workers.Workers`.
+        progress: Shows how far a list of runs is.
     """
 
-    def __init__(
-        self,
-        suite: Suite,
-        cache: Path,
-        data: Path | None = None,
-        horizon: int | None = None,
-        workers: int = 1,
-        progress: Callable[[Iterable[Run], int], Iterable[Run]] = lambda runs, total: runs,
-        only: Sequence[str] = (),
-    ) -> None:
-        self.suite, self.cache, self.data, self.workers, self.progress = suite, cache / suite.name, data, workers, progress
-        self.cache.mkdir(parents=True, exist_ok=True)
-        self.tried: dict[tuple[str, str], list[Setting]] = {}
+    def __init__(self, cache: Path | None = None, each: Each = map, progress: Progress = lambda runs, total: runs) -> None:
+        self.cache, self.each, self.progress = cache, each, progress
         self.used: set[Path] = set()
-        every = {task.name: task for task in suite.tasks(self.cache, data)}
-        if unknown := [name for name in only if name not in every]:
-            raise ValueError(f"the suite {suite.name} has no task {unknown[0]!r}; it has {', '.join(every)}")
-        chosen = [task for name, task in every.items() if not only or name in only]
-        limited = [_limited(task, math.inf if horizon is None else horizon) for task in chosen]
-        self.tasks = {task.name: task for task in limited if task.horizons}
-        if short := [task for task in chosen if task.name not in self.tasks and (only or not self.tasks)]:
-            least = min(short, key=lambda task: min(task.horizons))
-            raise ValueError(
-                f"a longest horizon of {horizon} leaves nothing of {least.name}; its shortest is {min(least.horizons)}"
-            )
-
-    def runs_of(self, contestant: Contestant, task: JudgingTask, seeds: Sequence[int]) -> list[Run]:
-        """Return the runs that give a contestant's result at every horizon: a schedule needs one for each."""
-        horizons = self.horizons_of(contestant, task)
-        chosen = horizons if contestant.schedule else horizons[-1:]
-        return [Run(task.name, contestant, end, seed) for end in chosen for seed in seeds]
-
-    def horizons_of(self, contestant: Contestant, task: JudgingTask) -> list[int]:
-        """Return the horizons at which a contestant is looked at."""
-        limit = self.suite.horizon_limits.get(getattr(contestant, "optimizer", ""), math.inf)
-        return [end for end in task.horizons if end <= limit]
+        self._known: dict[Run, Outcome] = {}
 
     def complete(self, runs: Iterable[Run]) -> None:
         """Make the outcomes of runs that have none, longest first."""
-        todo = [run for run in dict.fromkeys(runs) if not self._file(run).exists()]
+        todo = [run for run in dict.fromkeys(runs) if run not in self._known and not self._kept(run)]
         todo.sort(key=lambda run: -run.horizon)
-        if self.workers == 0:
-            for run in self.progress(todo, len(todo)):
-                _make(run, self.cache, self.tasks[run.task])
-            return
-        work = functools.partial(_work, self.suite.name, self.cache, self.data)
-        with Workers(self.workers) as workers:
-            for done in self.progress(workers.map(work, todo), len(todo)):
-                del done
-
-    def _file(self, run: Run) -> Path:
-        return run.file(self.cache, self.tasks[run.task])
+        outcomes = self.each(functools.partial(_make, self.cache), todo)
+        for run, outcome in zip(todo, self.progress(outcomes, len(todo)), strict=True):
+            self._known[run] = outcome
 
     def outcome(self, run: Run) -> Outcome:
-        """Load what a finished run found; its file is one of those ``used``."""
-        self.used.add(path := self._file(run))
-        with safe_open(path, "pt") as file:
-            return Outcome(
-                file.get_tensor("losses"), {int(k): v for k, v in json.loads(file.metadata()["held_out"]).items()}
-            )
+        """Return the outcome of a run, which is made if it is missing; its file is one of those ``used``."""
+        if self.cache:
+            self.used.add(self.cache / run.file)
+        if run not in self._known:
+            if self.cache and self._kept(run):
+                self._known[run] = read_outcome(self.cache / run.file)
+            else:
+                self.complete([run])
+        return self._known[run]
 
-    def outcomes(self, contestant: Contestant, task: str, horizon: int, seeds: Sequence[int]) -> list[Outcome]:
-        """Load a contestant's outcomes for a horizon; where no schedule depends on it, of a longer run."""
-        runs = self.runs_of(contestant, self.tasks[task], seeds)
-        return [self.outcome(run) for run in runs if run.horizon == horizon or not contestant.schedule]
+    def _kept(self, run: Run) -> bool:
+        return self.cache is not None and (self.cache / run.file).exists()
 
-    def final(self, contestant: Contestant, task: str, horizon: int, seeds: Sequence[int]) -> Tensor:
-        """Return the smoothed final training loss of each seed."""
-        return torch.stack([smoothed_final(one.losses, horizon) for one in self.outcomes(contestant, task, horizon, seeds)])
 
-    def tune(self) -> dict[tuple[str, str, int], Setting]:
-        """Tune every baseline on every task for every horizon, extending grids until no best rate lies at an end.
+def _make(cache: Path | None, run: Run) -> Outcome:
+    contestant = run.contestant
+    outcome = train(run.trials.start(run.seed), contestant.make, run.horizon, contestant.schedule)
+    if cache:
+        write_outcome(cache / run.file, outcome, {**here(), "run": f"{contestant}, {run.horizon} steps, seed {run.seed}"})
+    return outcome
 
-        Returns:
-            Settings by task, baseline and horizon.
-        """
-        self.tried = {
-            (task, name): [_setting(name, lr) for lr in grid]
-            for task in self.tasks
-            for name, grid in self.suite.grids.items()
-        }
+
+def write_outcome(path: Path, outcome: Outcome, about: Mapping[str, str]) -> None:
+    """Keep an outcome: losses as a tensor, every further measure as JSON in the metadata.
+
+    Args:
+        path: The file.
+        outcome: Any.
+        about: What else the metadata say: where the run was made.
+    """
+    measures = {one.name: json.dumps(getattr(outcome, one.name)) for one in fields(Outcome) if one.name != "losses"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, save({"losses": outcome.losses}, {**about, **measures}))
+
+
+def read_outcome(path: Path) -> Outcome:
+    """Read an outcome.
+
+    Args:
+        path: Written by :func:`write_outcome`.
+
+    Returns:
+        The outcome.
+    """
+    with safe_open(path, "pt") as file:
+        held_out = json.loads(file.metadata().get("held_out", "{}"))
+        return Outcome(file.get_tensor("losses").double(), {int(end): value for end, value in held_out.items()})
+
+
+Look = TypeVar("Look", bound=Hashable)
+AtEdge = Callable[[Setting, Sequence[Setting]], Iterable[Setting]]
+"""What tuning does with the best setting of a group: returns further settings to try, or raises."""
+
+
+def tune(
+    group: list[Setting],
+    looks: Sequence[Look],
+    scores: Callable[[Setting, Look], float],
+    at_edge: AtEdge,
+    usable: Callable[[Setting, Look], bool] = lambda setting, look: True,
+) -> tuple[dict[Look, Setting], list[Setting]]:
+    """Choose the best setting of one baseline for each look, and say what else to try first.
+
+    Args:
+        group: The settings that were tried.
+        looks: For instance horizons, or criteria at horizons.
+        scores: Score of a setting in tuning; NaN or infinite where it diverged.
+        at_edge: :func:`refuse_edge` or :func:`extend_edge`.
+        usable: Whether a chosen setting may stand; the next best one is chosen where it may not.
+
+    Returns:
+        Settings by look, and missing settings; with any, try them and call again.
+
+    Raises:
+        ValueError: If ``at_edge`` refuses.
+    """
+    chosen: dict[Look, Setting] = {}
+    missing: dict[Setting, None] = {}
+    for look in looks:
+        scored = {setting: scores(setting, look) for setting in group}
         while True:
-            groups = self.tried.items()
-            runs = (self.runs_of(one, self.tasks[task], (TUNING_SEED,)) for (task, _), group in groups for one in group)
-            self.complete(run for of_setting in runs for run in of_setting)
-            best = {
-                (task, name, horizon): self._best(task, group, horizon)
-                for (task, name), group in groups
-                for horizon in self.horizons_of(group[0], self.tasks[task])
-            }
-            missing = {(key[:2], lr) for key, chosen in best.items() for lr in _beyond(chosen, self.tried[key[:2]])}
-            if not missing:
-                return best
-            for key, lr in sorted(missing):
-                self.tried[key].append(_setting(key[1], lr))
-
-    def _best(self, task: str, group: Sequence[Setting], horizon: int) -> Setting:
-        return min(group, key=lambda setting: float(self.final(setting, task, horizon, (TUNING_SEED,))))
+            best = min(group, key=lambda setting: scored[setting] if not math.isnan(scored[setting]) else math.inf)
+            if math.isinf(scored[best]) and at_edge is refuse_edge:
+                raise ValueError(f"every setting of {best.optimizer} diverged; extend its grid to lower rates")
+            missing |= dict.fromkeys(at_edge(best, group))
+            if usable(best, look):
+                break
+            scored[best] = math.inf
+        chosen[look] = best
+    return chosen, sorted(missing, key=lambda setting: setting.lr)
 
 
-def _setting(name: str, lr: float) -> Setting:
-    return Setting(name, lr, _MOMENTUM.get(name, 0.0))
+def refuse_edge(best: Setting, group: Sequence[Setting]) -> list[Setting]:
+    """Refuse a best rate that is the lowest or highest that was tried, or a best momentum that is the highest.
+
+    Below the lowest momentum there is plain SGD.
+
+    Args:
+        best: The best setting.
+        group: All that were tried.
+
+    Returns:
+        Nothing more to try.
+
+    Raises:
+        ValueError: At the edge.
+    """
+    lrs, momenta = [setting.lr for setting in group], [setting.momentum for setting in group]
+    edges = {"rate": (best.lr, (min(lrs), max(lrs))), "momentum": (best.momentum, (max(momenta) or None,))}
+    for name, (value, ends) in edges.items():
+        if value in ends:
+            raise ValueError(f"the best {name} of {best.optimizer} is {value:g}, at the edge of its grid; extend the grid")
+    return []
 
 
-def _beyond(best: Setting, group: Sequence[Setting]) -> list[float]:
-    """Return the next rate of the grid where the best is its lowest or highest."""
+def extend_edge(best: Setting, group: Sequence[Setting]) -> list[Setting]:
+    """Extend the grid by half a decade where the best rate is its lowest or highest.
+
+    Args:
+        best: The best setting.
+        group: All that were tried.
+
+    Returns:
+        Further settings to try.
+    """
     rates = [setting.lr for setting in group]
     edges = ((min(rates), -1), (max(rates), 1))
-    return [_half_decade(edge, direction) for edge, direction in edges if best.lr == edge and 1e-6 < edge < 30]
-
-
-_MOMENTUM = {"NAG": 0.9}
-
-
-def smoothed_final(losses: Tensor, horizon: int) -> Tensor:
-    """Return the mean of the last tenth of the losses up to a horizon."""
-    return losses[horizon - max(horizon // 10, 1) : horizon].double().mean()
+    further = [_half_decade(edge, direction) for edge, direction in edges if best.lr == edge and 1e-6 < edge < 30]
+    return [Setting(best.optimizer, lr, best.momentum) for lr in further]
 
 
 def _half_decade(rate: float, direction: int) -> float:
@@ -295,23 +282,6 @@ def _half_decade(rate: float, direction: int) -> float:
     return float(f"{(3 if index % 2 else 1) * 10.0 ** (index // 2):.1g}")
 
 
-def _limited(task: JudgingTask, limit: float) -> JudgingTask:
-    return replace(task, horizons=tuple(end for end in task.horizons if end <= limit))
-
-
-def _make(run: Run, cache: Path, task: JudgingTask) -> None:
-    schedule: Callable[[Optimizer, int], LRScheduler] | None = run.contestant.schedule
-    outcome = train_case(task, run.contestant.make, run.horizon, run.seed, schedule)
-    about = {**here(), "run": repr(run), "held_out": json.dumps(outcome.held_out)}
-    write_atomically(run.file(cache, task), save({"losses": outcome.losses}, about))
-
-
-@functools.cache
-def _tasks(suite: str, cache: Path, data: Path | None) -> dict[str, JudgingTask]:
-    """Return a suite's tasks, once a process: they hold functions, which do not travel."""
-    return {task.name: task for task in SUITES[suite].tasks(cache, data)}
-
-
-def _work(suite: str, cache: Path, data: Path | None, run: Run) -> Run:
-    _make(run, cache, _tasks(suite, cache, data)[run.task])
-    return run
+def stacked(outcomes: Iterable[Outcome]) -> torch.Tensor:
+    """Return the losses of several outcomes of one length as one tensor."""
+    return torch.stack([outcome.losses for outcome in outcomes])

@@ -1,77 +1,197 @@
-"""One training run of a judged optimizer."""
+"""The only training loop of the judging: one optimizer trains one problem, an optimizee of a task or a case of a suite."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import ParamsT
 
 from meta_train.judging.baselines import MakeOptimizer
+from meta_train.tasks import Optimizee, Task, derive_seed
 from meta_train.tasks.case import Case, JudgingTask
+
+MakeSchedule = Callable[[Optimizer, int], LRScheduler]
+"""From optimizer and horizon to a schedule of the rate."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run found.
+    """The result of one run. A further measure is a further field: plain values that JSON can hold.
 
     Args:
-        losses: Training loss of the minibatch before each inner step, ``(T,)``; infinite from where it diverged.
-        held_out: Held-out loss after each horizon it reached, by horizon.
+        losses: Training loss of the minibatch before each inner step, and for an optimizee after the last too: ``(T,)`` or
+            ``(T + 1,)`` in float64; infinite from the step where the run diverged.
+        held_out: Held-out loss after each horizon that the run reached, by horizon.
     """
 
     losses: Tensor
     held_out: dict[int, float] = field(default_factory=dict)
 
 
-def train_case(
-    task: JudgingTask,
-    make_optimizer: MakeOptimizer,
-    horizon: int,
-    seed: int,
-    schedule: Callable[[Optimizer, int], LRScheduler] | None = None,
-) -> Outcome:
-    """Train one model, as any training loop would.
+@dataclass(frozen=True)
+class Problem:
+    """One model that waits for an optimizer.
+
+    Args:
+        params: Parameters, named or not.
+        loss: Draws the next minibatch and returns its 0-dim loss.
+        ends_with_loss: Whether the loss after the last step belongs to the losses.
+        held_out: Measures the held-out loss; the optimizer comes along for its evaluation mode.
+        horizons: Inner steps after which the held-out loss is measured.
+    """
+
+    params: ParamsT
+    loss: Callable[[], Tensor]
+    ends_with_loss: bool = False
+    held_out: Callable[[Optimizer], float] | None = None
+    horizons: Sequence[int] = ()
+
+
+def train(problem: Problem, make_optimizer: MakeOptimizer, horizon: int, schedule: MakeSchedule | None = None) -> Outcome:
+    """Train one problem with a ``torch.optim`` optimizer, as an ordinary training loop does.
+
+    Args:
+        problem: Freshly initialised.
+        make_optimizer: From parameters to optimizer.
+        horizon: Inner steps, T.
+        schedule: From optimizer and horizon to a schedule of the rate.
+
+    Returns:
+        Losses and further measures.
+    """
+    optimizer = make_optimizer(problem.params)
+    scheduler = schedule(optimizer, horizon) if schedule else None
+    losses = torch.full((horizon + problem.ends_with_loss,), math.inf, dtype=torch.float64)
+    held_out = {}
+
+    def forward() -> Tensor:
+        optimizer.zero_grad()
+        return problem.loss()
+
+    def closure() -> float:
+        loss = forward()
+        loss.backward()
+        return loss.item()
+
+    for step in range(len(losses)):
+        loss = forward()
+        value = loss.item()
+        if not math.isfinite(value):
+            break
+        losses[step] = value
+        if step == horizon:
+            break
+        loss.backward()
+        optimizer.step(closure if isinstance(optimizer, LBFGS) else None)
+        if scheduler:
+            scheduler.step()
+        if problem.held_out and step + 1 in problem.horizons:
+            held_out[step + 1] = problem.held_out(optimizer)
+    return Outcome(losses, held_out)
+
+
+def problem_of_optimizee(optimizee: Optimizee) -> Problem:
+    """Make a problem of a freshly sampled optimizee.
+
+    Args:
+        optimizee: A single problem (P = 1).
+
+    Returns:
+        The problem; its parameters have names.
+
+    Raises:
+        ValueError: If the optimizee holds several problems, which would share what an optimizer knows of a tensor.
+    """
+    if optimizee.num_problems != 1:
+        raise ValueError(f"evaluate one problem at a time, got {optimizee.num_problems} side by side")
+    params = {name: nn.Parameter(value[0].clone()) for name, value in optimizee.params.items()}
+
+    def loss() -> Tensor:
+        return optimizee.losses({name: value.unsqueeze(0) for name, value in params.items()}).sum()
+
+    return Problem(params.items(), loss, ends_with_loss=True)
+
+
+def problem_of_case(task: JudgingTask, seed: int) -> Problem:
+    """Make a problem of a judging task.
 
     Known flaw, kept because every committed figure depends on it: a task that draws its data from a generator at ``seed``,
     as all held-out kinds do, draws them from the numbers that initialise the module, so the two are correlated; and
     minibatches come from the stream that initialises the module of the next seed (docs/judging.md).
 
     Args:
-        task: What to train.
-        make_optimizer: From parameters to optimizer.
-        horizon: Inner steps.
+        task: Makes the case.
         seed: Decides initialisation and minibatches, and the data of tasks that are made from it.
-        schedule: From optimizer and horizon to a schedule of the rate.
 
     Returns:
-        Losses and held-out losses.
+        The problem.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         case = task.make(seed)
     generator = torch.Generator().manual_seed(seed + 1)
-    optimizer = make_optimizer(case.module.parameters())
-    scheduler = schedule(optimizer, horizon) if schedule else None
-    losses, held_out = torch.full((horizon,), math.inf), {}
-    for step in range(horizon):
-        optimizer.zero_grad()
-        loss = case.loss(case.module, case.next_batch(generator))
-        losses[step] = value = loss.item()
-        if not math.isfinite(value):
-            losses[step:] = math.inf
-            break
-        loss.backward()
-        optimizer.step()
-        if scheduler:
-            scheduler.step()
-        if step + 1 in task.horizons and case.held_out:
-            held_out[step + 1] = _held_out_loss(case, optimizer)
-    return Outcome(losses, held_out)
+
+    def held_out(optimizer: Optimizer) -> float:
+        return _held_out_loss(case, optimizer)
+
+    return Problem(
+        case.module.parameters(),
+        lambda: case.loss(case.module, case.next_batch(generator)),
+        held_out=held_out if case.held_out else None,
+        horizons=task.horizons,
+    )
+
+
+def train_case(
+    task: JudgingTask, make_optimizer: MakeOptimizer, horizon: int, seed: int, schedule: MakeSchedule | None = None
+) -> Outcome:
+    """Train one case of a judging task; the arguments are those of :func:`problem_of_case` and :func:`train`."""
+    return train(problem_of_case(task, seed), make_optimizer, horizon, schedule)
+
+
+def curves(task: Task, make_optimizer: MakeOptimizer, horizon: int, purpose: str, count: int) -> Tensor:
+    """Train fresh optimizees.
+
+    Args:
+        task: Samples them.
+        make_optimizer: From parameters to optimizer.
+        horizon: Inner steps, T.
+        purpose: ``"tuning"`` or ``"evaluation"``: their optimizees are disjoint.
+        count: Number of optimizees.
+
+    Returns:
+        Losses ``(count, T + 1)``; infinite from the step where a run diverged.
+    """
+    sampled = (task.sample(derive_seed(0, purpose, index)) for index in range(count))
+    return torch.stack([train(problem_of_optimizee(one), make_optimizer, horizon).losses for one in sampled])
+
+
+def measure(criterion: str, losses: Tensor, horizon: int, last: int = 1) -> Tensor:
+    """Reduce curves to one number each.
+
+    Args:
+        criterion: ``"sum"`` or ``"final"``.
+        losses: ``(count, >= horizon + 1)``.
+        horizon: Inner steps to look at.
+        last: Losses averaged into the final one.
+
+    Returns:
+        Tensor of shape ``(count,)``.
+    """
+    if criterion == "sum":
+        return losses[:, :horizon].sum(1)
+    return losses[:, horizon + 1 - last : horizon + 1].mean(1)
+
+
+def smoothed_final(losses: Tensor, horizon: int) -> Tensor:
+    """Return the mean of the last tenth of the losses up to a horizon."""
+    return losses[horizon - max(horizon // 10, 1) : horizon].double().mean()
 
 
 @torch.no_grad()

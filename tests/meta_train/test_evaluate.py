@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,17 @@ from meta_train.evidence import figures
 from meta_train.evidence.responses import probe
 from meta_train.judging import arena_report as evaluate
 from meta_train.judging.arenas import ARENAS, Arena
-from meta_train.judging.baselines import FIXED, Setting, best_setting, rates, settings
+from meta_train.judging.baselines import FIXED, Setting, rates, settings
+from meta_train.judging.contestants import learned
+from meta_train.judging.runner import Runner
+from meta_train.judging.trial import Outcome
 from meta_train.rows import read_rows, write_judgement, write_rows
 from meta_train.tasks import NeuralArt, Quadratic, Quartic
 from meta_train.training.publish import publish
 from meta_train.training.run_dir import RunDir
 from meta_train.workers import Workers
 from tests.cases import small_rule
+from tests.meta_train.judged_runs import best_of, losses_of
 from tests.meta_train.pictures import NETWORK, make_data
 from tests.meta_train.test_recipe import TINY
 
@@ -26,7 +31,7 @@ SWEEP = [*settings("SGD", rates(0.003, 3, 1)), *settings("Adam", rates(0.003, 3,
 
 
 def test_adam_through_evaluate_is_adam_by_hand() -> None:
-    losses = evaluate.run(TASK.sample(1), Setting("Adam", 0.1).make, 5)
+    losses = losses_of(TASK.sample(1), Setting("Adam", 0.1).make, 5)
     optimizee = TASK.sample(1)
     theta = torch.zeros(3, 2, requires_grad=True)
     adam, by_hand = torch.optim.Adam([theta], lr=0.1), []
@@ -41,7 +46,7 @@ def test_adam_through_evaluate_is_adam_by_hand() -> None:
 
 def test_several_problems_at_once_are_refused() -> None:
     with pytest.raises(ValueError, match="one problem at a time, got 5"):
-        evaluate.run(Quartic(2, 5).sample(0), Setting("SGD", 0.1).make, 1)
+        losses_of(Quartic(2, 5).sample(0), Setting("SGD", 0.1).make, 1)
 
 
 def test_grids() -> None:
@@ -53,22 +58,22 @@ def test_grids() -> None:
 
 def test_an_optimum_at_the_edge_is_an_error() -> None:
     group = settings("SGD", [0.1, 1.0, 10.0])
-    assert best_setting({"lr=0.1": 2, "lr=1": 1, "lr=10": float("nan")}, group).lr == 1.0
+    assert best_of(group, [2, 1, math.nan]).lr == 1.0
     with pytest.raises(ValueError, match=r"best rate of SGD is 0\.1, at the edge"):
-        best_setting({"lr=0.1": 0, "lr=1": 1, "lr=10": 2}, group)
+        best_of(group, [0, 1, 2])
     with pytest.raises(ValueError, match="every setting of SGD diverged"):
-        best_setting({str(setting): float("inf") for setting in group}, group)
+        best_of(group, [math.inf] * 3)
 
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("judged")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "best_setting", lambda scores, group: min(group, key=lambda s: scores[str(s)]))
-        weights = [Weights(small_rule("paper-raw"), "a"), Weights(small_rule("paper-raw", 1), "b")]
+        patch.setattr(evaluate, "refuse_edge", lambda best, group: [])
+        weights = [learned(Weights(small_rule("paper-raw", seed), name)) for seed, name in enumerate("ab")]
         judgement = evaluate.judge(weights, Arena(TASK, SWEEP, FIXED, tuning=2, fresh=3))
     write_judgement(judgement, out)
-    write_rows(out / "probe.csv", probe(weights[0], steps=8))
+    write_rows(out / "probe.csv", probe(weights[0].first, steps=8))
     return out
 
 
@@ -129,22 +134,23 @@ def test_train_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_what_was_judged_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arena = Arena(TASK, SWEEP, tuning=1, fresh=2, horizons=(6, 3))
-    weights = [Weights(small_rule("paper-raw"), "one")]
-    first = evaluate.judge(weights, arena, cache=tmp_path)
+    rules = [learned(Weights(small_rule("paper-raw"), "one"))]
+    first = evaluate.judge(rules, arena, Runner(tmp_path))
     runs = []
-    monkeypatch.setattr(evaluate, "run", lambda *_: runs.append(1) or [1.0] * 7)
-    assert evaluate.judge(weights, arena, cache=tmp_path) == first
+    outcome = Outcome(torch.ones(7, dtype=torch.float64))
+    monkeypatch.setattr("meta_train.judging.runner.train", lambda *_: runs.append(1) or outcome)
+    assert evaluate.judge(rules, arena, Runner(tmp_path)) == first
     assert not runs
-    evaluate.judge([Weights(small_rule("paper-raw", 1), "one")], arena, cache=tmp_path)
+    evaluate.judge([learned(Weights(small_rule("paper-raw", 1), "one"))], arena, Runner(tmp_path))
     assert len(runs) == 2, "other weights of the same name, on two optimizees"
 
 
 def test_processes_find_what_this_one_finds(tmp_path: Path) -> None:
     arena = Arena(TASK, SWEEP, tuning=1, fresh=2, horizons=(6, 3))
-    weights = [Weights(small_rule("paper-raw"), "one")]
+    rules = [learned(Weights(small_rule("paper-raw"), "one"))]
     with Workers(1) as workers:
-        judgement = evaluate.judge(weights, arena, cache=tmp_path, each=workers.map)
-    assert judgement == evaluate.judge(weights, arena)
+        judgement = evaluate.judge(rules, arena, Runner(tmp_path, workers.map))
+    assert judgement == evaluate.judge(rules, arena)
 
 
 @pytest.mark.parametrize("name", ARENAS)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from meta_train.judging.baselines import Setting
-from meta_train.judging.runner import SUITES, Runner, Suite, _setting
+from meta_train.judging.suites import SUITES, Suite, SuiteRunner, setting_of
 from meta_train.judging.trial import train_case
 from meta_train.tasks.case import Case, JudgingTask, regression_loss
 
@@ -83,7 +83,7 @@ class TwoPoints(SGD):
 
 def test_held_out_losses_are_those_of_the_averaged_point() -> None:
     plain, moved = (train_case(TASK, lambda params, make=make: make(params, lr=1e-3), 10, 0) for make in (SGD, TwoPoints))
-    torch.testing.assert_close(moved.losses, plain.losses, msg="training goes on where it was")
+    torch.testing.assert_close(moved.losses.float(), plain.losses.float(), msg="training goes on where it was")
     assert all(moved.held_out[end] > 1e4 > plain.held_out[end] for end in (5, 10))
 
 
@@ -96,9 +96,9 @@ def test_schedule_free_is_judged_so() -> None:
 
 def test_nesterov_is_tuned_with_momentum_and_nothing_else_has_any(tmp_path: Path) -> None:
     task = JudgingTask("moody", "moody", _case, (5,))
-    runner = Runner(Suite("any", lambda *_: [task], {"NAG": (1e-2, 3e-2), "SGD": (1e-2, 3e-2)}, {}, ()), tmp_path, workers=0)
+    runner = SuiteRunner(Suite("any", lambda *_: [task], {"NAG": (1e-2, 3e-2), "SGD": (1e-2, 3e-2)}, {}, ()), tmp_path)
     assert {(setting.optimizer, setting.momentum) for setting in runner.tune().values()} == {("NAG", 0.9), ("SGD", 0.0)}
-    nesterov, plain = (_setting(name, 0.1).make([nn.Parameter(torch.ones(1))]).param_groups[0] for name in ("NAG", "SGD"))
+    nesterov, plain = (setting_of(name, 0.1).make([nn.Parameter(torch.ones(1))]).param_groups[0] for name in ("NAG", "SGD"))
     assert (nesterov["momentum"], nesterov["nesterov"]) == (0.9, True)
     assert (plain["momentum"], plain["nesterov"]) == (0, False)
 
@@ -106,7 +106,7 @@ def test_nesterov_is_tuned_with_momentum_and_nothing_else_has_any(tmp_path: Path
 def test_some_baselines_of_the_judgement_are_followed_to_1000_steps_alone(tmp_path: Path) -> None:
     task = JudgingTask("any", "any", _case, (200, 1000, 5000))
     judge = SUITES["judge"]
-    runner = Runner(Suite("judge", lambda *_: [task], judge.grids, judge.horizon_limits, judge.untuned), tmp_path)
+    runner = SuiteRunner(Suite("judge", lambda *_: [task], judge.grids, judge.horizon_limits, judge.untuned), tmp_path)
     names = (*judge.grids, "Prodigy", "ScheduleFree")
     ends = {name: runner.horizons_of(Setting(name, 1.0), task)[-1] for name in names}
     assert ends == dict.fromkeys(names, 1000) | {"Adam": 5000, "AdamW+cosine": 5000}

@@ -1,6 +1,7 @@
 """Judging whole models: curves, tuning, the cache, and the tables."""
 
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -9,15 +10,18 @@ from torch import nn
 
 from meta_train.__main__ import main
 from meta_train.judging.baselines import Setting
+from meta_train.judging.contestants import learned
 from meta_train.judging.real_data import prepared
 from meta_train.judging.report import Report, judge_suite, read_baselines
-from meta_train.judging.runner import SUITES, Runner, Suite, learned, smoothed_final
+from meta_train.judging.runner import CaseTrials, Run
 from meta_train.judging.stress import stress_tasks
-from meta_train.judging.trial import train_case
+from meta_train.judging.suites import SUITES, Suite, SuiteRunner
+from meta_train.judging.trial import smoothed_final, train_case
 from meta_train.rows import read_rows, write_judgement
 from meta_train.tasks.case import Case, JudgingTask, regression_loss
 from meta_train.tasks.held_out import HELD_OUT_KINDS, LONG_KINDS
 from meta_train.tasks.modules import CharLSTM, CharTransformer, VisionTransformer, conv_net, mlp
+from meta_train.workers import Workers
 
 
 def _line(seed: int) -> Case:
@@ -38,7 +42,7 @@ TINY = Suite(
 @pytest.fixture
 def runner(tmp_path, monkeypatch):
     monkeypatch.setitem(SUITES, "tiny", TINY)
-    return Runner(TINY, tmp_path, workers=0)
+    return SuiteRunner(TINY, tmp_path)
 
 
 def test_a_run_is_decided_by_its_seed_and_ends_with_a_held_out_loss():
@@ -70,11 +74,11 @@ def test_tuning_extends_the_grid_until_the_best_rate_lies_inside(runner):
 def test_only_what_changed_is_run_again(runner, monkeypatch):
     judge_suite(runner, [learned("default")], seeds=(0, 1))
     calls = []
-    monkeypatch.setattr("meta_train.judging.runner.train_case", lambda *args: calls.append(args))
+    monkeypatch.setattr("meta_train.judging.runner.train", lambda *args: calls.append(args))
     judge_suite(runner, [learned("default")], seeds=(0, 1))
     assert not calls
-    kept = {run.file(runner.cache, LINE) for run in runner.runs_of(learned("default"), LINE, (0,))}
-    other = {run.file(runner.cache, LINE) for run in runner.runs_of(learned("default", lr=0.5), LINE, (0,))}
+    kept = {runner.cache / run.file for run in runner.runs_of(learned("default"), LINE, (0,))}
+    other = {runner.cache / run.file for run in runner.runs_of(learned("default", lr=0.5), LINE, (0,))}
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in other)
 
@@ -108,8 +112,8 @@ def test_baselines_of_an_earlier_judgement_are_not_run_again(tmp_path, runner, m
     first = judge_suite(runner, [learned("default")], seeds=(0, 1))
     write_judgement(first, tmp_path / "first")
     taken = read_baselines(tmp_path / "first")
-    fresh = Runner(runner.suite, tmp_path / "fresh", workers=0)
-    monkeypatch.setattr(Runner, "tune", lambda self: pytest.fail("baselines were tuned"))
+    fresh = SuiteRunner(runner.suite, tmp_path / "fresh")
+    monkeypatch.setattr(SuiteRunner, "tune", lambda self: pytest.fail("baselines were tuned"))
     second = judge_suite(fresh, [learned("default")], seeds=(0, 1), baselines=taken)
     assert second.ratios == first.ratios
     assert second.summary == first.summary
@@ -149,21 +153,23 @@ def test_baselines_of_another_suite_are_refused(tmp_path, capsys):
 
 def test_a_suite_can_be_judged_in_part(tmp_path):
     suite = SUITES["held-out-kinds"]
-    assert list(Runner(suite, tmp_path, only=["vit", "linear"]).tasks) == ["vit", "linear"]
+    assert list(SuiteRunner(suite, tmp_path, only=["vit", "linear"]).tasks) == ["vit", "linear"]
     with pytest.raises(ValueError, match="the suite held-out-kinds has no task 'resnet'; it has wide-mlp, "):
-        Runner(suite, tmp_path, only=["vit", "resnet"])
+        SuiteRunner(suite, tmp_path, only=["vit", "resnet"])
 
 
-def test_processes_give_the_same_bits(tmp_path, monkeypatch):
-    suite = SUITES["held-out-kinds"]
-    small = JudgingTask("linear", HELD_OUT_KINDS[9].about, HELD_OUT_KINDS[9].make, (20,))
-    runs = []
-    for workers in (0, 1):
-        runner = Runner(suite, tmp_path / str(workers), workers=workers)
-        (run,) = runner.runs_of(Setting("Adam", 1e-2), small, (0,))
-        runner.complete([run])
-        runs.append(runner.outcome(run).losses)
-    assert torch.equal(*runs)
+def test_processes_give_the_same_bits(tmp_path):
+    suite, losses = SUITES["held-out-kinds"], []
+    with Workers(1) as workers:
+        for name, each in (("here", map), ("there", workers.map)):
+            runner = SuiteRunner(suite, tmp_path / name, each=each)
+            losses.append(runner.outcome(Run(runner.trials["linear"], Setting("Adam", 1e-2), 20, 0)).losses)
+    assert torch.equal(*losses)
+
+
+def test_a_task_of_no_suite_cannot_leave_its_process():
+    with pytest.raises(TypeError, match="'line' belongs to no registered suite"):
+        pickle.dumps(CaseTrials(LINE))
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,14 @@ from torch import nn
 
 from learned_optim import Weights
 from meta_train.judging import arena_report as evaluate
+from meta_train.judging import runner as runner_module
 from meta_train.judging.arenas import ARENAS, Arena
 from meta_train.judging.baselines import Setting
+from meta_train.judging.contestants import Learned, learned
 from meta_train.judging.real import real_tasks
 from meta_train.judging.report import judge_suite
-from meta_train.judging.runner import SEEDS, SUITES, TUNING_SEED, Learned, Run, Runner, Suite, learned
+from meta_train.judging.runner import CaseTrials, OptimizeeTrials, Run, Runner
+from meta_train.judging.suites import SEEDS, SUITES, TUNING_SEED, Suite, SuiteRunner
 from meta_train.judging.trial import Outcome
 from meta_train.tasks import Cifar, Mnist, NeuralArt, Optimizee, Quadratic, Quartic, derive_seed
 from meta_train.tasks.case import Case, JudgingTask, regression_loss
@@ -21,6 +24,7 @@ from meta_train.tasks.held_out import HELD_OUT_KINDS
 from meta_train.training.outer_loop import MetaTraining, validate
 from meta_train.training.recipe import parse_recipe, read_recipe
 from tests.cases import small_rule
+from tests.meta_train.judged_runs import WrittenRunner
 from tests.meta_train.test_recipe import TINY, WEIGHTS
 
 
@@ -43,20 +47,22 @@ def test_baselines_are_tuned_on_other_optimizees_than_they_are_reported_on(
     task = Noting()
     tuning_task = Noting() if apart else task
     asked: dict[str, set[int]] = {}
-    curve = evaluate._curve
+    make = runner_module._make
 
-    def noted(task: Noting, contestant: object, horizon: int, purpose: str, *rest: object) -> list[float]:
-        before = len(task.seeds)
-        losses = curve(task, contestant, horizon, purpose, *rest)  # type: ignore[arg-type]
-        asked.setdefault(f"{'rule' if isinstance(contestant, Weights) else 'baseline'}, {purpose}", set()).update(
-            task.seeds[before:]
-        )
-        return losses
+    def noted(cache: Path | None, run: Run) -> Outcome:
+        assert isinstance(run.trials, OptimizeeTrials)
+        assert isinstance(run.trials.task, Noting)
+        seeds = run.trials.task.seeds
+        before = len(seeds)
+        outcome = make(cache, run)
+        who = "rule" if isinstance(run.contestant, Learned) else "baseline"
+        asked.setdefault(f"{who}, {run.trials.purpose}", set()).update(seeds[before:])
+        return outcome
 
-    monkeypatch.setattr(evaluate, "_curve", noted)
+    monkeypatch.setattr(runner_module, "_make", noted)
     sweep = [Setting("Adam", lr) for lr in (1e-6, 0.1, 1e3)]
     arena = Arena(task, sweep, tuning=3, fresh=4, horizons=(5,), tuning_task=tuning_task if apart else None)
-    evaluate.judge([Weights(small_rule("paper-raw"), "mine")], arena)
+    evaluate.judge([learned(Weights(small_rule("paper-raw"), "mine"))], arena)
     tuning = {derive_seed(0, "tuning", index) for index in range(3)}
     fresh = {derive_seed(0, "evaluation", index) for index in range(4)}
     assert asked == {"baseline, tuning": tuning, "baseline, evaluation": fresh, "rule, evaluation": fresh}
@@ -66,20 +72,15 @@ def test_baselines_are_tuned_on_other_optimizees_than_they_are_reported_on(
         assert set(task.seeds) == fresh
 
 
-def test_what_is_best_on_fresh_optimizees_is_not_chosen_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_best_on_fresh_optimizees_is_not_chosen_for_that() -> None:
     ends = {0.1: (0.1, 0.9), 0.2: (0.5, 0.2)}  # When tuned, and on fresh ones.
-
-    def curve(task: object, contestant: Setting, horizon: int, purpose: str, *rest: object) -> list[float]:
-        end = ends.get(contestant.lr, (1.0, 1.0))[purpose == "evaluation"]
-        return torch.linspace(10, end, horizon + 1).tolist()
-
-    monkeypatch.setattr(evaluate, "_curve", curve)
     group = [Setting("SGD", lr) for lr in (0.01, 0.1, 0.2, 1.0)]
-    runs = evaluate._Runs(Arena(Quadratic(), group, tuning=2, fresh=2), None, map)
-    assert evaluate._tuned(runs, group, "final", 100) == {"SGD": Setting("SGD", 0.1)}
+    runner = WrittenRunner(lambda contestant, purpose: ends.get(contestant.lr, (1.0, 1.0))[purpose == "evaluation"])
+    runs = evaluate.ArenaRuns(Arena(Quadratic(), group, tuning=2, fresh=2), runner)
+    assert evaluate._tuned(runs, group, ("final", 100)) == {"SGD": Setting("SGD", 0.1)}
 
 
-class Scripted(Runner):
+class Scripted(SuiteRunner):
     """A suite whose outcomes are a function of the run; it notes them all."""
 
     asked: list[Run]
@@ -103,7 +104,7 @@ def test_a_suite_tunes_on_a_seed_that_is_never_reported(tmp_path: Path) -> None:
     assert {run.seed for run in runner.asked} == {TUNING_SEED}
     assert {setting.lr for setting in best.values()} == {1e-2}
     runner.asked = []
-    mine = Learned("mine", "mine", "0" * 64)
+    mine = Learned("mine", "0" * 64)
     judge_suite(runner, [mine])
     reported = [run for run in runner.asked if run.seed != TUNING_SEED]
     assert {run.seed for run in reported} == set(SEEDS)
@@ -159,7 +160,7 @@ LINE = JudgingTask(
 
 
 def test_a_run_of_a_suite_is_kept_under_all_that_decides_it() -> None:
-    run = Run("line", Setting("NAG", 0.1, 0.9), 30, 2)
+    run = Run(CaseTrials(LINE), Setting("NAG", 0.1, 0.9), 30, 2)
     tasks = [LINE, *(replace(LINE, **{what: "other"}) for what in ("name", "about", "data"))]
     who = [
         Setting("NAG", 0.2, 0.9),
@@ -169,10 +170,10 @@ def test_a_run_of_a_suite_is_kept_under_all_that_decides_it() -> None:
         learned("quadratic"),
     ]
     runs = [run, replace(run, horizon=40), replace(run, seed=3), *(replace(run, contestant=one) for one in who)]
-    files = {run.file(Path(), task) for run, task in [(run, task) for task in tasks] + [(one, LINE) for one in runs]}
+    files = {replace(run, trials=CaseTrials(task)).file for task in tasks} | {one.file for one in runs}
     assert len(files) == len(tasks) + len(runs) - 1
     # Finished runs are found again by this name, so it stays as it is.
-    assert run.file(Path(), replace(LINE, data="d")).name == "line-8e91952d2a40cc8f.safetensors"
+    assert replace(run, trials=CaseTrials(replace(LINE, data="d"))).file == "line-8e91952d2a40cc8f.safetensors"
 
 
 def test_a_run_of_an_arena_is_kept_under_all_that_decides_it(tmp_path: Path) -> None:
@@ -185,11 +186,16 @@ def test_a_run_of_an_arena_is_kept_under_all_that_decides_it(tmp_path: Path) -> 
         (task, Setting("SGD", 0.2), 3, "evaluation", 0),
         (Quadratic(dimension=3, functions=3), sgd, 3, "evaluation", 0),
     ]
-    first = [evaluate._curve(*key[:4], tmp_path, key[4]) for key in keys]
+    runs = [Run(OptimizeeTrials(task, purpose), who, horizon, seed) for task, who, horizon, purpose, seed in keys]
+
+    def losses(runner: Runner) -> list[list[float]]:
+        return [runner.outcome(run).losses.tolist() for run in runs]
+
+    first = losses(Runner(tmp_path))
     assert len(list(tmp_path.iterdir())) == len(keys)
-    assert [evaluate._curve(*key[:4], tmp_path, key[4]) for key in keys] == first
-    assert [evaluate._curve(*key[:4], None, key[4]) for key in keys] == first, "each found its own"
-    assert (tmp_path / "1e3ad8b899db1a05.json").exists(), "the name by which a finished run is found again stays as it is"
+    assert losses(Runner(tmp_path)) == first
+    assert losses(Runner()) == first, "each found its own"
+    assert runs[0].file == "1e3ad8b899db1a05.safetensors", "the name by which a finished run is found again stays as it is"
 
 
 def test_the_suite_for_choosing_and_the_one_for_judging_share_no_task(
@@ -197,7 +203,7 @@ def test_the_suite_for_choosing_and_the_one_for_judging_share_no_task(
 ) -> None:
     chosen = {task.name for task in SUITES["held-out-kinds"].tasks(tmp_path, None)}
     data = {"adult_x": torch.zeros(1, 3)}
-    monkeypatch.setattr("meta_train.judging.runner.prepared", lambda *_: (data, "fingerprint of the data"))
+    monkeypatch.setattr("meta_train.judging.suites.prepared", lambda *_: (data, "fingerprint of the data"))
     judging = SUITES["judge"].tasks(tmp_path, None)
     assert len(judging) == 13
     assert {task.data for task in judging} == {"fingerprint of the data"}

@@ -11,7 +11,8 @@ from learned_optim import Weights
 from meta_train import __main__ as command_line
 from meta_train.__main__ import main
 from meta_train.judging import arena_report as evaluate
-from meta_train.judging.runner import SUITES, Runner
+from meta_train.judging.runner import Runner
+from meta_train.judging.suites import SUITES, SuiteRunner
 from meta_train.rows import Rows, write_rows
 from meta_train.training.recipe import parse_recipe
 from meta_train.training.run_dir import ENVIRONMENT, METRICS, RunDir
@@ -109,13 +110,20 @@ def test_a_suite_s_contestants_have_different_names(
 
 
 @pytest.mark.parametrize(
-    "option", [("--lr", "1"), ("--horizon", "0"), ("--only", "vit"), ("--baselines", "docs/results/judge")]
+    ("option", "message"),
+    [
+        (("--horizon", "0"), "a longest horizon of 0 leaves nothing of quadratic; its shortest is 100"),
+        (("--tasks", "vit"), "the arena quadratic has no task 'vit'; it has quadratic"),
+        (("--baselines", "docs/results/judge"), "docs/results/judge"),
+        (("--lr", "1", "1"), "--lr needs different factors"),
+    ],
 )
-def test_what_is_for_a_suite_is_not_passed_over_for_a_task(
-    option: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_arena_takes_the_flags_of_a_suite_and_refuses_their_mistakes(
+    option: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    error = refused(["evaluate", "quadratic", *option, "--out", str(tmp_path / "out")], capsys)
-    assert f"{option[0]} says nothing of a task; give a --suite" in error
+    error = refused(["evaluate", "quadratic", "--task", "quadratic", "--out", str(tmp_path / "out"), *option], capsys)
+    assert message in error
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("horizon", ["0", "-5", "100"])
@@ -129,11 +137,11 @@ def test_a_horizon_below_the_shortest_is_refused(
 
 def test_tasks_without_a_horizon_that_is_short_enough_are_left_out_unless_they_are_named(tmp_path: Path) -> None:
     stress, long = SUITES["stress"], "layer-norm-mlp, long"
-    assert long in Runner(stress, tmp_path).tasks
-    assert set(Runner(stress, tmp_path).tasks) - set(Runner(stress, tmp_path, horizon=1000).tasks) == {long}
-    assert set(Runner(stress, tmp_path, horizon=200).tasks) == {"ten-million"}
+    assert long in SuiteRunner(stress, tmp_path).tasks
+    assert set(SuiteRunner(stress, tmp_path).tasks) - set(SuiteRunner(stress, tmp_path, horizon=1000).tasks) == {long}
+    assert set(SuiteRunner(stress, tmp_path, horizon=200).tasks) == {"ten-million"}
     with pytest.raises(ValueError, match="1000 leaves nothing of layer-norm-mlp, long; its shortest is 20000"):
-        Runner(stress, tmp_path, horizon=1000, only=["ten-million", long])
+        SuiteRunner(stress, tmp_path, horizon=1000, only=["ten-million", long])
 
 
 @pytest.mark.parametrize("verb", ["train", "evaluate", "verify", "validate"])
@@ -190,7 +198,7 @@ def test_a_baseline_that_is_not_installed_is_missed_before_any_tuning(
     judge = SUITES["judge"]
     monkeypatch.setitem(SUITES, "judge", type(judge)("judge", SUITE.tasks, judge.grids, {}, judge.untuned))
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(Runner, "tune", lambda self: pytest.fail("baselines were tuned"))
+    monkeypatch.setattr(SuiteRunner, "tune", lambda self: pytest.fail("baselines were tuned"))
     place = ["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--workers", "0"]
     error = refused(["evaluate", "default", "--suite", "judge", *place], capsys)
     assert f"the baseline {baseline} needs {package}: pip install 'learned-optim[judge]'" in error

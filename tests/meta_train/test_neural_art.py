@@ -16,11 +16,13 @@ from meta_train.__main__ import main
 from meta_train.judging import arena_report as evaluate
 from meta_train.judging.arenas import ARENAS, Arena
 from meta_train.judging.baselines import LBFGS_STEPS, Setting, settings
+from meta_train.judging.trial import curves
 from meta_train.rows import read_rows
 from meta_train.tasks import NeuralArt, features
 from meta_train.tasks.features import Conv, Network, feature_extractor, read_network
 from meta_train.tasks.neural_art import Split, gram
 from meta_train.training.meta_gradient import loss_and_grad
+from tests.meta_train.judged_runs import losses_of
 from tests.meta_train.pictures import DESCRIPTION, NETWORK, make_data
 from tests.meta_train.test_recipe import TINY
 
@@ -161,7 +163,7 @@ def test_descriptions_are_read(tmp_path: Path) -> None:
 def test_lbfgs_takes_one_iteration_a_step(data: Path) -> None:
     task = msgspec.structs.replace(TASK, problems=1).on(data)
     (setting,) = LBFGS_STEPS
-    losses = evaluate.run(task.sample(1), setting.make, 4)
+    losses = losses_of(task.sample(1), setting.make, 4)
     optimizee = task.sample(1)
     picture = optimizee.params["picture"].clone().requires_grad_()
     lbfgs = torch.optim.LBFGS([picture], max_iter=4, max_eval=1000, history_size=20, line_search_fn="strong_wolfe")
@@ -217,7 +219,7 @@ def test_tables_have_the_arena_s_horizon_and_lbfgs_only_for_show(place: Path) ->
 def test_baselines_are_tuned_on_the_photos_for_tuning(data: Path) -> None:
     opened = arena().on(data)
     judgement = evaluate.judge([], replace(opened, untuned=(), tuning=2, fresh=1))
-    tuned = evaluate.curves(opened.tuning_task, Setting("Adam", 0.01).make, 5, "tuning", 2)[:, -1].mean()
+    tuned = curves(opened.tuning_task, Setting("Adam", 0.01).make, 5, "tuning", 2)[:, -1].mean()
     (row,) = [row for row in judgement.sweep if row["lr"] == 0.01]
     assert row["final_5"] == pytest.approx(float(tuned), rel=1e-5)
 

@@ -12,12 +12,11 @@ from learned_optim import LearnedOptimizer, Weights
 from learned_optim.backends.native import step as native_backend
 from meta_train.__main__ import main
 from meta_train.evidence.cards import evidence
-from meta_train.judging import arena_report as evaluate
 from meta_train.judging.arenas import ARENAS, Arena
 from meta_train.judging.baselines import Setting
-from meta_train.judging.contestants import WeightsOfParts
+from meta_train.judging.contestants import Learned
 from meta_train.rows import read_rows
-from meta_train.tasks import Optimizee, seeded
+from meta_train.tasks import Optimizee, derive_seed, seeded
 from meta_train.training import meta_gradient
 from meta_train.training.meta_gradient import Sample, backpropagate, roll_out, start_episode, unroll
 from meta_train.training.parts import Parts, members, part_of
@@ -89,7 +88,9 @@ def test_a_roll_out_is_what_an_optimizer_with_groups_does(case: str) -> None:
     rule, optimizee, twin = parts(case), two_layers(2, 1), two_layers(2, 1)
     _, carry = roll_out(rule, optimizee, start_episode(rule, optimizee), 9)
     params = {name: nn.Parameter(value[0].clone()) for name, value in twin.params.items()}
-    optimizer = WeightsOfParts("both", {part: Weights(one) for part, one in members(rule).items()}).make(params.items())
+    optimizer = Learned("both", "any", weights={part: Weights(one) for part, one in members(rule).items()}).make(
+        params.items()
+    )
     for _ in range(9):
         optimizer.zero_grad()
         twin.losses({name: param.unsqueeze(0) for name, param in params.items()}).sum().backward()
@@ -171,7 +172,7 @@ def test_parts_are_judged_together(place: Path, monkeypatch: pytest.MonkeyPatch,
     ]
     finals = []
     for index in range(2):
-        optimizee = Two().sample(evaluate.derive_seed(0, "evaluation", index))
+        optimizee = Two().sample(derive_seed(0, "evaluation", index))
         params = {name: nn.Parameter(value[0]) for name, value in optimizee.params.items()}
         groups = [{"params": [params[part]], "weights": path} for part, path in zip(params, paths, strict=True)]
         optimizer = LearnedOptimizer(groups)

@@ -11,14 +11,14 @@ from safetensors.torch import save_file
 from learned_optim import Weights
 from meta_train import provenance
 from meta_train.__main__ import main
-from meta_train.judging import arena_report as evaluate
 from meta_train.judging.arenas import ARENAS, Arena
 from meta_train.judging.baselines import Setting, settings
-from meta_train.judging.runner import SUITES, Run, Runner
+from meta_train.judging.runner import OptimizeeTrials, Run, Runner
+from meta_train.judging.suites import SUITES, SuiteRunner
 from meta_train.provenance import elsewhere, here, read_environment
 from meta_train.tasks import Quadratic
 from tests.cases import small_rule
-from tests.meta_train.test_judging import LINE, TINY
+from tests.meta_train.test_judging import TINY
 
 THERE = {"torch": "1.0", "processor": "an abacus", "commit": "0123456789ab"}
 ARENA = Arena(Quadratic(2, 3), settings("Adam", [1e-6, 0.1, 1e3]), tuning=1, fresh=2, horizons=(5,))
@@ -26,29 +26,30 @@ ARENA = Arena(Quadratic(2, 3), settings("Adam", [1e-6, 0.1, 1e3]), tuning=1, fre
 
 def test_a_run_of_a_suite_says_where_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SUITES, "tiny", TINY)
-    runner, run = Runner(TINY, tmp_path, workers=0), Run("line", Setting("Adam", 0.1), 30, 0)
+    runner = SuiteRunner(TINY, tmp_path)
+    run = Run(runner.trials["line"], Setting("Adam", 0.1), 30, 0)
     runner.complete([run])
-    file = run.file(runner.cache, LINE)
+    file = runner.cache / run.file
     with safe_open(file, "pt") as kept:
         assert here().items() <= kept.metadata().items()
     losses = runner.outcome(run).losses
     assert runner.used == {file}
     assert elsewhere(runner.used) == []
     # A file of an earlier version: no more than the outcome.
-    save_file({"losses": losses}, file, {"run": repr(run), "held_out": '{"30": 1.5}'})
-    assert runner.outcome(run).held_out == {30: 1.5}
+    save_file({"losses": losses.float()}, file, {"run": repr(run), "held_out": '{"30": 1.5}'})
+    assert SuiteRunner(TINY, tmp_path).outcome(run).held_out == {30: 1.5}
     unknown = dict.fromkeys(("torch", "processor", "commit"), "unknown")
     assert elsewhere(runner.used) == [{**unknown, "runs": 1}]
 
 
 def test_a_run_of_an_arena_says_where_it_was_made(tmp_path: Path) -> None:
-    key = (Quadratic(2, 3), Setting("SGD", 0.1), 4, "tuning")
-    losses = evaluate._curve(*key, tmp_path, 0)
+    runner, run = Runner(tmp_path), Run(OptimizeeTrials(Quadratic(2, 3), "tuning"), Setting("SGD", 0.1), 4, 0)
+    losses = runner.outcome(run).losses
     (file,) = tmp_path.iterdir()
-    assert json.loads(file.read_text()) == {**here(), "losses": losses}
-    file.write_text(json.dumps([1.0, 2.0]))
-    assert evaluate._curve(*key, tmp_path, 0) == [1.0, 2.0], "a file of an earlier version"
-    assert [place["runs"] for place in elsewhere([file])] == [1]
+    with safe_open(file, "pt") as kept:
+        assert here().items() <= kept.metadata().items()
+        assert torch.equal(kept.get_tensor("losses"), losses)
+    assert elsewhere(runner.used) == []
 
 
 @pytest.mark.parametrize("what", ["--task", "--suite"])
@@ -66,7 +67,7 @@ def test_tables_of_kept_runs_say_where_those_were_made(what: str, tmp_path: Path
         return json.loads((tmp_path / out / "environment.json").read_text()).get("made")
 
     with monkeypatch.context() as elsewhere_now:
-        for module in ("judging.arena_report", "judging.runner", "provenance"):
+        for module in ("judging.runner", "provenance"):
             elsewhere_now.setattr(f"meta_train.{module}.here", lambda: THERE)
         assert made("there", "mine") is None
     there = made("kept", "mine")

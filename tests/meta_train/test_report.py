@@ -8,13 +8,15 @@ import torch
 
 from meta_train.evidence.cards import RESULTS
 from meta_train.judging.baselines import Setting
+from meta_train.judging.contestants import Contestant, Learned
 from meta_train.judging.report import Report, _ratios, _summary, judge_suite
-from meta_train.judging.runner import SEEDS, TUNING_SEED, Contestant, Learned, Run, Runner, Suite, smoothed_final
-from meta_train.judging.trial import Outcome
+from meta_train.judging.runner import CaseTrials, Run
+from meta_train.judging.suites import SEEDS, TUNING_SEED, Suite, SuiteRunner
+from meta_train.judging.trial import Outcome, smoothed_final
 from meta_train.rows import read_rows, write_rows
 from meta_train.tasks.case import Case, JudgingTask
 
-MINE, ADAM = Learned("mine", "mine", "0" * 64), Setting("Adam", 1e-3)
+MINE, ADAM = Learned("mine", "0" * 64), Setting("Adam", 1e-3)
 HORIZON = 20
 
 
@@ -22,7 +24,7 @@ def _never(seed: int) -> Case:
     raise AssertionError("nothing is to be trained")
 
 
-class Written(Runner):
+class Written(SuiteRunner):
     """Outcomes by task and contestant, one for each seed; of each a final and a held-out loss."""
 
     outcomes_of: dict[tuple[str, Contestant], list[tuple[float, float | None]]]
@@ -32,7 +34,8 @@ class Written(Runner):
 
     def outcome(self, run: Run) -> Outcome:
         """Return losses that start at 10 for mine and at 20 for others, and end around the final one; then a huge one."""
-        final, held_out = self.outcomes_of[run.task, run.contestant][run.seed]
+        assert isinstance(run.trials, CaseTrials)
+        final, held_out = self.outcomes_of[run.trials.task.name, run.contestant][run.seed]
         start = 10.0 if isinstance(run.contestant, Learned) else 20.0
         losses = torch.tensor([start] * (HORIZON - 2) + [final - 0.25, final + 0.25] + [1e6] * 10)
         return Outcome(losses, {30: 1e6} | ({} if held_out is None else {HORIZON: held_out}))
