@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -29,7 +28,7 @@ from meta_train.judging.suites import SUITES
 from meta_train.provenance import read_environment
 from meta_train.rows import is_learned, read_rows, write_rows
 from meta_train.training.publish import publish
-from meta_train.training.recipe import read_recipe
+from meta_train.training.recipe import read_recipe, with_seed
 from meta_train.training.run_dir import RunDir, training_table
 from meta_train.workers import Each, Workers
 
@@ -169,9 +168,9 @@ def _settle_workers(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     read_recipe(options.recipe)
-    text = options.recipe.read_text()
+    text = options.recipe.read_text(encoding="utf-8")
     if options.seed is not None:
-        text = _with_seed(text, options.seed)
+        text = with_seed(text, options.seed)
     with StopRequest() as stop, _each(options.workers) as each:
         run = RunDir(options.out, text, options.data, each)
         if run.run.step and (changes := run.changes_since_start()):
@@ -206,14 +205,6 @@ def _each(workers: int) -> Iterator[Each]:
         return
     with Workers(workers) as processes:
         yield processes.map
-
-
-def _with_seed(text: str, seed: int) -> str:
-    """Replace the recipe's seed, or give it one; only the keys above the first table are the recipe's own."""
-    start = re.search(r"(?m)^\[", text)
-    head, rest = (text[: start.start()], text[start.start() :]) if start else (text, "")
-    head, count = re.subn(r"(?m)^seed\s*=\s*[^\s#]+", f"seed = {seed}", head)
-    return (head if count else f"seed = {seed}\n{head}") + rest
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -332,16 +323,22 @@ def _publish(options: argparse.Namespace) -> int:
     print(f"wrote {', '.join(path.name for path in paths)} and {options.name}.toml to {paths[0].parent}")
     if options.hub and len(paths) > 1:
         raise ValueError("the parts of a model go to repositories of their own: use `upload` for each")
-    return _upload(argparse.Namespace(**{**vars(options), "weights": paths[0]})) if options.hub else 0
+    if options.hub:
+        _push(paths[0], options.hub, options.results)
+    return 0
 
 
 def _upload(options: argparse.Namespace) -> int:
-    weights = resolve_weights(options.weights)
-    results = evidence(weights, options.results)
-    if not results:
-        print(f"no tables in {options.results} are of these weights: their card will show no results", file=sys.stderr)
-    print(weights.push_to_hub(options.hub, results=results))
+    _push(options.weights, options.hub, options.results)
     return 0
+
+
+def _push(name: str | Path, repo_id: str, tables: Path) -> None:
+    weights = resolve_weights(name)
+    results = evidence(weights, tables)
+    if not results:
+        print(f"no tables in {tables} are of these weights: their card will show no results", file=sys.stderr)
+    print(weights.push_to_hub(repo_id, results=results))
 
 
 if __name__ == "__main__":

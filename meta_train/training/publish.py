@@ -38,7 +38,7 @@ def publish(run: str | Path, name: str, to: str | Path = WEIGHTS_DIR) -> list[Pa
     best = [run / BEST] if (run / BEST).exists() else sorted(run.glob(of_part(BEST, "*")))
     if not best:
         raise ValueError(f"{run} holds no {BEST}; train it first, or wait for its first checkpoint")
-    recipe = (run / RECIPE).read_text()
+    recipe = (run / RECIPE).read_text(encoding="utf-8")
     environment = read_environment(run / ENVIRONMENT, "processor", "threads")
     kept = {"processor": environment["processor"], "threads": str(environment["threads"])}
     if (run / COST).exists():

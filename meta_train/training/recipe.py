@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -344,6 +345,28 @@ def read_recipe(path: str | Path) -> Recipe:
         ValueError: If it does not parse; the message names the file.
     """
     try:
-        return parse_recipe(Path(path).read_text())
+        return parse_recipe(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def with_seed(text: str, seed: int) -> str:
+    """Return the text of a recipe with another seed; comments and everything else stay.
+
+    Args:
+        text: TOML. A seed is replaced where it stands above the first table, and put first where there is none.
+        seed: The new one.
+
+    Returns:
+        TOML.
+
+    Raises:
+        ValueError: If the text then says anything but the new seed and what it said before.
+    """
+    start = re.search(r"(?m)^\s*\[", text)
+    head, rest = (text[: start.start()], text[start.start() :]) if start else (text, "")
+    head, count = re.subn(r"(?m)^seed\s*=\s*[^\s#]+", f"seed = {seed}", head)
+    changed = (head if count else f"seed = {seed}\n{head}") + rest
+    if tomllib.loads(changed) != {**tomllib.loads(text), "seed": seed}:
+        raise ValueError("the recipe's seed cannot be replaced where it stands; write `seed = 0` on a line of its own")
+    return changed

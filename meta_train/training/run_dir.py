@@ -236,7 +236,7 @@ def training_table(runs: Iterable[str | Path], rows_per_run: int = 100) -> list[
     for path in map(Path, runs):
         if not (path / METRICS).exists() or not (path / RECIPE).exists():
             raise ValueError(f"{path} is no run directory: it holds no {RECIPE} and {METRICS}")
-        recipe = parse_recipe((path / RECIPE).read_text())
+        recipe = parse_recipe((path / RECIPE).read_text(encoding="utf-8"))
         measure = "optimizee loss" if recipe.outer.objective == "mean" else "log(loss / initial loss)"
         if rows and rows[0]["measure"] != measure:
             raise ValueError(f"{path} measures {measure!r}, the runs before it {rows[0]['measure']!r}; draw them apart")

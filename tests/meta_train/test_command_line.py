@@ -17,7 +17,7 @@ from meta_train.judging.baselines import Setting, settings
 from meta_train.rows import read_rows, write_rows
 from meta_train.tasks import Quadratic
 from meta_train.training.publish import publish
-from meta_train.training.recipe import parse_recipe
+from meta_train.training.recipe import parse_recipe, with_seed
 from meta_train.training.run_dir import RunDir, training_table
 from tests.cases import small_rule
 from tests.meta_train.test_recipe import TINY
@@ -190,7 +190,7 @@ def test_mistakes_are_explained_in_a_line(place: Path, tmp_path: Path, capsys: p
 
 @pytest.mark.parametrize("text", [TINY, TINY.replace("seed = 0\n", ""), TINY.replace("seed = 0", "seed=-1 # x")])
 def test_a_seed_is_replaced_or_added(text: str) -> None:
-    changed = command_line._with_seed(text, 7)
+    changed = with_seed(text, 7)
     assert parse_recipe(changed).seed == 7
     assert parse_recipe(changed).outer == parse_recipe(text).outer
 

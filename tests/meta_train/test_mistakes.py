@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 from learned_optim import Weights
-from meta_train import __main__ as command_line
 from meta_train.__main__ import main
 from meta_train.judging import arena_report as evaluate
 from meta_train.judging.runner import Runner
 from meta_train.judging.suites import SUITES, SuiteRunner
 from meta_train.rows import Rows, write_rows
-from meta_train.training.recipe import parse_recipe
+from meta_train.training.recipe import parse_recipe, with_seed
 from meta_train.training.run_dir import ENVIRONMENT, METRICS, RunDir
 from tests.cases import small_rule
 from tests.meta_train.test_judging import TINY as SUITE
@@ -208,7 +207,7 @@ def test_a_baseline_that_is_not_installed_is_missed_before_any_tuning(
 def test_a_seed_is_replaced_however_it_is_written(seed: str) -> None:
     text = TINY.replace("seed = 0", f"seed = {seed}")
     assert parse_recipe(text)
-    changed = command_line._with_seed(text, 5)
+    changed = with_seed(text, 5)
     assert parse_recipe(changed).seed == 5
     assert changed.splitlines()[1].startswith("seed = 5")
     assert ("# a seed" in changed) == ("#" in seed)
