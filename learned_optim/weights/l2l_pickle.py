@@ -1,23 +1,26 @@
 """Read the arrays of an ``.l2l`` file, which is a pickle, without running any of what it asks for.
 
-Python's unpickler assembles what a file describes by looking up names and calling them. Here every lookup ends at one of
-a handful of stand-ins that only take notes; neither NumPy nor dill, which wrote the file, is imported or needed.
+Python's unpickler assembles what a file describes by looking up names and calling them. Here a small machine follows the
+file instead. It knows a few opcodes and a few names, and every name leads to a function below that only takes notes.
+Neither NumPy nor dill, which wrote the file, is imported or needed.
+
+Time and memory are bounded by the size of the file: keys are strings, so nothing is hashed or compared for long; raw data
+are bytes of the file; and no value is ever walked by recursion.
 """
 
 from __future__ import annotations
 
 import io
-import pickle
 import pickletools
-import struct
 from collections.abc import Callable
 from math import prod
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-import torch
 from torch import Tensor
 
 from learned_optim.weights.errors import WeightsError
+from learned_optim.weights.fingerprint import from_little_endian
+from learned_optim.weights.text import one_line
 
 _OPCODES = """
     PROTO FRAME STOP MARK POP POP_MARK DUP GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE NONE NEWTRUE NEWFALSE
@@ -27,6 +30,11 @@ _OPCODES = """
 """
 OPCODES = frozenset(_OPCODES.split())
 """Constants, containers, references to what was read, and the two ways NumPy's arrays are described."""
+
+MAX_OPCODES = 20_000
+"""A rule of the original code needs some hundreds."""
+
+MAX_RANK = 8
 
 RENAMED = {"__builtin__": "builtins", "dill.dill": "dill._dill"}
 """Modules since Python 2."""
@@ -46,28 +54,23 @@ def read_arrays(data: bytes, source: str) -> dict[str, dict[str, Tensor]]:
         WeightsError: If the content is not whole, is something else, or asks for anything but arrays, which is then named.
     """
     try:
-        _check_opcodes(data, source)
-        found = _Reader(data, source).load()
+        found = _Machine(data, source).run()
     except WeightsError:
         raise
     except Exception as error:  # Malformed pickles raise nearly anything.
         raise WeightsError(
-            f"{source} is truncated, corrupt or not an .l2l file ({len(data):,} bytes: {error}); get it again"
+            f"{source} is truncated, corrupt or not an .l2l file ({len(data):,} bytes: {one_line(error, 200)}); get it again"
         ) from error
     if type(found) is not dict or not all(type(variables) is dict for variables in found.values()):
         raise WeightsError(f"{source} does not hold {{module: {{variable: array}}}}, so it is no .l2l file")
-    return {
-        str(module): {str(name): _tensor(array, f"{source}: {module}.{name}") for name, array in variables.items()}
-        for module, variables in found.items()
-    }
-
-
-def _check_opcodes(data: bytes, source: str) -> None:
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name not in OPCODES:
-            raise WeightsError(f"{source} is refused: its pickle uses {opcode.name}, which arrays have no need of")
-        if "PUT" in opcode.name and argument is not None and argument > len(data):
-            raise WeightsError(f"{source} is refused: its pickle numbers an object {argument}, to exhaust memory")
+    left = len(data)
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for module, variables in found.items():
+        tensors[module] = {}
+        for name, array in variables.items():
+            tensors[module][name] = tensor = _tensor(array, f"{source}: {one_line(f'{module}.{name}', 80)}", left)
+            left -= 4 * tensor.numel()
+    return tensors
 
 
 class _Notes:
@@ -75,89 +78,193 @@ class _Notes:
 
     __slots__ = ("arguments", "kind", "state")
 
-    def __init__(self, kind: str, *arguments: Any) -> None:
-        self.kind, self.arguments = kind, arguments
-        self.state: tuple[Any, ...] = ()
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.state = state
+    def __init__(self, kind: str, *arguments: Any, state: Any = ()) -> None:
+        self.kind, self.arguments, self.state = kind, arguments, state
 
 
-class _StandIn:
-    """What a name in the pickle leads to. ``BUILD`` cannot change it."""
+class _Function(NamedTuple):
+    """What a name in the pickle leads to."""
 
-    __slots__ = ("call",)
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self.call = call
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self.call(*arguments)
-
-    def __setstate__(self, state: object) -> NoReturn:
-        raise ValueError("it changes a function")
+    call: Callable[..., Any]
 
 
-class _Reader(pickle.Unpickler):
+_MARK = object()
+
+
+class _Machine:
+    """Follows the opcodes of one pickle."""
+
     def __init__(self, data: bytes, source: str) -> None:
-        super().__init__(io.BytesIO(data), encoding="latin1")  # Python 2 wrote bytes as str.
-        self.source = source
-        self.stand_ins: dict[str, Callable[..., Any]] = {
-            "builtins.dict": dict,
+        self.data, self.source = data, source
+        self.left_to_encode = len(data)
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+        self.functions: dict[str, Callable[..., Any]] = {
+            "builtins.dict": _no_function,
             "collections.defaultdict": lambda *_: {},
-            "_codecs.encode": lambda text, encoding: text.encode({"latin1": "latin1"}[encoding]),
+            "_codecs.encode": self.encode,
             "numpy.dtype": lambda *arguments: _Notes("dtype", *arguments),
-            "numpy.ndarray": self.refuse_call,
+            "numpy.ndarray": _refuse_call,
             "numpy.core.multiarray._reconstruct": lambda *_: _Notes("array"),
             "numpy.core._multiarray_umath._reconstruct": lambda *_: _Notes("array"),
             "numpy.core.numeric._frombuffer": _from_buffer,
             "dill._dill._create_array": _create_array,
             # Python 2 calls the type of dictionaries DictType.
-            "dill._dill._load_type": lambda name: self.find_class("builtins", str(name).replace("DictType", "dict")),
-            "dill._dill._import_module": lambda name: name,
-            "dill._dill._get_attr": lambda module, name: self.find_class(module, name),
+            "dill._dill._load_type": lambda name: self.look_up("builtins", _text(name).replace("DictType", "dict")),
+            "dill._dill._import_module": lambda name: _text(name),
+            "dill._dill._get_attr": lambda module, name: self.look_up(_text(module), _text(name)),
         }
 
-    def find_class(self, module: str, name: str) -> _StandIn:
-        """Return the stand-in for a name; refuse all others by name."""
+    def run(self) -> Any:
+        """Return the value that the pickle describes."""
+        opcodes: list[tuple[str, Any]] = []
+        for opcode, argument, _ in pickletools.genops(io.BytesIO(self.data)):
+            if opcode.name not in OPCODES:
+                raise WeightsError(f"{self.source} is refused: its pickle uses {opcode.name}, which arrays have no need of")
+            if len(opcodes) == MAX_OPCODES:
+                raise WeightsError(f"{self.source} is refused: its pickle has more than {MAX_OPCODES:,} opcodes")
+            opcodes.append((opcode.name, argument))
+        for name, argument in opcodes:  # Only now: a foreign opcode is named before anything is followed.
+            if name == "STOP":
+                return self.stack.pop()
+            self.take(name, argument)
+        raise ValueError("it does not end")
+
+    def take(self, name: str, argument: Any) -> None:
+        """Follow one opcode."""
+        stack = self.stack
+        if name in ("PROTO", "FRAME"):
+            return
+        if name in CONTAINERS:
+            stack.append(CONTAINERS[name]())
+        elif name in CONSTANTS:
+            stack.append(CONSTANTS[name])
+        elif name.endswith("GET"):
+            stack.append(self.memo[argument])
+        elif name.endswith("PUT") or name == "MEMOIZE":
+            number = len(self.memo) if name == "MEMOIZE" else argument
+            if number > len(self.data):
+                raise WeightsError(f"{self.source} is refused: its pickle numbers an object {number}, to exhaust memory")
+            self.memo[number] = stack[-1]
+        elif name == "POP":
+            stack.pop()
+        elif name == "POP_MARK":
+            self.since_mark()
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name.startswith("TUPLE"):
+            items = self.since_mark() if name == "TUPLE" else [stack.pop() for _ in range(int(name[-1]))][::-1]
+            stack.append(tuple(items))
+        elif name in ("LIST", "DICT"):
+            items = self.since_mark()
+            stack.append(items if name == "LIST" else _with_items({}, items))
+        elif name in ("APPEND", "APPENDS"):
+            items = [stack.pop()] if name == "APPEND" else self.since_mark()
+            _checked(stack[-1], list).extend(items)
+        elif name in ("SETITEM", "SETITEMS"):
+            items = [stack.pop(), stack.pop()][::-1] if name == "SETITEM" else self.since_mark()
+            _with_items(_checked(stack[-1], dict), items)
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            attribute = stack.pop() if name == "STACK_GLOBAL" else argument.split(" ", 1)[1]
+            module = stack.pop() if name == "STACK_GLOBAL" else argument.split(" ", 1)[0]
+            stack.append(self.look_up(_text(module), _text(attribute)))
+        elif name == "REDUCE":
+            arguments, function = stack.pop(), stack.pop()
+            stack.append(_checked(function, _Function).call(*_checked(arguments, tuple)))
+        elif name == "BUILD":
+            state, described = stack.pop(), stack[-1]
+            if type(described) is _Function:
+                raise ValueError("it changes a function")
+            _checked(described, _Notes).state = state
+        else:
+            stack.append(argument)
+
+    def since_mark(self) -> list[Any]:
+        """Take everything off the stack down to the last mark."""
+        items: list[Any] = []
+        while (item := self.stack.pop()) is not _MARK:
+            items.append(item)
+        return items[::-1]
+
+    def look_up(self, module: str, name: str) -> _Function:
+        """Return the function for a name; refuse all others by name."""
         known = f"{RENAMED.get(module, module).replace('numpy._core', 'numpy.core')}.{name}"
-        if known not in self.stand_ins:
+        if known not in self.functions:
             raise WeightsError(
-                f"{self.source} is refused: it asks for {module}.{name}, which could run code and which arrays have no need "
-                "of. Nothing was run; do not load this file in any other way"
+                f"{self.source} is refused: it asks for {one_line(f'{module}.{name}', 200)}, which could run code and which "
+                "arrays have no need of. Nothing was run; do not load this file in any other way"
             )
-        return _StandIn(self.stand_ins[known])
+        return _Function(self.functions[known])
 
-    def refuse_call(self, *_: object) -> NoReturn:
-        raise ValueError("numpy.ndarray is called directly")
-
-
-def _create_array(_: object, arguments: object, state: tuple[Any, ...], attributes: object = None) -> _Notes:
-    array = _Notes("array")
-    array.state = state
-    return array
+    def encode(self, text: Any, encoding: Any) -> bytes:
+        """Return bytes that were written as text; all together are no more than the file."""
+        self.left_to_encode -= len(_text(text))
+        if encoding != "latin1" or self.left_to_encode < 0:
+            raise ValueError("bytes are described in an unknown way")
+        return _text(text).encode("latin1")
 
 
-def _from_buffer(buffer: bytes, dtype: _Notes, shape: tuple[int, ...], order: str) -> _Notes:
-    array = _Notes("array")
-    array.state = (1, shape, dtype, order == "F", buffer)
-    return array
+CONTAINERS: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+CONSTANTS = {"MARK": _MARK, "NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 
 
-def _tensor(array: object, source: str) -> Tensor:
-    """Turn a described array into a tensor."""
+def _checked(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"a {type(value).__name__} stands in the place of a {kind.__name__}")
+    return value
+
+
+def _text(value: Any) -> str:
+    text: str = _checked(value, str)
+    return text
+
+
+def _with_items(target: dict[str, Any], items: list[Any]) -> dict[str, Any]:
+    """Add keys and values, which alternate; keys are strings."""
+    if len(items) % 2:
+        raise ValueError("a key has no value")
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        target[_text(key)] = value
+    return target
+
+
+def _no_function(*arguments: object) -> dict[str, Any]:
+    if arguments:
+        raise ValueError("a dictionary is made of arguments")
+    return {}
+
+
+def _refuse_call(*_: object) -> NoReturn:
+    raise ValueError("numpy.ndarray is called directly")
+
+
+def _create_array(_: object, arguments: object, state: object, attributes: object = None) -> _Notes:
+    return _Notes("array", state=state)
+
+
+def _from_buffer(buffer: object, dtype: object, shape: object, order: object) -> _Notes:
+    return _Notes("array", state=(1, shape, dtype, order == "F", buffer))
+
+
+def _tensor(array: Any, source: str, most: int) -> Tensor:
+    """Turn a described array into a tensor of at most so many bytes."""
     try:
-        assert isinstance(array, _Notes)
-        _, shape, dtype, fortran, raw = array.state
-        content = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
-        kind, order, shape = dtype.arguments[0], dtype.state[1], tuple(map(int, shape))
-    except (AssertionError, AttributeError, IndexError, TypeError, ValueError) as error:
+        _, shape, dtype, fortran, raw = _checked(_checked(array, _Notes).state, tuple)
+        kind, order = _text(_checked(dtype, _Notes).arguments[0]), _text(_checked(dtype.state, tuple)[1])
+        content = raw.encode("latin1") if type(raw) is str else raw
+        if type(content) not in (bytes, bytearray) or type(shape) is not tuple or len(shape) > MAX_RANK:
+            raise ValueError("no data or no shape")
+        if any(type(size) is not int or not 0 <= size <= most for size in shape):
+            raise ValueError("no shape")
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise WeightsError(f"{source} is no array; this is no .l2l file") from error
-    if kind != "f4" or order not in "<=":
-        raise WeightsError(f"{source} is of type {order}{kind}; the original code writes float32, which is <f4")
-    if min(shape, default=0) < 0 or len(content) != 4 * prod(shape):
+    if kind != "f4" or order not in ("<", "="):
+        described = one_line(f"{order}{kind}", 40)
+        raise WeightsError(f"{source} is of type {described}; the original code writes float32, which is <f4")
+    if len(content) != 4 * prod(shape):
         raise WeightsError(f"{source} has {len(content)} bytes, but shape {shape} needs {4 * prod(shape)}; get it again")
-    flat = torch.tensor(struct.unpack(f"<{prod(shape)}f", content))
+    if len(content) > most:
+        raise WeightsError(f"{source} is refused: its arrays share data, and are larger than the file")
     if fortran:
-        return flat.reshape(shape[::-1]).permute(*reversed(range(len(shape))))
-    return flat.reshape(shape)
+        return from_little_endian(bytes(content), shape[::-1]).permute(*reversed(range(len(shape))))
+    return from_little_endian(bytes(content), shape)
