@@ -75,6 +75,39 @@ def test_nets_start_small_each_its_own_and_see_their_own_minibatches(digits: tup
     assert losses[0] != losses[1]
 
 
+def test_a_user_s_conditions_are_drawn(digits: tuple[Tensor, Tensor]) -> None:
+    task = Mnist(
+        (20, 20), batch=(64, 256), pixels=("unit", "standard", "centred"), start=("gaussian", "pytorch"), units=(10, 80)
+    )
+    drawn = [task.sample_from(digits[0][:99], digits[1][:99], seed) for seed in range(40)]
+    units = {optimizee.params["weight0"].shape[-1] for optimizee in drawn}
+    assert min(units) >= 10
+    assert max(units) <= 80
+    assert len(units) > 20
+    assert all(one.params["weight1"].shape[1:] == one.params["weight0"].shape[-1:] * 2 for one in drawn)
+    sizes = {round(float(one.params["weight0"].std()), 2) for one in drawn}
+    assert sizes == {0.01, round((3 * 40) ** -0.5, 2)}, "nn.Linear draws evenly within one over the root of its inputs"
+    assert all(one.losses(one.params).isfinite() for one in drawn)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "mean", "deviation"), [("unit", 0.5, 0.1), ("standard", 1.2, 0.32), ("centred", 0.0, 0.1)]
+)
+def test_pixels_are_normalised_as_they_say(pixels: mnist.Pixels, mean: float, deviation: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    images = (127.5 + 25.5 * torch.randn(4000, 3, 1, generator=generator)).clamp(0, 255).byte()
+    shift, factor = mnist._normalisation(pixels, images)
+    x = (images.flatten(1) / 255 - shift) * factor
+    assert float(x.mean()) == pytest.approx(mean, abs=0.01)
+    assert float(x.std()) == pytest.approx(deviation, rel=0.03)
+
+
+def test_without_a_choice_nothing_is_drawn(digits: tuple[Tensor, Tensor]) -> None:
+    plain, named = (Mnist(batch=8, **options).sample_from(*digits, 5) for options in ({}, {"pixels": ("unit",)}))
+    assert torch.equal(plain.flat_params(), named.flat_params())
+    assert torch.equal(plain.generator.get_state(), named.generator.get_state())
+
+
 def test_the_halves_share_no_digit(asked: list[Path | None], digits: tuple[Tensor, Tensor]) -> None:
     used = {half: set(part) for half, part in mnist.HALVES.items()}
     assert used["first"].isdisjoint(used["second"])
