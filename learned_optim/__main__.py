@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import sys
@@ -17,17 +18,19 @@ from learned_optim.weights.facts import ADAM_BYTES, bytes_per_parameter, trainin
 from learned_optim.weights.file_format import FILE, from_bytes, read_bytes
 from learned_optim.weights.hub import download
 from learned_optim.weights.registry import HUB_ID
+from learned_optim.weights.text import one_line, visible
 from learned_optim.weights.weights import license_of
 
 PROGRAM = "python -m learned_optim"
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+LARGEST_MODEL = 1e18
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say it in one line."""
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {one_line(message)}; see {self.prog} --help\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,14 +46,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Its own warnings and progress would hide the one line that matters; read when it is imported, which is later.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # What an encoding lacks is escaped.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        for line in options.verb(options):
-            print(line)
-        sys.stdout.flush()
+        lines = options.verb(options)
+        for line in lines:
+            print(visible(line))
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (WeightsError, OSError) as error:
-        print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{PROGRAM}: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
@@ -182,8 +189,8 @@ def _count(text: str) -> int:
     """Read a number of parameters such as 7B, 1.3B, 125M, 1e6 or 1,000."""
     parts = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d{1,2})?)([KMBT]?)", text.replace(",", "").replace("_", ""), re.IGNORECASE)
     count = float(parts[1]) * SUFFIXES[parts[2].upper()] if parts else 0
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no model size; write it as 7B, 125M or 1e6")
+    if not 1 <= count <= LARGEST_MODEL:
+        raise argparse.ArgumentTypeError(f"{one_line(repr(text), 40)} is no model size; write it as 7B, 125M or 1e6")
     return round(count)
 
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import RULE_CASES, small_rule
 
 from learned_optim import LearnedOptimizer, UpdateRule
+from tests.cases import RULE_CASES, small_rule
 
 torch.set_num_threads(1)
 

@@ -21,6 +21,9 @@ from torch import Tensor, nn
 
 from learned_optim.rules.lstm import Carry, LSTMTensors, lstm_sequence, lstm_step
 
+LARGEST_SIZE = 2**16
+"""Of an LSTM, in units and in layers: beyond any use, and small enough that nothing overflows."""
+
 PIECE = 2**20
 """Coordinates of which a norm is taken at once: in float64 they are a copy."""
 
@@ -47,13 +50,14 @@ class RuleConfig:
         """Refuse sizes no LSTM can have; make floats of the fields that are floats by default, so that 100 equals 100.0.
 
         Raises:
-            ValueError: If ``hidden_size`` or ``num_layers`` is no integer or below 1, or another number is not finite.
+            ValueError: If ``hidden_size`` or ``num_layers`` is no integer or outside 1 to 65,536, or another number
+                is not finite.
         """
         for name in ("hidden_size", "num_layers"):
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"{name} must be an integer, got {getattr(self, name)!r}")
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= LARGEST_SIZE:
+                raise ValueError(f"{name} must lie between 1 and {LARGEST_SIZE:,}, got {getattr(self, name)}")
         for field in dataclasses.fields(self):
             if type(field.default) is float:
                 object.__setattr__(self, field.name, finite(field.name, getattr(self, field.name)))

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_identical
 from torch import nn
 from torch.utils.data import DataLoader
-from training import Run, end_of, loss_of, make_batches, make_model, make_optimizer, plain_run
+
+from tests.cases import assert_identical
+from tests.integrations.training import Run, end_of, loss_of, make_batches, make_model, make_optimizer, plain_run
 
 accelerate = pytest.importorskip("accelerate")
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from cases import assert_identical, copies
 from torch import nn
 from torch.optim import Optimizer
-from training import loss_of, make_batches, make_model
 
 from learned_optim import LearnedOptimizer
+from tests.cases import assert_identical, copies
+from tests.integrations.training import loss_of, make_batches, make_model
 
 
 def train(model: nn.Module, optimizer: Optimizer) -> list[torch.Tensor]:

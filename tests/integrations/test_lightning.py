@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_identical
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from training import Batch, end_of, loss_of, make_batches, make_model, make_optimizer, plain_run
+
+from tests.cases import assert_identical
+from tests.integrations.training import Batch, end_of, loss_of, make_batches, make_model, make_optimizer, plain_run
 
 lightning = pytest.importorskip("lightning.pytorch")
 

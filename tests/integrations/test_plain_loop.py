@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from cases import assert_identical, draw_gradients, make_params, needs_dynamo, small_rule
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.lr_scheduler import ExponentialLR
-from training import Run, end_of, loss_of, make_batches, make_model, make_optimizer
 
 from learned_optim import LearnedOptimizer
+from tests.cases import assert_identical, draw_gradients, make_params, needs_dynamo, small_rule
+from tests.integrations.training import Run, end_of, loss_of, make_batches, make_model, make_optimizer
 
 
 def mixed_precision_run(scaler: torch.amp.GradScaler, batches: list, start: dict | None = None) -> tuple[Run, dict]:

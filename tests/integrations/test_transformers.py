@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_identical, small_rule
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from training import Run, end_of
 
 from learned_optim import LearnedOptimizer
+from tests.cases import assert_identical, small_rule
+from tests.integrations.training import Run, end_of
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-from cases import copies, memories, small_rule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from learned_optim import LearnedOptimizer
+from tests.cases import copies, memories, small_rule
 
 Batch = tuple[Tensor, Tensor]
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import RULE_CASES, assert_identical, copies, draw_gradients, make_params, memories, small_rule, take_steps
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from learned_optim import LearnedOptimizer, UpdateRule, Weights
 from learned_optim.rules.storage import decode
 from learned_optim.sharding import zeros_like
+from tests.cases import RULE_CASES, assert_identical, copies, draw_gradients, make_params, memories, small_rule, take_steps
 
 
 def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:

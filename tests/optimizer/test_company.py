@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_identical, copies, draw_gradients, make_params, memories, needs_dynamo, small_rule, take_steps
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from learned_optim import LearnedOptimizer, UpdateRule
+from tests.cases import assert_identical, copies, draw_gradients, make_params, memories, needs_dynamo, small_rule, take_steps
 
 
 def make_model() -> nn.Module:

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_identical, copies, draw_gradients, make_params, small_rule, take_steps
 from torch import nn
 
 from learned_optim import LearnedOptimizer, UpdateRule, Weights
+from tests.cases import assert_identical, copies, draw_gradients, make_params, small_rule, take_steps
 
 ONE = [(3,)]
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cases import RULE_CASES, assert_identical, copies, draw_gradients, memories, small_rule
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from learned_optim import LearnedOptimizer, Recorder
+from tests.cases import RULE_CASES, assert_identical, copies, draw_gradients, memories, small_rule
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_identical, copies, draw_gradients, make_params, memories, small_rule, take_steps
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from learned_optim import LearnedOptimizer, UpdateRule
 from learned_optim.guard import PATIENCE
+from tests.cases import assert_identical, copies, draw_gradients, make_params, memories, small_rule, take_steps
 
 CASES = ["paper-raw", "adam-modulation"]
 SAYS = "LearnedOptimizer fell back to its nominal Adam step, from now on and starting afresh"

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SHAPES, assert_identical, copies, draw_gradients, make_params, memories, small_rule, take_steps
 from torch import nn
 
 from learned_optim import LearnedOptimizer, UpdateRule, state_bytes
 from learned_optim.backends.native import step as native
+from tests.cases import SHAPES, assert_identical, copies, draw_gradients, make_params, memories, small_rule, take_steps
 
 DTYPES: list[dict[str, Any]] = [
     {},

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import RULE_CASES, assert_identical, copies, draw_gradients, make_params, memories, small_rule, take_steps
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from learned_optim import LearnedOptimizer, UpdateRule, Weights, WeightsError, build_rule, state_bytes
+from tests.cases import RULE_CASES, assert_identical, copies, draw_gradients, make_params, memories, small_rule, take_steps
 
 seeds = itertools.count(1000)
 

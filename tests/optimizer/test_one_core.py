@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import SHAPES, assert_identical, draw_gradients, make_params, memories, take_steps
 from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer, UpdateRule
+from tests.cases import SHAPES, assert_identical, draw_gradients, make_params, memories, take_steps
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 STEPS = 10

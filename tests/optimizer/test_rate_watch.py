@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import make_params, needs_dynamo, small_rule, take_steps
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, OneCycleLR
 
 from learned_optim import LearnedOptimizer
 from learned_optim.rate_watch import STEPS
+from tests.cases import make_params, needs_dynamo, small_rule, take_steps
 
 ONE = [(3,)]
 SAYS = r"LearnedOptimizer runs with a small lr: .*lr=0\.0006.* 1 is the usual factor.*filterwarnings"

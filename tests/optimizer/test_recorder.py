@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_identical, draw_gradients, make_params, memories, small_rule, take_steps
 from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer, Recorder, UpdateRule
 from learned_optim.backends.native.sequence import native_available
+from tests.cases import assert_identical, draw_gradients, make_params, memories, small_rule, take_steps
 
 FIGURES = {"update_ratio", "cosine_descent", "cosine_adam", "saturation", "skipped", "at_rest"}
 BACKENDS = ["reference", pytest.param("native", marks=pytest.mark.skipif(not native_available(), reason="not built"))]

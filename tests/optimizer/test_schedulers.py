@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import assert_identical, make_params, small_rule, take_steps
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import SWALR
 
 from learned_optim import LearnedOptimizer
+from tests.cases import assert_identical, make_params, small_rule, take_steps
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 STEPS = 8

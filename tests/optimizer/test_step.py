@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SHAPES, assert_identical, copies, draw_gradients, make_params, memories, small_rule, take_steps
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from learned_optim import LearnedOptimizer, UpdateRule
+from tests.cases import SHAPES, assert_identical, copies, draw_gradients, make_params, memories, small_rule, take_steps
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 

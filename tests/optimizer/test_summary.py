@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from cases import make_params, small_rule, take_steps
 from torch import nn
 
 from learned_optim import LearnedOptimizer, UpdateRule, Weights, state_bytes
 from learned_optim.backends import backend_in_use
 from learned_optim.backends.native.sequence import native_available
+from tests.cases import make_params, small_rule, take_steps
 
 
 def columns(line: str) -> list[str]:

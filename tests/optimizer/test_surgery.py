@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import copies, draw_gradients, small_rule
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from learned_optim import LearnedOptimizer
+from tests.cases import copies, draw_gradients, small_rule
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402

@@ -5,13 +5,13 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import RULE_CASES, copies, small_rule
 from torch import Tensor, nn
 
 from learned_optim import UpdateRule, build_rule
 from learned_optim.rules import log_and_sign
 from learned_optim.rules.lstm import lstm_step
 from learned_optim.rules.rule import Memory
+from tests.cases import RULE_CASES, copies, small_rule
 
 N = 7
 ADAM_CASES = [case for case in RULE_CASES if case.startswith("adam")]
@@ -377,8 +377,8 @@ def test_paper_rules_take_no_tensor_scale(case: str) -> None:
     [
         ("adam", {}, "unknown rule family 'adam'.*adam-modulation, paper"),
         ("paper", {"hiden_size": 3}, "no option hiden_size; it has .*hidden_size"),
-        ("paper", {"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
-        ("paper", {"num_layers": 0}, "num_layers must be at least 1, got 0"),
+        ("paper", {"hidden_size": 0}, "hidden_size must lie between 1 and 65,536, got 0"),
+        ("paper", {"num_layers": 0}, "num_layers must lie between 1 and 65,536, got 0"),
         ("paper", {"hidden_size": True}, "hidden_size must be an integer, got True"),
         ("paper", {"num_layers": 2.0}, "num_layers must be an integer, got 2.0"),
         ("paper", {"output_scale": math.inf}, "output_scale must be a number, finite in float32, got inf"),
@@ -390,7 +390,7 @@ def test_paper_rules_take_no_tensor_scale(case: str) -> None:
         ("paper", {"preprocess_p": 0.0}, "preprocess_p must be positive"),
         ("paper", {"input_scale": 0.0}, "input_scale must be positive"),
         ("paper", {"output_scale": -1.0}, "output_scale must be positive"),
-        ("adam-modulation", {"hidden_size": 0}, "hidden_size must be at least 1"),
+        ("adam-modulation", {"hidden_size": 0}, "hidden_size must lie between 1"),
         ("adam-modulation", {"fast_decay": 1.0}, r"fast_decay must lie in \[0, 1\), got 1.0"),
         ("adam-modulation", {"slow_decay": -0.1}, "slow_decay must lie in"),
         ("adam-modulation", {"second_moment_decay": 1.5}, "second_moment_decay must lie in"),

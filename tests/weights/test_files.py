@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import RULE_CASES, assert_identical, copies, make_params, small_rule, take_steps
 from safetensors.torch import save_file
 from torch import nn
 
 from learned_optim import LearnedOptimizer, Weights, WeightsError, WeightsNotFoundError, available_weights, build_rule
 from learned_optim.weights import file_format, read_weights, resolve_weights, write_weights
 from learned_optim.weights.file_format import MAX_BYTES, from_bytes, to_bytes
+from tests.cases import RULE_CASES, assert_identical, copies, make_params, small_rule, take_steps
 
 Spoil = Callable[[bytes], bytes]
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import make_params, small_rule
-from hub_stand_in import NEW, OLD, REPO, Hub, ask, close_session, redirect, serve
 from huggingface_hub import ModelCard, constants, errors
 from huggingface_hub.utils import disable_progress_bars
 
@@ -19,6 +17,8 @@ from learned_optim import LearnedOptimizer, Weights, WeightsError, WeightsNotFou
 from learned_optim.weights import read_weights
 from learned_optim.weights import weights as weights_module
 from learned_optim.weights.file_format import MAX_BYTES, to_bytes
+from tests.cases import make_params, small_rule
+from tests.hub_stand_in import NEW, OLD, REPO, Hub, ask, close_session, redirect, serve
 
 NOWHERE = "http://127.0.0.1:9"
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import make_params, small_rule
 from torch import nn
 
 from learned_optim import LearnedOptimizer, Weights, WeightsError, WeightsNotFoundError, available_weights
 from learned_optim.weights import file_format, hub, registry, resolve_weights
 from learned_optim.weights import weights as weights_module
+from tests.cases import make_params, small_rule
 
 
 @pytest.fixture

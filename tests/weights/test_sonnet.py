@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sonnet_files import Variables, as_safetensors, by_dill, changed, sonnet_variables, zeros
 
 from learned_optim import LearnedOptimizer, Weights, WeightsError, WeightsNotFoundError
 from learned_optim.weights import read_sonnet
 from learned_optim.weights.file_format import MAX_BYTES
+from tests.sonnet_files import Variables, as_safetensors, by_dill, changed, sonnet_variables, zeros
 
 
 def sonnet_updates(variables: Variables, gradients: np.ndarray, k: float | None, scale: float, epsilon: float) -> np.ndarray:

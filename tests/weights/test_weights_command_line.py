@@ -1,5 +1,6 @@
 """``python -m learned_optim``: what it prints, and that a mistake is one line and exit status 2."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,9 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cases import small_rule
-from hub_stand_in import OLD, REPO, Hub, close_session, redirect, serve
-from sonnet_files import as_safetensors, by_dill, changed, sonnet_variables, zeros
 
 import learned_optim
 from learned_optim import Weights, available_weights
@@ -17,6 +15,9 @@ from learned_optim.__main__ import main
 from learned_optim.weights import read_sonnet, read_weights
 from learned_optim.weights.facts import bytes_per_parameter
 from learned_optim.weights.file_format import to_bytes
+from tests.cases import small_rule
+from tests.hub_stand_in import OLD, REPO, Hub, close_session, redirect, serve
+from tests.sonnet_files import as_safetensors, by_dill, changed, sonnet_variables, zeros
 
 Output = pytest.CaptureFixture[str]
 
@@ -223,3 +224,37 @@ assert not {"huggingface_hub", "numpy.testing", "meta_train"} & set(sys.modules)
         cut.stdout.close()
         assert cut.stderr.read() == b""
     assert cut.returncode == 0
+
+
+HOSTILE = "red \x1b[31m, back \u202e, line\nbreak"
+
+
+def test_what_a_stranger_wrote_is_printed_inert(tmp_path: Path, capsys: Output) -> None:
+    path = tmp_path / "hostile.safetensors"
+    about = {"note": HOSTILE, "license": HOSTILE}
+    path.write_bytes(to_bytes(Weights(small_rule(), HOSTILE, f"x = 1 # {HOSTILE}", about)))
+    assert main(["info", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert all(character.isprintable() or character == "\n" for character in printed)
+    assert "\\x1b[31m" in printed
+    assert main(["info", str(tmp_path / f"{HOSTILE}.safetensors")]) == 2
+    assert all(character.isprintable() for character in capsys.readouterr().err.rstrip("\n"))
+
+
+def test_what_an_encoding_lacks_is_escaped(tmp_path: Path) -> None:
+    path = tmp_path / "umlaut.safetensors"
+    path.write_bytes(to_bytes(Weights(small_rule(), "Grüße")))
+    command = [sys.executable, "-m", "learned_optim", "info", str(path)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "Gr\\xfc\\xdfe" in done.stdout
+
+
+@pytest.mark.parametrize("size", ["9" * 400, "1e99", "0", "-1"])
+def test_a_size_without_meaning_is_one_line(size: str, capsys: Output) -> None:
+    with pytest.raises(SystemExit):
+        main(["bytes", "--", size])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "is no model size" in error
+    assert len(error) < 300
