@@ -107,7 +107,8 @@ def choose_backend(name: str, rule: UpdateRule) -> ModuleType:
     """Return what runs a rule: the named backend, or for ``auto`` the first that supports it; else the reference."""
     if is_fake(rule.readout.weight):
         return reference
-    if name == "auto" and not native.available() and rule.readout.weight.device.type == "cpu":
+    lacking = name == "auto" and not native.available() and rule.readout.weight.device.type == "cpu"
+    if lacking and not torch.compiler.is_compiling():  # Which would trace through the cache and warn.
         _say_once()
     names = _AUTO if name == "auto" else (name,)
     for module in (_MODULES[name] for name in names if name in _MODULES):
@@ -118,11 +119,10 @@ def choose_backend(name: str, rule: UpdateRule) -> ModuleType:
 
 @functools.cache
 def _say_once() -> None:
-    if not torch.compiler.is_compiling():
-        logging.getLogger("learned_optim").warning(
-            "the compiled CPU kernels were not built, or from other sources, and steps are several times slower; %s",
-            _INSTALL["native"],
-        )
+    logging.getLogger("learned_optim").warning(
+        "the compiled CPU kernels were not built, or from other sources, and steps are several times slower; %s",
+        _INSTALL["native"],
+    )
 
 
 def backend_in_use(backend: str, rule: UpdateRule) -> str:

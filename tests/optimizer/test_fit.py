@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer
+from learned_optim.backends import native
 from tests.cases import small_rule
 
 BACKENDS = ["reference", "native", "compiled"]
@@ -119,7 +120,10 @@ def test_the_name_of_a_parameter_is_said_where_it_is_known() -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("backend", ["reference", "native"])
+needs_kernels = pytest.mark.skipif(not native.available(), reason="the compiled kernels were not built")
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_kernels)])
 def test_state_of_any_strides_and_a_count_that_is_a_number_just_work(backend: str) -> None:
     results = []
     for by_hand in (False, True):
