@@ -19,8 +19,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
 ALIGNMENT = 4
-"""Sides are padded with zeros to multiples of it, so that every matrix of a batch begins at a multiple of 64 bytes. BLAS
-rounds by the address; without the padding, the result of a matrix would depend on its place in the batch."""
+"""Zeros pad both sides to multiples of it, so every matrix of a batch begins at a multiple of 64 bytes. BLAS rounds by the
+address: without the padding, the result of a matrix would depend on its place in the batch."""
 
 SCRATCH_BYTES = 64 * 2**20
 """Memory that one bucket of :func:`buckets` may need beside updates and results."""
@@ -110,6 +110,9 @@ def shape_updates(updates: Tensor, blend: Tensor | float = 1.0, rms: Tensor | No
 
     With ``Q = orthogonalize(U)``, set to zero where ``U`` is zero, the result is
     ``(1 - blend) U + blend length Q / |Q|``. A coordinate that the rule leaves at rest therefore stays at rest.
+
+    On one thread of a CPU, the result of a matrix depends on no other matrix of its batch, to the last bit. On several
+    threads, BLAS splits a batch of one in another way than a larger batch, so the last bits may differ there.
 
     Args:
         updates: ``(B, m, n)``, float32 or float64. Zero matrices and matrices with NaN or Inf come back as they are.

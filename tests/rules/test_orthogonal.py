@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from learned_optim.rules import orthogonal
 from learned_optim.rules.orthogonal import (
@@ -57,6 +58,15 @@ def by_svd(matrices: Tensor) -> Tensor:
 def test_singular_values_take_the_polynomial(sides: tuple[int, int], dtype: torch.dtype) -> None:
     matrices = random(3, *sides, dtype=dtype)
     torch.testing.assert_close(orthogonalize(matrices).double(), by_svd(matrices), rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("sides", "products"), [((8, 16), 10 * 16 + 5 * 8), ((8, 80), 2 * 80 + 17 * 8), ((80, 8), 2 * 80 + 17 * 8)]
+)
+def test_long_sides_meet_two_products_only(sides: tuple[int, int], products: int) -> None:
+    with FlopCounterMode(display=False) as counter:
+        orthogonalize(random(1, *sides))
+    assert counter.get_total_flops() == 2 * 8 * 8 * products
 
 
 @pytest.mark.parametrize("sides", [(8, 8), (8, 40), (40, 8)], ids=str)
