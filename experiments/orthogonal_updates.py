@@ -342,8 +342,11 @@ def table() -> None:
     text = (
         "Made by `python -m experiments.orthogonal_updates run` and `table`. Training losses of 20 fresh minibatches; "
         f"{len(KINDS)} held-out kinds, seeds {seeds}; n counts pairs of kind and seed. Rates of Adam and Muon are the "
-        "best of their half-decades on these very runs.\n\nGeometric means of the ratio to `default` and to tuned Adam, "
-        "both at their last weights; inner steps and weights in the header:\n\n"
+        "best of their half-decades on these very runs.\n\n"
+        "A row with a smaller n lacks kinds and must not be compared with the others; the second table sets contestants "
+        "side by side kind by kind.\n\n"
+        "Geometric means of the ratio to `default` and to tuned Adam, both at their last weights; inner steps and weights "
+        "in the header:\n\n"
     )
     heads = [f"{at} {horizon} / {against}" for against, horizon, at in columns]
     text += markdown(["contestant", "n", *heads, f"worst last {HORIZONS[-1]} / Adam"], overview)
