@@ -12,14 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learned_optim.group_options import Group, check_options
+from learned_optim.group_options import Group, check_options, compute_dtype
 from learned_optim.rules import UpdateRule
 from learned_optim.rules.storage import MEMORY_FLOATS, layout, names
 from learned_optim.sharding import as_real, local
 
 
+def check_group_options(groups: Iterable[Group]) -> None:
+    """Refuse a step whose options were set out of range; to look at the value of a tensor would wait for its device.
+
+    Args:
+        groups: The optimizer's.
+
+    Raises:
+        ValueError: If an option of a group is out of range.
+    """
+    for group in groups:
+        check_options({**group, "lr": 1.0} if isinstance(group["lr"], Tensor) else group)
+
+
 def check_fit(groups: Iterable[Group], state: Mapping[Tensor, Any], rule_of: Callable[[Group], UpdateRule]) -> None:
-    """Refuse a step whose options, gradients or state do not fit.
+    """Refuse a step whose gradients or state do not fit.
 
     Args:
         groups: The optimizer's.
@@ -27,14 +40,10 @@ def check_fit(groups: Iterable[Group], state: Mapping[Tensor, Any], rule_of: Cal
         rule_of: The rule of a group.
 
     Raises:
-        ValueError: If an option of a group is out of range.
         RuntimeError: If a gradient is sparse or unlike its parameter, or state has another shape, dtype or device.
     """
     first = 0
     for group in groups:
-        if not torch.compiler.is_compiling():
-            # To look at the value of a tensor would wait for its device.
-            check_options({**group, "lr": 1.0} if isinstance(group["lr"], Tensor) else group)
         rule = rule_of(group)
         for position, param in enumerate(group["params"]):
             if param.grad is not None:
@@ -75,6 +84,11 @@ def _check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
 def _check_state(name: str, param: Tensor, memory: Mapping[str, Any], rule: UpdateRule) -> None:
     if not isinstance(memory, Mapping) or "hidden" not in memory:
         raise RuntimeError(f"the state of {name} is not this optimizer's; {_FRESH}")
+    if memory["hidden"].dtype == torch.int8 and compute_dtype(param.dtype) == torch.float64:
+        raise RuntimeError(
+            f"{name} is {param.dtype}, but its memory is 8-bit, which serves single precision alone; load a checkpoint made "
+            f"before the change, which converts the memory, or {_FRESH}"
+        )
     shape, device = tuple(as_real(param).shape), param.device
     expected = layout(rule, memory["hidden"].dtype)
     for entry_name in names(rule, memory):

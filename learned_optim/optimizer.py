@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from learned_optim.backends import Plan, PlannedGroup, StepItem, StepOptions, apply_step, check_backend, make_plan
 from learned_optim.checkpoint import loading
-from learned_optim.fit import check_fit
+from learned_optim.fit import check_fit, check_group_options
 from learned_optim.group_options import (
     check_options,
     compute_dtype,
@@ -249,6 +249,7 @@ class LearnedOptimizer(Optimizer):
                 loss = closure()
         if not torch.compiler.is_compiling():
             check_modes(self.param_groups)
+            check_group_options(self.param_groups)
             if self._rate_watch and not self._rate_watch.look(self.param_groups):
                 self._rate_watch = None
         if self._repeat_step():
@@ -283,15 +284,13 @@ class LearnedOptimizer(Optimizer):
 
     def _planned_groups(self) -> list[PlannedGroup]:
         """Return the groups with the rules of their first parameters; a plan refuses groups of several devices or dtypes."""
-        rest = torch.empty(0, device="cpu")
-        return [
-            PlannedGroup(
-                group["params"],
-                self._rule_of(group["params"][0] if group["params"] else rest, group),
-                _options(group, torch.device("cpu"), torch.float32),
-            )
-            for group in self.param_groups
-        ]
+        planned = []
+        for group in self.param_groups:
+            params = group["params"]
+            rule = self._rule_of(params[0], group) if params else self._weights_of(group).rule
+            weight = rule.readout.weight
+            planned.append(PlannedGroup(params, rule, _options(group, weight.device, weight.dtype)))
+        return planned
 
     def summary(self) -> str:
         """Return a table of the groups: weights, rule, parameters, memory and the backend that runs them."""

@@ -248,24 +248,20 @@ def _figures(options: argparse.Namespace) -> int:
         rows = training_table(options.runs)
         options.results.mkdir(parents=True, exist_ok=True)
         write_rows(training, rows)
-    endings = (".svg",)
     if training.exists():
-        for ending in endings:
-            figures.training_process(read_rows(training), training.with_suffix(ending))
+        figures.training_process(read_rows(training), training.with_suffix(".svg"))
     if training.exists() and not (options.results / "curves.csv").exists():
         return 0
     drawn = _drawn(options.results)
     if "task" in drawn[0]:
-        for ending in endings:
-            figures.suite_curves(drawn, options.results / f"curves{ending}")
+        figures.suite_curves(drawn, options.results / "curves.svg")
         return 0
     probe = read_rows(options.results / "probe.csv")
     about = {"task": "", "trained_to": None, **read_environment(options.results / "environment.json")}
     longest = max(int(row["inner_step"]) for row in drawn)
     trained_to = about["trained_to"] if about["trained_to"] and about["trained_to"] < longest else None
-    for ending in endings:
-        figures.learning_curves(drawn, options.results / f"curves{ending}", trained_to=trained_to, title=about["task"])
-        figures.update_probe(probe, options.results / f"probe{ending}")
+    figures.learning_curves(drawn, options.results / "curves.svg", trained_to=trained_to, title=about["task"])
+    figures.update_probe(probe, options.results / "probe.svg")
     _figures_of_variants(options.results)
     return 0
 
@@ -278,8 +274,7 @@ def _explain(options: argparse.Namespace) -> int:
     rows = responses(weights.first, config.step_size)
     options.out.mkdir(parents=True, exist_ok=True)
     write_rows(options.out / "responses.csv", rows)
-    for ending in (".svg",):
-        figures.rule_responses(read_rows(options.out / "responses.csv"), options.out / f"responses{ending}")
+    figures.rule_responses(read_rows(options.out / "responses.csv"), options.out / "responses.svg")
     return 0
 
 
@@ -292,10 +287,9 @@ def _figures_of_variants(results: Path) -> None:
     grid = arena_report.size_table(path.parent for path in sorted(results.rglob("curves.csv")))
     if grid:
         write_rows(results / "grid.csv", grid)
-    for ending in (".svg",):
-        figures.variant_curves(curves, results / f"variants{ending}")
-        if grid:
-            figures.size_grid(read_rows(results / "grid.csv"), results / f"grid{ending}")
+    figures.variant_curves(curves, results / "variants.svg")
+    if grid:
+        figures.size_grid(read_rows(results / "grid.csv"), results / "grid.svg")
 
 
 def _verify(options: argparse.Namespace) -> int:

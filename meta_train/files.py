@@ -32,14 +32,14 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def remove_leftovers(folder: Path, names: Callable[[str], bool]) -> None:
-    """Remove files that :func:`write_atomically` had half written when its process was killed.
+    """Remove files that :func:`write_atomically` or ``write_weights`` had half written when the process was killed.
 
     Args:
         folder: Where they lie.
         names: Whether a name is that of a file which the caller writes there; all others are left alone.
     """
     for path in folder.iterdir():
-        leftover = re.fullmatch(r"\.(.+)\.\d+", path.name)
+        leftover = re.fullmatch(r"\.(.+?)(\.\d+)+", path.name)
         if leftover and names(leftover[1]):
             path.unlink(missing_ok=True)
 

@@ -141,3 +141,42 @@ def test_state_of_any_strides_and_a_count_that_is_a_number_just_work(backend: st
             optimizer.step()
         results.append((param.detach(), dict(optimizer.state[param])))
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [-1.0, "fast"])
+def test_a_repeated_step_refuses_options_like_a_full_one(value: Any) -> None:
+    params, optimizer = stepped()
+    optimizer.param_groups[1]["lr"] = value
+    before = everything(params, optimizer)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="Invalid learning rate"):
+            optimizer.step()
+        assert_same(everything(params, optimizer), before)
+
+
+def test_a_count_set_out_of_range_in_a_later_group_stops_the_earlier_one_too() -> None:
+    params, optimizer = stepped()
+    optimizer.state[params[1]]["step"] = -2
+    before = everything(params[:1], optimizer)
+    with pytest.raises(RuntimeError, match="a count of steps is 0 or more"):
+        optimizer.step()
+    assert_same(everything(params[:1], optimizer), before)
+
+
+def test_eight_bit_memory_under_a_parameter_made_double_is_refused() -> None:
+    params, optimizer = stepped(state_dtype="int8")
+    params[1].data = params[1].data.double()
+    params[1].grad = torch.ones_like(params[1])
+    before = everything(params, optimizer)
+    with pytest.raises(RuntimeError, match=r"parameter 1 is torch.float64, but its memory is 8-bit"):
+        optimizer.step()
+    assert_same(everything(params, optimizer), before)
+
+
+def test_a_rate_stays_on_the_device_of_the_parameters() -> None:
+    """Elsewhere every step would wait for the device, and no CUDA graph could hold it."""
+    optimizer = optimizer_of([nn.Parameter(torch.ones(3, device="meta"))])
+    optimizer.param_groups[0]["lr"] = torch.tensor(1.0, device="meta")
+    (group,) = optimizer._planned_groups()
+    assert isinstance(group.options.lr, Tensor)
+    assert group.options.lr.device.type == "meta"

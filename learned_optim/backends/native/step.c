@@ -14,7 +14,7 @@ enum { PAPER = 0, ADAM_MODULATION = 1 };
 enum { WRITE, FORGET, READ, CANDIDATE }; /* gates as the kernel has them: the three sigmoids first */
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };
 
-/* What a rule is, apart from its meta-parameters. Mirrored by native.py. */
+/* What a rule is, apart from its meta-parameters. Mirrored by step.py. */
 struct rule {
   int32_t family, layers, hidden, log_and_sign, num_times;
   float fast_decay, slow_decay, second_moment_decay, outlier_bound, step_size, log_gain;
@@ -23,7 +23,7 @@ struct rule {
   float time_scales[16];
 };
 
-/* What a step reads and writes, one row an item; a pointer is 8 bytes on every machine we know. Mirrored by native.py. */
+/* What a step reads and writes, one row an item; a pointer is 8 bytes on every machine we know. Mirrored by step.py. */
 struct columns {
   int64_t count;
   const int64_t *sizes;
@@ -55,7 +55,7 @@ HELPER float time_feature(const struct rule *rule, int k, float step) {
   return tanhf(step / rule->time_scales[k] - 1.0f);
 }
 
-/* Weights as native.py packs them: for each layer the bias [unit][gate], in the first layer the columns of the features of
+/* Weights as step.py packs them: for each layer the bias [unit][gate], in the first layer the columns of the features of
  * time [feature][unit][gate], then [unit][inputs, hiddens][gate]; at the end [output][hiddens, bias]. All that belongs to
  * the sigmoids is multiplied by -1/ln 2, because they take powers of two: sigmoid = 1 / (1 + 2^gate). */
 HELPER size_t lstm_weights(const struct rule *rule) {
@@ -187,7 +187,7 @@ int learned_optim_isa(void) {
   return 0;
 }
 
-/* ---- what native.py calls ------------------------------------------------------------------------------------------------- */
+/* ---- what step.py calls ------------------------------------------------------------------------------------------------- */
 
 /* Scales of all tensors that threads may share. Squares are summed in float64 by pieces of fixed size: threads do not change
  * the result. */
@@ -230,7 +230,7 @@ int learned_optim_step(const struct rule *rule, const float *weights, const stru
   return DISPATCH(step_all, rule, weights, columns, threads);
 }
 
-/* What was compiled: see native_library.py. */
+/* What was compiled: see library.py. */
 const char *learned_optim_sources(void) { return SOURCE_DIGEST; }
 
 /* For tests: tanh 0, sigmoid 1, exp 2, log 3 of an array. */
