@@ -24,19 +24,17 @@ from benchmarks.timing import side_by_side, write_table
 from learned_optim import build_rule
 from learned_optim.rules.lstm import Carry
 from meta_train.tasks import Quadratic, seeded
-from meta_train.training import meta_gradient
 from meta_train.training.inner_steps import PlainSteps
-from meta_train.training.meta_gradient import (
-    backpropagate,
+from meta_train.training.meta_gradient import backpropagate, unroll
+from meta_train.training.outer_loop import MetaTraining
+from meta_train.training.publish import WEIGHTS_DIR
+from meta_train.training.recipe import read_recipe
+from meta_train.training.roll_out import (
     loss_and_grad,
     roll_out,
     sample_coordinates,
     start_episode,
-    unroll,
 )
-from meta_train.training.outer_loop import MetaTraining
-from meta_train.training.publish import WEIGHTS_DIR
-from meta_train.training.recipe import read_recipe
 from meta_train.workers import Workers
 
 TRUNCATION = 20
@@ -120,7 +118,7 @@ def ways_on_the_mixture() -> dict[str, Callable[[], object]]:
             backpropagate(rule, record, torch.ones_like(record.losses))
 
     def by_lstm() -> None:
-        with mock.patch.object(meta_gradient, "inner_steps", LstmSteps):
+        with mock.patch("meta_train.training.roll_out.inner_steps", LstmSteps):
             outer_step()
 
     def passes_alone() -> None:

@@ -21,9 +21,9 @@ from benchmarks.timing import side_by_side, write_table
 from learned_optim.backends.compiled import compile_graph
 from meta_train.rows import Row
 from meta_train.tasks.task import Optimizee
-from meta_train.training.meta_gradient import start_episode
 from meta_train.training.publish import WEIGHTS_DIR
 from meta_train.training.recipe import Recipe, read_recipe
+from meta_train.training.roll_out import start_episode
 
 SEEDS = (3, 4, 7, 8, 9)
 """Problems whose loss can be traced; that of seed 0 cannot, as it reads a number out of a tensor."""

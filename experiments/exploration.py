@@ -58,11 +58,11 @@ REPLACED: dict[str, dict[str, Any]] = {
     "no label noise": {"tasks.mixture.digit_stream": lambda *args, **how: digit_stream(*args, **how | {"label_noise": 0.0})},
     "the parameter's value": {
         "recipe.build_rule": partial(build_wider_rule, ValueRule),
-        "meta_gradient.inner_steps": NotingSteps,
+        "roll_out.inner_steps": NotingSteps,
     },
     "the tensor's signal": {
         "recipe.build_rule": partial(build_wider_rule, TensorRule),
-        "meta_gradient.inner_steps": NotingSteps,
+        "roll_out.inner_steps": NotingSteps,
     },
 }
 """What of ``meta_train`` a variation replaces: a draw of the mixture, or the rule and its inner steps."""

@@ -50,7 +50,12 @@ class Shaped:
 
     Args:
         blend: From 0, raw, to 1, orthogonal.
-        of: What is orthogonalised: ``"update"``, or ``"momentum"``, a Nesterov momentum of .95 of the gradient.
+        of: What is orthogonalised: ``"update"``; ``"momentum"``, a Nesterov momentum of the gradient; or ``"mix"``, the
+            sum of both after each is divided by its norm.
+        share: Factor on the momentum in that sum.
+        decays: Of the momentum, which is the mean of one for each decay.
+        nesterov: Whether the momentum looks one step ahead.
+        gain: Factor on the length of an orthogonal update.
         amplitude: One magnitude a tensor, the root mean square of the rule's amplitudes, instead of the update's norm.
         smallest_side: Fewest rows and columns.
         ends: Whether embeddings and the readout take part.
@@ -60,6 +65,10 @@ class Shaped:
 
     blend: float = 1.0
     of: str = "update"
+    share: float = 1.0
+    decays: tuple[float, ...] = (0.95,)
+    nesterov: bool = True
+    gain: float = 1.0
     amplitude: bool = False
     smallest_side: int = 2
     ends: bool = True
@@ -88,6 +97,17 @@ VARIANTS = {
     "nominal orthogonal, lr .5": Shaped(nominal=True, lr=0.5),
     "momentum, no ends": Shaped(of="momentum", ends=False),
     "one magnitude, no ends": Shaped(amplitude=True, ends=False),
+    "mix 1": Shaped(of="mix"),
+    "mix 1, both": Shaped(of="mix", decays=(0.8, 0.98)),
+    "mix .5, both": Shaped(of="mix", share=0.5, decays=(0.8, 0.98)),
+    "mix 2, both": Shaped(of="mix", share=2.0, decays=(0.8, 0.98)),
+    "momentum, both": Shaped(of="momentum", decays=(0.8, 0.98)),
+    "momentum, sum": Shaped(of="momentum", decays=(0.8, 0.98), nesterov=False),
+    "mix 1, sum": Shaped(of="mix", decays=(0.8, 0.98), nesterov=False),
+    "mix 1, sum, gain .7": Shaped(of="mix", decays=(0.8, 0.98), nesterov=False, gain=0.7),
+    "mix 1, sum, gain .5": Shaped(of="mix", decays=(0.8, 0.98), nesterov=False, gain=0.5),
+    "mix 1, sum, nominal": Shaped(of="mix", decays=(0.8, 0.98), nesterov=False, nominal=True),
+    "mix 1, sum, blend .7": Shaped(of="mix", decays=(0.8, 0.98), nesterov=False, blend=0.7),
 }
 OPPONENTS = ("Adam", "Muon", "Muon + cosine")
 
@@ -134,7 +154,7 @@ class ShapedOptimizer:
         left_out = set() if shaped.ends else ends_of(module)
         chosen = [p for p in self.params if has_matrix(p.shape, shaped.smallest_side) and p not in left_out]
         self.chosen = chosen if shaped.blend else []
-        self.momenta = {param: torch.zeros_like(param) for param in self.chosen}
+        self.momenta = {param: [torch.zeros_like(param) for _ in shaped.decays] for param in self.chosen}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -143,16 +163,25 @@ class ShapedOptimizer:
         self.inner.step()
         for param, old in zip(self.chosen, before, strict=True):
             update = param - old
-            source, momentum = update, self.momenta[param]
-            if self.shaped.of == "momentum":
-                momentum.lerp_(param.grad, 0.05)
-                source = -torch.lerp(param.grad, momentum, 0.95)
+            source = update if self.shaped.of == "update" else self._momentum(param)
+            if self.shaped.of == "mix":
+                source = update / update.norm().clamp(min=1e-30) + source * (
+                    self.shaped.share / source.norm().clamp(min=1e-30)
+                )
             direction = orthogonalize(source.reshape(1, *matrix_shape(source.shape))).view_as(update)
             length = update.norm()
             if self.shaped.amplitude:
                 length = self.inner.amplitudes[param] * update.numel() ** 0.5
-            shaped = direction * (length / direction.norm().clamp(min=1e-30))
+            shaped = direction * (self.shaped.gain * length / direction.norm().clamp(min=1e-30))
             param.copy_(old + torch.lerp(update, shaped, self.shaped.blend))
+
+    def _momentum(self, param: nn.Parameter) -> Tensor:
+        """Advance the momenta of a parameter, and return the direction against them."""
+        total = torch.zeros_like(param)
+        for decay, momentum in zip(self.shaped.decays, self.momenta[param], strict=True):
+            momentum.lerp_(param.grad, 1 - decay)
+            total -= torch.lerp(param.grad, momentum, decay) if self.shaped.nesterov else momentum
+        return total / len(self.shaped.decays)
 
 
 class MuonAndAdamW:

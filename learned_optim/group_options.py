@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from learned_optim.guard import check_guard
+from learned_optim.rules import MatrixStage, UpdateRule
 from learned_optim.rules.storage import MOMENT_DTYPES, STATE_DTYPES
 
 Group = dict[str, Any]
@@ -71,7 +72,29 @@ def check_options(options: Group) -> None:
         raise ValueError(f"Invalid learning rate: {lr}; it multiplies the learned update, 1.0 is the default")
     if not isinstance(weight_decay, NUMBERS) or not weight_decay >= 0:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}; it is a number that is not negative")
+    if not (isinstance(options["matrix"], bool) or options["matrix"] == "auto"):
+        raise ValueError(f"Invalid matrix: {options['matrix']!r}; it is 'auto', True or False")
     check_guard(options)
+
+
+def matrix_stage(group: Group, rule: UpdateRule) -> MatrixStage | None:
+    """Return what shapes the updates of a group's matrices.
+
+    Args:
+        group: Its ``matrix`` is ``"auto"``, the rule's own stage if it has one; True, a stage even if it has none; or False.
+        rule: Steps the group.
+
+    Returns:
+        None where updates stay as the LSTM made them.
+    """
+    if group["matrix"] == "auto":
+        return rule.matrix_stage
+    return (rule.matrix_stage or MatrixStage()) if group["matrix"] else None
+
+
+def is_matrix(param: Tensor, stage: MatrixStage) -> bool:
+    """Return whether a parameter's update is shaped: it is real, has two or more dimensions and long enough sides."""
+    return stage.applies_to(param.shape) and not param.is_complex()
 
 
 def dtype_names(options: Group) -> dict[str, str | None]:

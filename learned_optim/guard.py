@@ -16,6 +16,7 @@ The guard keeps what it knows in the parameter groups, as numbers and a string, 
 """
 
 import copy
+import dataclasses
 import math
 import warnings
 import weakref
@@ -91,6 +92,7 @@ def _make_nominal(weights: Weights) -> Weights:
     if not isinstance(weights.rule, AdamModulationRule):
         return Weights(plain_adam(1e-3), "Adam(1e-3)")
     rule = copy.deepcopy(weights.rule)
+    rule.config = dataclasses.replace(rule.config, matrix_blend=0.0)
     for parameter in rule.parameters():
         nn.init.zeros_(parameter)
     return Weights(rule, f"nominal Adam of {weights.name}")

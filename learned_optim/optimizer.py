@@ -23,13 +23,15 @@ from learned_optim.group_options import (
     check_options,
     compute_dtype,
     dtype_names,
+    is_matrix,
+    matrix_stage,
     params_with_groups,
     refuse_unknown,
 )
 from learned_optim.guard import judge, nominal, snapshot
 from learned_optim.modes import active_fake_mode, check_modes
 from learned_optim.rate_watch import RateWatch
-from learned_optim.rules import UpdateRule
+from learned_optim.rules import MatrixStage, UpdateRule
 from learned_optim.rules.storage import names
 from learned_optim.sharding import FSDP1, as_real, gradient_of, local, share_gradients, whole
 from learned_optim.state import initial_state, make_contiguous, state_bytes, step_tensor
@@ -78,6 +80,8 @@ class LearnedOptimizer(Optimizer):
         weight_decay: Decoupled. Each step multiplies parameters by ``1 - 1e-3 * lr * weight_decay``, so that the value
             means what it means to AdamW at its usual rate of 1e-3.
         maximize: Ascend instead of descend.
+        matrix: Whether updates of matrices, and of convolutions as ``(out, rest)``, are moved towards orthogonal ones.
+            ``"auto"``: as the weights say. True: also with weights that have no such stage. False: not at all.
         state_dtype: Dtype of the LSTM memory: ``torch.float32`` (default), ``torch.bfloat16`` or ``torch.int8``; see
             :mod:`learned_optim.rules.storage`. float64 parameters have float64 memory.
         moment_dtype: ``torch.float32`` or ``torch.bfloat16`` for the moments, all but the mean square, which stays float32.
@@ -123,6 +127,7 @@ class LearnedOptimizer(Optimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
+        matrix: bool | str = "auto",
         state_dtype: torch.dtype | str | None = None,
         moment_dtype: torch.dtype | str | None = None,
         backend: str = "auto",
@@ -150,6 +155,7 @@ class LearnedOptimizer(Optimizer):
             "fingerprint": "",
             "weight_decay": weight_decay,
             "maximize": maximize,
+            "matrix": matrix,
             "state_dtype": state_dtype,
             "moment_dtype": moment_dtype,
             "guard": guard,
@@ -191,7 +197,7 @@ class LearnedOptimizer(Optimizer):
 
         Args:
             param_group: ``{"params": ...}`` and any of ``lr``, ``weights``, ``weight_decay``, ``maximize``, ``guard``,
-                ``state_dtype`` and ``moment_dtype``. This very dict becomes the group.
+                ``matrix``, ``state_dtype`` and ``moment_dtype``. This very dict becomes the group.
 
         Raises:
             ValueError: If an option is out of range or its weights cannot be loaded.
@@ -289,7 +295,7 @@ class LearnedOptimizer(Optimizer):
             params = group["params"]
             rule = self._rule_of(params[0], group) if params else self._weights_of(group).rule
             weight = rule.readout.weight
-            planned.append(PlannedGroup(params, rule, _options(group, weight.device, weight.dtype)))
+            planned.append(PlannedGroup(params, rule, _options(group, rule, weight.device, weight.dtype)))
         return planned
 
     def summary(self) -> str:
@@ -329,10 +335,11 @@ class LearnedOptimizer(Optimizer):
             for (device, dtype, traced_as_real), params in stepped.items():
                 rule = self._weights_of(group).rule_on(device, dtype)
                 backend = "reference" if traced_as_real else self.backend
-                work.append(_Work(backend, rule, self._items(rule, params), _options(group, device, dtype)))
+                options = _options(group, rule, device, dtype)
+                work.append(_Work(backend, rule, self._items(rule, params, options.matrix), options))
         return work, counts
 
-    def _items(self, rule: UpdateRule, params: list[Tensor]) -> list[StepItem]:
+    def _items(self, rule: UpdateRule, params: list[Tensor], stage: MatrixStage | None) -> list[StepItem]:
         scales = rule.tensor_scales([as_real(param) for param in params])
         return [
             StepItem(
@@ -341,6 +348,7 @@ class LearnedOptimizer(Optimizer):
                 memory={name: local(self.state[param][name]) for name in names(rule, self.state[param])},
                 step=self.state[param]["step"],
                 scale=None if scale is None else whole(scale),
+                matrix=param if stage is not None and is_matrix(param, stage) else None,
             )
             for param, scale in zip(params, scales, strict=True)
         ]
@@ -384,9 +392,9 @@ class LearnedOptimizer(Optimizer):
                 group.setdefault(name, default)
 
 
-def _options(group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> StepOptions:
+def _options(group: dict[str, Any], rule: UpdateRule, device: torch.device, dtype: torch.dtype) -> StepOptions:
     """Return how a group's updates are applied; a rate that is a tensor goes where the rule computes."""
     lr = group["lr"]
     if isinstance(lr, Tensor):
         lr = lr.detach().to(device, dtype, non_blocking=True).reshape(())
-    return StepOptions.of(lr, group["weight_decay"], group["maximize"])
+    return StepOptions.of(lr, group["weight_decay"], group["maximize"], matrix_stage(group, rule))

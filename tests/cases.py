@@ -35,7 +35,14 @@ RULE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "anneal_start": 2.0,
         },
     ),
+    "adam-modulation-matrix": (
+        "adam-modulation",
+        {"hidden_size": 4, "matrix_blend": 0.8, "matrix_momentum": 0.4, "matrix_gain": 1.5},
+    ),
 }
+
+COORDINATE_CASES = [case for case, (_, config) in RULE_CASES.items() if "matrix_blend" not in config]
+"""Those whose update of a coordinate depends on no other coordinate but through the tensor's scale."""
 
 SHAPES = ((), (1,), (5,), (3, 4), (2, 3, 2, 2), (0, 3))
 

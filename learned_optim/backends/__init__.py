@@ -17,6 +17,7 @@ from torch import Tensor
 
 from learned_optim.backends import compiled, native, reference, triton
 from learned_optim.backends.items import PlannedGroup, StepItem, StepOptions, overlap
+from learned_optim.backends.matrices import split, step_matrices
 from learned_optim.modes import is_fake
 from learned_optim.rules import UpdateRule
 
@@ -76,7 +77,11 @@ def apply_step(
     narrowed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if narrowed else contextlib.nullcontext():
         for part in ([item] for item in items) if one_by_one else (items,):
-            module.apply_step(rule, part, options)
+            plain, matrices = split(part, options)
+            if plain:
+                module.apply_step(rule, plain, options)
+            if matrices:
+                step_matrices(module.apply_step, rule, matrices, options)
 
 
 class Plan(Protocol):

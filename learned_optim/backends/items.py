@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from learned_optim.rules import UpdateRule
+from learned_optim.rules import MatrixStage, UpdateRule
 
 
 class PlannedGroup(NamedTuple):
@@ -36,25 +36,34 @@ class StepOptions:
         lr: Factor on the update; a float or a 0-dim tensor.
         shrink: Factor on the parameter, of the same kind; 1 without weight decay.
         maximize: Whether to ascend instead of descend.
+        matrix: Shapes the updates of items that are matrices; None where nothing does.
     """
 
     lr: Tensor | float
     shrink: Tensor | float = 1.0
     maximize: bool = False
+    matrix: MatrixStage | None = None
 
     @classmethod
-    def of(cls, lr: Tensor | float, weight_decay: float = 0.0, maximize: bool = False) -> StepOptions:
+    def of(
+        cls,
+        lr: Tensor | float,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        matrix: MatrixStage | None = None,
+    ) -> StepOptions:
         """Return the options of a parameter group.
 
         Args:
             lr: Factor on the update.
             weight_decay: Decoupled. It means what it means to AdamW at a rate of 1e-3, whatever ``lr`` is by default.
             maximize: Whether to ascend.
+            matrix: Shapes the updates of matrices.
 
         Returns:
             The options.
         """
-        return cls(lr, 1 - lr * 1e-3 * weight_decay, maximize)
+        return cls(lr, 1 - lr * 1e-3 * weight_decay, maximize, matrix)
 
     def as_tensors(self) -> tuple[Tensor, Tensor]:
         """Return ``lr`` and ``shrink`` as 0-dim tensors; floats become float64 on the CPU.
@@ -77,6 +86,7 @@ class StepItem:
             the memory width behind it; written.
         step: Inner steps including this one, 0-dim float32.
         scale: The rule's ``tensor_scale`` of the whole parameter, 0-dim, or None.
+        matrix: The whole parameter, a DTensor where it is sharded, if its update is shaped as a matrix; else None.
     """
 
     param: Tensor
@@ -84,6 +94,7 @@ class StepItem:
     memory: dict[str, Tensor]
     step: Tensor
     scale: Tensor | None
+    matrix: Tensor | None = None
 
 
 def overlap(params: Sequence[Tensor]) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from learned_optim.rules.adam_modulation import AdamModulationConfig, AdamModulationRule, plain_adam
+from learned_optim.rules.orthogonal import MatrixStage
 from learned_optim.rules.paper import PaperRule, PaperRuleConfig, log_and_sign
 from learned_optim.rules.rule import Encoded, Memory, RuleConfig, UpdateRule
 
@@ -42,6 +43,7 @@ __all__ = [
     "AdamModulationConfig",
     "AdamModulationRule",
     "Encoded",
+    "MatrixStage",
     "Memory",
     "PaperRule",
     "PaperRuleConfig",

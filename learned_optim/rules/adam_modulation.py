@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from learned_optim.rules.orthogonal import MatrixStage
 from learned_optim.rules.rule import Encoded, Memory, RuleConfig, UpdateRule, finite
 
 
@@ -38,6 +39,10 @@ class AdamModulationConfig(RuleConfig):
         anneal_steps: Inner steps after which that begins to tell.
         anneal_start: Inner steps until which nothing shrinks.
         log_gain: Bound on the logarithm of the modulation: steps lie within ``e^+-log_gain`` of the nominal size.
+        matrix_blend: How far the update of a matrix goes towards the orthogonal one; 0: there is no matrix stage.
+        matrix_momentum: Share of the raw momentum, ``-(m + n)``, in the direction that is orthogonalised.
+        matrix_gain: Length of the orthogonal update, relative to the update that the LSTM made.
+        matrix_smallest_side: Fewest rows and columns of a matrix that takes part.
     """
 
     hidden_size: int = 8
@@ -55,6 +60,10 @@ class AdamModulationConfig(RuleConfig):
     anneal_steps: float = 100.0
     anneal_start: float = 0.0
     log_gain: float = 3.0
+    matrix_blend: float = 0.0
+    matrix_momentum: float = 0.0
+    matrix_gain: float = 1.0
+    matrix_smallest_side: int = 2
 
     def __post_init__(self) -> None:
         """Refuse values with no meaning.
@@ -62,14 +71,19 @@ class AdamModulationConfig(RuleConfig):
         Raises:
             ValueError: If a size is no integer or below 1, or another number is not finite, or a decay lies outside
                 [0, 1), or a scale, step size or gain is not positive, or ``outlier_bound``, ``small_min_scale``,
-                ``anneal_power`` or ``anneal_start`` is negative.
+                ``anneal_power`` or ``anneal_start`` is negative, or a share of the matrix stage lies outside [0, 1].
         """
         super().__post_init__()
         object.__setattr__(self, "time_scales", tuple(finite("time_scales", scale) for scale in self.time_scales))
         for name in ("fast_decay", "slow_decay", "second_moment_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        for name in ("step_size", "min_scale", "max_scale", "anneal_steps", "log_gain"):
+        for name in ("matrix_blend", "matrix_momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if type(self.matrix_smallest_side) is not int or self.matrix_smallest_side < 2:
+            raise ValueError(f"matrix_smallest_side must be an integer from 2 on, got {self.matrix_smallest_side!r}")
+        for name in ("step_size", "min_scale", "max_scale", "anneal_steps", "log_gain", "matrix_gain"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("outlier_bound", "small_min_scale", "anneal_power", "anneal_start"):
@@ -88,6 +102,9 @@ class AdamModulationRule(UpdateRule):
         inputs  = (g, m, n) / sqrt(v),  log(g^2 / v),  tanh(t / tau - 1) for each time scale
         a, b    = linear(LSTM(inputs))
         update  = -step_size * scale * anneal(t) * exp(c tanh(a / c)) * (m / sqrt(v) + tanh(b)),       c = log_gain
+
+    Where the configuration has a matrix stage, :class:`~learned_optim.rules.orthogonal.MatrixStage` shapes the updates of
+    whole matrices after that.
 
     ``scale`` is the root mean square of the whole parameter tensor, clamped; ``anneal`` is a power law that the modulation
     may bend but need not discover, so the rule goes on settling long after the longest episode it was trained on. A
@@ -113,6 +130,18 @@ class AdamModulationRule(UpdateRule):
         # Start as the nominal optimizer: an untrained modulation is worse than none.
         nn.init.zeros_(self.readout.weight)
         nn.init.zeros_(self.readout.bias)
+
+    @property
+    def matrix_stage(self) -> MatrixStage | None:
+        """How updates of matrices are shaped; None without ``matrix_blend``."""
+        config = self.config
+        if not config.matrix_blend:
+            return None
+        return MatrixStage(config.matrix_blend, config.matrix_momentum, config.matrix_gain, config.matrix_smallest_side)
+
+    def raw_momentum(self, memory: Memory) -> Tensor | None:
+        """Return minus the sum of both momenta, which the matrix stage may follow."""
+        return -(memory["exp_avg"] + memory["exp_avg_slow"])
 
     def scale_bounds(self, numel: int) -> tuple[float, float]:
         """Return the bounds of a tensor's root mean square."""

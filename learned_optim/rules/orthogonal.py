@@ -1,13 +1,15 @@
 """The matrix stage: moves the update of a whole matrix towards an orthogonal one.
 
 A rule that moves every coordinate by itself cannot see that a weight is a matrix. This stage can. It has no state and no
-meta-parameters of its own; how far it goes and how long the result is are arguments. Everything here is a pure function of
-batched matrices ``(B, m, n)``, so that a step, a roll-out and the test of a kernel share one definition.
+meta-parameters of its own: :class:`MatrixStage` says how far it goes, in which direction and how long the result is.
+Everything here is a pure function of batched matrices ``(B, m, n)``, so that a step, a roll-out and the test of a kernel
+share one definition.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,53 @@ address: without the padding, the result of a matrix would depend on its place i
 
 SCRATCH_BYTES = 64 * 2**20
 """Memory that one bucket of :func:`buckets` may need beside updates and results."""
+
+
+@dataclass(frozen=True)
+class MatrixStage:
+    """How a rule shapes the updates of matrices, after it has made them coordinate by coordinate.
+
+    Args:
+        blend: How far an update goes towards the orthogonal one, from above 0 to 1.
+        momentum: Share of the raw momentum in the direction that is orthogonalised, from 0 to 1.
+        gain: Length of the orthogonal update, relative to the update that the rule made.
+        smallest_side: Fewest rows and columns of a matrix that takes part.
+    """
+
+    blend: float = 1.0
+    momentum: float = 0.0
+    gain: float = 1.0
+    smallest_side: int = 2
+
+    def applies_to(self, shape: Sequence[int]) -> bool:
+        """Return whether a tensor of this shape is shaped."""
+        return has_matrix(shape, self.smallest_side)
+
+    def shape(self, updates: Tensor, momentum: Tensor | None) -> Tensor:
+        """Return :func:`shape_updates` of ``(B, m, n)`` as this stage has it.
+
+        Args:
+            updates: ``(B, m, n)``.
+            momentum: ``(B, m, n)``, or None where the rule keeps none.
+
+        Returns:
+            Updates of the same shape.
+        """
+        return shape_updates(updates, self.blend, self.gain, momentum if self.momentum else None, self.momentum)
+
+    def pull_back(self, updates: Tensor, cotangents: Tensor, momentum: Tensor | None) -> Tensor:
+        """Return the vector-Jacobian product of :meth:`shape` by the updates.
+
+        Args:
+            updates: As given to :meth:`shape`.
+            cotangents: Derivatives by its result.
+            momentum: As given to :meth:`shape`.
+
+        Returns:
+            Derivatives by the updates, ``(B, m, n)``.
+        """
+        used = momentum if self.momentum else None
+        return pull_back(updates, cotangents, self.blend, self.gain, used, self.momentum)
 
 
 def has_matrix(shape: Sequence[int], smallest_side: int = 2) -> bool:
@@ -43,7 +92,12 @@ def has_matrix(shape: Sequence[int], smallest_side: int = 2) -> bool:
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Return the sides ``(out, rest)`` of a tensor with at least two dimensions, seen as a matrix."""
+    """Return the sides ``(out, rest)`` of a tensor with at least two dimensions, seen as a matrix.
+
+    Leading sides of 1 are left out while two others remain: ``(1, 16, 24)`` is ``(16, 24)``.
+    """
+    while len(shape) > 2 and shape[0] == 1:
+        shape = shape[1:]
     rest = 1
     for side in shape[1:]:
         rest *= side
@@ -76,7 +130,7 @@ def buckets(
 def scratch_entries(rows: int, columns: int) -> int:
     """Return the entries that :func:`shape_updates` holds at once for one matrix, its input and its result included."""
     short, long = sorted(side + -side % ALIGNMENT for side in (rows, columns))
-    return 7 * short * long + 6 * short * short
+    return 9 * short * long + 6 * short * short
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -100,16 +154,23 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
     References:
         Jordan et al. 2024, "Muon" (https://kellerjordan.github.io/posts/muon/), whose coefficients these are. Departures:
-        the largest entry is divided out before the norm, so no scale over- or underflows; no bfloat16; the Gram form.
+        the largest entry is divided out before the norm, so no scale over- or underflows; bfloat16 on GPUs only;
+        the Gram form.
     """
     return _newton_schulz(_normalize(matrices)[0])
 
 
-def shape_updates(updates: Tensor, blend: Tensor | float = 1.0, rms: Tensor | None = None) -> Tensor:
+def shape_updates(
+    updates: Tensor,
+    blend: Tensor | float = 1.0,
+    gain: Tensor | float = 1.0,
+    momentum: Tensor | None = None,
+    share: Tensor | float = 0.0,
+) -> Tensor:
     """Move updates towards orthogonal ones.
 
-    With ``Q = orthogonalize(U)``, set to zero where ``U`` is zero, the result is
-    ``(1 - blend) U + blend length Q / |Q|``. A coordinate that the rule leaves at rest therefore stays at rest.
+    With ``D = (1 - share) U / |U| + share M / |M|`` and ``Q = orthogonalize(D)``, set to zero where ``U`` is zero, the
+    result is ``(1 - blend) U + blend gain |U| Q / |Q|``. A coordinate that the rule leaves at rest therefore stays at rest.
 
     On one thread of a CPU, the result of a matrix depends on no other matrix of its batch, to the last bit. On several
     threads, BLAS splits a batch of one in another way than a larger batch, so the last bits may differ there.
@@ -117,28 +178,36 @@ def shape_updates(updates: Tensor, blend: Tensor | float = 1.0, rms: Tensor | No
     Args:
         updates: ``(B, m, n)``, float32 or float64. Zero matrices and matrices with NaN or Inf come back as they are.
         blend: From 0, the update itself to the last bit, to 1; a number or ``(B,)``.
-        rms: Root mean square of each orthogonal update, ``(B,)``; None keeps the length ``|U|``.
+        gain: Length of an orthogonal update, relative to ``|U|``; a number or ``(B,)``.
+        momentum: ``(B, m, n)``, of any scale. One that is zero or not finite has no say.
+        share: Of the momentum in the direction, from 0 to 1; a number or ``(B,)``.
 
     Returns:
-        Updates of the same shape. Differentiable once by all three arguments.
+        Updates of the same shape. Differentiable once by every argument but the momentum.
     """
     unit, length, usable = _normalize(updates)
+    if momentum is not None:
+        unit = _normalize(torch.lerp(unit, _normalize(momentum)[0].detach(), _spread(share, updates)))[0]
     orthogonal = torch.where(updates != 0, _newton_schulz(unit), 0.0)
     norm = torch.linalg.vector_norm(orthogonal, dim=(-2, -1), keepdim=True)
     direction = orthogonal / torch.where(norm > 0, norm, 1.0)
-    if rms is not None:
-        rows, columns = updates.shape[-2:]
-        length = (rms.reshape(-1, 1, 1) * (rows * columns) ** 0.5).to(updates.dtype)
-    share = blend.reshape(-1, 1, 1).to(updates.dtype) if isinstance(blend, Tensor) else blend
-    shaped = torch.lerp(torch.where(usable, updates, 0.0), direction * length, share)
+    length = length * _spread(gain, updates)
+    shaped = torch.lerp(torch.where(usable, updates, 0.0), direction * length, _spread(blend, updates))
     return torch.where(usable, shaped, updates)
+
+
+def _spread(value: Tensor | float, updates: Tensor) -> Tensor | float:
+    """Return a number as it is, and one number a matrix as ``(B, 1, 1)``."""
+    return value.reshape(-1, 1, 1).to(updates.dtype) if isinstance(value, Tensor) else value
 
 
 def pull_back(
     updates: Tensor,
     cotangents: Tensor,
     blend: Tensor | float = 1.0,
-    rms: Tensor | None = None,
+    gain: Tensor | float = 1.0,
+    momentum: Tensor | None = None,
+    share: Tensor | float = 0.0,
     scratch_bytes: int = SCRATCH_BYTES,
 ) -> Tensor:
     """Return the vector-Jacobian product of :func:`shape_updates` by its updates, in batches of bounded memory.
@@ -147,7 +216,9 @@ def pull_back(
         updates: ``(B, m, n)``, for instance of all steps of a truncation.
         cotangents: Derivatives of a scalar by the shaped updates, ``(B, m, n)``.
         blend: As given to :func:`shape_updates`.
-        rms: As given to :func:`shape_updates`.
+        gain: As given to :func:`shape_updates`.
+        momentum: As given to :func:`shape_updates`.
+        share: As given to :func:`shape_updates`.
         scratch_bytes: Bound on the memory of one batch; the pull-back keeps about eight times what the forward pass holds.
 
     Returns:
@@ -158,10 +229,12 @@ def pull_back(
     results: list[Tensor] = []
     for start in range(0, count, size):
         part = slice(start, start + size)
+        blended, gained, shared = (
+            value.detach().expand(count)[part] if isinstance(value, Tensor) else value for value in (blend, gain, share)
+        )
         with torch.enable_grad():
             leaf = updates[part].detach().requires_grad_()
-            share = blend.detach().expand(count)[part] if isinstance(blend, Tensor) else blend
-            shaped = shape_updates(leaf, share, None if rms is None else rms.detach().expand(count)[part])
+            shaped = shape_updates(leaf, blended, gained, None if momentum is None else momentum[part], shared)
         results += torch.autograd.grad(shaped, leaf, cotangents[part])
     return torch.cat(results) if results else torch.zeros_like(updates)
 
@@ -182,18 +255,20 @@ def _newton_schulz(unit: Tensor) -> Tensor:
     rows, columns = unit.shape[-2:]
     wide = unit if rows <= columns else unit.mT
     wide = F.pad(wide, (0, -max(rows, columns) % ALIGNMENT, 0, -min(rows, columns) % ALIGNMENT))
+    if wide.is_cuda and wide.dtype == torch.float32:
+        wide = wide.to(torch.bfloat16)  # Tensor cores; the iteration damps rounding, as Muon relies on.
     # A compiler derives the plain iteration by itself, and warns about a function with its own derivative.
     if torch.is_grad_enabled() and wide.requires_grad and not torch.compiler.is_compiling():
         result = _NewtonSchulz.apply(wide)
     else:
         result = _iterate_gram(wide)[0] if _by_gram(wide) else _iterate(wide)[0]
-    result = result[:, : min(rows, columns), : max(rows, columns)]
+    result = result[:, : min(rows, columns), : max(rows, columns)].to(unit.dtype)
     return result if rows <= columns else result.mT
 
 
 def _by_gram(wide: Tensor) -> bool:
     rows, columns = wide.shape[-2:]
-    return columns > 2 * rows
+    return columns > 2 * rows and wide.dtype != torch.bfloat16  # A product of factors loses too many of its eight bits.
 
 
 def _iterate(wide: Tensor, keep: bool = False) -> tuple[Tensor, list[Tensor]]:

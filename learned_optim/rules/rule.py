@@ -1,4 +1,4 @@
-"""What an update rule is: three stages that every caller shares.
+"""What an update rule is: three stages that every caller shares, and perhaps a fourth for matrices.
 
 ``LearnedOptimizer.step`` runs the stages for one inner step without a graph; the meta-gradient records the first and the
 last and replays the middle for a whole truncation; the fast backends fuse all three and are tested against them. A rule
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim.rules.lstm import Carry, LSTMTensors, lstm_sequence, lstm_step
+from learned_optim.rules.orthogonal import MatrixStage
 
 LARGEST_SIZE = 2**16
 """Of an LSTM, in units and in layers: beyond any use, and small enough that nothing overflows."""
@@ -127,6 +128,22 @@ class UpdateRule(nn.Module, ABC):
         self.readout = nn.Linear(config.hidden_size, num_outputs)
         self._frozen_lstm: LSTMTensors | None = None
         self._traced = False
+
+    @property
+    def matrix_stage(self) -> MatrixStage | None:
+        """What shapes the updates of matrices after :meth:`decode`; None where a rule moves coordinates alone."""
+        return None
+
+    def raw_momentum(self, memory: Memory) -> Tensor | None:
+        """Return the direction against a momentum of the gradients, or None where the rule keeps none.
+
+        Args:
+            memory: After a step; moments of any shape and floating dtype.
+
+        Returns:
+            In the shape and dtype of the moments.
+        """
+        return None
 
     def freeze(self) -> None:
         """Fix the meta-parameters, their dtype and device, for use without a graph; ``torch.compile`` needs it."""

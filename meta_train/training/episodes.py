@@ -13,19 +13,21 @@ from torch import Tensor
 from learned_optim.rules import UpdateRule
 from meta_train.tasks import Optimizee, Task, derive_seed, seeded
 from meta_train.training.meta_gradient import (
-    Carry,
     Objective,
-    Sample,
     backpropagate,
     imitate,
-    no_coordinate,
-    roll_out,
-    sample_coordinates,
-    start_episode,
     unroll,
 )
 from meta_train.training.parts import AnyRule
 from meta_train.training.recipe import Evolution, OuterLoop, Phase
+from meta_train.training.roll_out import (
+    Carry,
+    Sample,
+    no_coordinate,
+    roll_out,
+    sample_coordinates,
+    start_episode,
+)
 
 
 class Episode:

@@ -12,17 +12,20 @@ from learned_optim.backends.native import step as native
 from learned_optim.rules import Memory, UpdateRule
 from learned_optim.rules.storage import names
 from meta_train.tasks.task import Optimizee
+from meta_train.training.matrices import Matrices
 from meta_train.training.parts import AnyRule, first, members, parts_of
 
 
 class InnerSteps(Protocol):
     """Where P problems of D coordinates stand, and how they move on.
 
-    ``params`` is ``(P, D)``; ``memory`` is the rule's, for all P * D coordinates.
+    ``params`` is ``(P, D)``; ``memory`` is the rule's, for all P * D coordinates. ``raw`` is the last update before the
+    matrix stage and the momentum that it followed, each ``(P, D)``; None where the rule has no such stage.
     """
 
     params: Tensor
     memory: Memory
+    raw: tuple[Tensor, Tensor | None] | None
 
     def take(self, grad: Tensor, step: int, scales: Tensor | None) -> None:
         """Take inner step number ``step`` with the gradient ``(P, D)`` and :func:`tensor_scales` at ``params``."""
@@ -77,6 +80,33 @@ def plain_step(
     Returns:
         The update ``(P, D)`` and the new memory, with a graph where the rule's meta-parameters want one.
     """
+    update, memory = coordinate_step(rule, optimizee, grad, memory, step, scales)
+    matrices = Matrices(rule, optimizee)
+    return matrices.shape(update, flat_momentum(rule, memory, update)) if matrices else update, memory
+
+
+def flat_momentum(rule: AnyRule, memory: Memory, like: Tensor) -> Tensor | None:
+    """Return the rule's raw momentum in the shape ``(P, D)`` of ``like``; it is a constant of the meta-gradient."""
+    momentum = first(rule).raw_momentum(memory)
+    return None if momentum is None else momentum.detach().view_as(like)
+
+
+def coordinate_step(
+    rule: AnyRule, optimizee: Optimizee, grad: Tensor, memory: Memory, step: int, scales: Tensor | None
+) -> tuple[Tensor, Memory]:
+    """Take the part of an inner step that moves every coordinate by itself: :func:`plain_step` without the matrix stage.
+
+    Args:
+        rule: As given to :func:`plain_step`.
+        optimizee: As given to :func:`plain_step`.
+        grad: As given to :func:`plain_step`.
+        memory: As given to :func:`plain_step`.
+        step: As given to :func:`plain_step`.
+        scales: As given to :func:`plain_step`.
+
+    Returns:
+        The update ``(P, D)`` and the new memory.
+    """
     scale = None if scales is None else scales[:, optimizee.tensor_index].flatten()
     count, flat, rules = grad.new_tensor(float(step)), grad.flatten(), members(rule)
     if len(rules) == 1:
@@ -107,10 +137,15 @@ class PlainSteps:
 
     def __init__(self, rule: AnyRule, optimizee: Optimizee, params: Tensor, memory: Memory) -> None:
         self.rule, self.optimizee, self.params, self.memory = rule, optimizee, params, memory
+        self.matrices = Matrices(rule, optimizee)
+        self.raw: tuple[Tensor, Tensor | None] | None = None
 
     def take(self, grad: Tensor, step: int, scales: Tensor | None) -> None:
         """Take an inner step."""
-        update, self.memory = plain_step(self.rule, self.optimizee, grad, self.memory, step, scales)
+        update, self.memory = coordinate_step(self.rule, self.optimizee, grad, self.memory, step, scales)
+        if self.matrices:
+            self.raw = update, flat_momentum(self.rule, self.memory, update)
+            update = self.matrices.shape(*self.raw)
         self.params = self.params + update
 
 
@@ -126,6 +161,10 @@ class CompiledSteps:
 
     def __init__(self, rule: AnyRule, optimizee: Optimizee, params: Tensor, memory: Memory) -> None:
         self.params, self.memory = params.clone(), {name: values.clone() for name, values in memory.items()}
+        self.rule, self.matrices = rule, Matrices(rule, optimizee)
+        self.raw: tuple[Tensor, Tensor | None] | None = None
+        # Updates that are still to be shaped are handed out: they are what a step makes of zeros.
+        self._moved = torch.zeros_like(self.params) if self.matrices else self.params
         self._step, self._grad = torch.zeros(()), torch.empty_like(self.params)
         one, rules = first(rule), members(rule)
         lengths = [value[0].numel() for value in optimizee.params.values()] * len(params)
@@ -134,7 +173,7 @@ class CompiledSteps:
         if len(rules) == 1 and not one.uses_scale:
             # Whoever takes no statistic of a tensor need not know where one ends.
             lengths, owners = [params.numel()], [0]
-        grads, flat = self._grad.view(-1).split(lengths), self.params.view(-1).split(lengths)
+        grads, flat = self._grad.view(-1).split(lengths), self._moved.view(-1).split(lengths)
         kept = [self.memory[name].split(lengths) for name in names(one, memory)]
         scales = self._scales.unbind()
         self._parts = []
@@ -158,6 +197,10 @@ class CompiledSteps:
         self._grad.copy_(grad)
         for table, packed, grads in self._parts:
             table.run(*packed, grads, StepOptions.of(1.0))
+        if self.matrices:
+            self.raw = self._moved.clone(), flat_momentum(self.rule, self.memory, self._moved)
+            self.params.add_(self.matrices.shape(*self.raw))
+            self._moved.zero_()
 
 
 class Lesson:
@@ -186,6 +229,10 @@ class Lesson:
         self.optimizee, self.bounds = optimizee, scale_bounds(teacher, optimizee)
         self.updates: list[Tensor] = []
         self.taught: list[Tensor] = []
+
+    @property
+    def raw(self) -> None:
+        """Nothing: no rule with a matrix stage is taught."""
 
     @property
     def params(self) -> Tensor:

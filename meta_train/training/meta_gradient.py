@@ -5,10 +5,13 @@ The paper drops second derivatives: gradients enter the rule as constants. With 
 
     dL/dphi = sum_s < G_s , d u_s / dphi >,      G_s = sum_{t>s} w_t grad f(theta_t)
 
-So :func:`roll_out` takes K inner steps without any graph and records what the rule saw and the gradients that the inner loop
+So ``roll_out`` takes K inner steps without any graph and records what the rule saw and the gradients that the inner loop
 computes anyway; :func:`backpropagate` forms G by a reverse cumulative sum and runs the recorded inputs through the LSTM as
 one sequence. This is exact, and because coordinates are independent it may be done for a random part of them, unbiased
 (:func:`sample_coordinates`).
+
+Where the rule has a matrix stage P, an update is ``P(u_s)``. G is pulled back through it first, ``(dP/du at u_s)^T G_s``,
+with one vector-Jacobian product a step and matrix; for that :func:`roll_out` keeps whole updates.
 :func:`unroll` is the plain way, step by step through autograd: the reference in tests, and the only way to keep second
 derivatives.
 """
@@ -16,255 +19,24 @@ derivatives.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from learned_optim.backends.native.sequence import native_sequence, native_supports
-from learned_optim.rules import Memory, UpdateRule
+from learned_optim.rules import UpdateRule
 from meta_train.tasks.task import Optimizee
-from meta_train.training.inner_steps import Lesson, inner_steps, plain_step, scale_bounds, tensor_scales
-from meta_train.training.parts import AnyRule, first, members, parts_of
+from meta_train.training.inner_steps import plain_step, scale_bounds, tensor_scales
+from meta_train.training.parts import AnyRule, members
+from meta_train.training.roll_out import Carry, RollOut
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """From losses ``(K, P)`` of a truncation and initial losses ``(P,)`` to weights w_t ``(K, P)``, constants."""
 
 
-@dataclass
-class Carry:
-    """Where an episode stands between two truncations; everything is detached.
-
-    Args:
-        params: Flat optimizee parameters ``(P, D)``.
-        memory: The rule's memory for all P * D coordinates.
-        step: Inner steps taken.
-        loss: ``(P,)`` at ``params``.
-        grad: ``(P, D)`` at ``params``; the next inner step uses it.
-        initial_loss: ``(P,)`` at the start of the episode.
-        teacher_memory: The teacher's memory, where one takes the inner steps.
-    """
-
-    params: Tensor
-    memory: Memory
-    step: int
-    loss: Tensor
-    grad: Tensor
-    initial_loss: Tensor
-    teacher_memory: Memory | None = None
-
-
-@dataclass
-class RollOut:
-    """What one truncation recorded, for ``M`` of the ``P * D`` coordinates.
-
-    Args:
-        losses: ``(K, P)``, after each inner step.
-        grads: ``(K, M)``, after each inner step.
-        inputs: ``(K, M, F)`` that the LSTM read.
-        contexts: ``(K, M, C)``.
-        active: ``(K, M)``.
-        start: Hidden and cell before the first step, each ``(M, L * H)``.
-        problem: ``(M,)``, the problem each coordinate belongs to.
-        part: ``(M,)``, the position of the rule that moves it.
-        share: How likely each coordinate was to be among the M, ``(M,)``.
-        tensor: ``(M,)``, the number of the tensor of all problems that each coordinate belongs to.
-        updates: ``(K, M)``, what the rule would have done, where a teacher took the inner steps.
-        taught: ``(K, M)``, what the teacher did.
-    """
-
-    losses: Tensor
-    grads: Tensor
-    inputs: Tensor
-    contexts: Tensor
-    active: Tensor
-    start: tuple[Tensor, Tensor]
-    problem: Tensor
-    part: Tensor
-    share: Tensor
-    tensor: Tensor
-    updates: Tensor | None = None
-    taught: Tensor | None = None
-
-
-def start_episode(
-    rule: AnyRule, optimizee: Optimizee, params: Tensor | None = None, teacher: UpdateRule | None = None
-) -> Carry:
-    """Return the carry of a fresh optimizee: memory at rest, first loss and gradient evaluated.
-
-    Args:
-        rule: Gives dtype, device and the shape of the memory.
-        optimizee: Freshly sampled.
-        params: Start here ``(P, D)`` instead of at the optimizee's initial parameters.
-        teacher: Will take the inner steps in the rule's place.
-
-    Returns:
-        The carry at inner step 0.
-    """
-    one = first(rule)
-    like = one.readout.weight.detach()
-    params = (optimizee.flat_params() if params is None else params).to(like)
-    loss, grad = loss_and_grad(optimizee, params)
-    memory = one.initial_memory(params.numel(), like)
-    teacher_memory = teacher.initial_memory(params.numel(), like) if teacher else None
-    return Carry(params, memory, 0, loss, grad, loss, teacher_memory)
-
-
-def loss_and_grad(optimizee: Optimizee, params: Tensor) -> tuple[Tensor, Tensor]:
-    """Evaluate the next minibatch.
-
-    Args:
-        optimizee: Draws the minibatch.
-        params: ``(P, D)``.
-
-    Returns:
-        Losses ``(P,)`` and the gradient ``(P, D)`` of their sum, both detached.
-    """
-    params = params.detach().requires_grad_()
-    with torch.enable_grad():
-        losses = optimizee.losses(optimizee.unflatten(params))
-        (grad,) = torch.autograd.grad(losses.sum(), params)
-    return losses.detach(), grad
-
-
-class Sample(NamedTuple):
-    """Some of the ``P * D`` coordinates of an episode.
-
-    Args:
-        chosen: ``(M,)``, indices into all of them, problem by problem.
-        share: ``(M,)``, how likely each was to be chosen.
-    """
-
-    chosen: Tensor
-    share: Tensor
-
-
-def every_coordinate(carry: Carry) -> Sample:
-    """Return all coordinates of an episode."""
-    total = carry.params.numel()
-    return Sample(torch.arange(total, device=carry.params.device), torch.ones(total, device=carry.params.device))
-
-
-def no_coordinate() -> Sample:
-    """Return none: for who wants to see the losses of a roll-out alone."""
-    return Sample(torch.zeros(0, dtype=torch.long), torch.zeros(0))
-
-
-def sample_coordinates(optimizee: Optimizee, wanted: int, generator: torch.Generator, *, by_tensor: bool = False) -> Sample:
-    """Draw coordinates to backpropagate through, without replacement.
-
-    Args:
-        optimizee: Says which coordinates share a tensor.
-        wanted: How many, M.
-        generator: Draws them.
-        by_tensor: As many of each tensor, as far as it has them, instead of any alike: the few weights of a last layer may
-            decide as much as the many of a first.
-
-    Returns:
-        The coordinates; all of them where there are no more than wanted.
-
-    Raises:
-        ValueError: If some tensor would be left out, which would bias the meta-gradient.
-    """
-    member = optimizee.tensor_index.repeat(optimizee.num_problems)
-    total = member.numel()
-    if wanted >= total:
-        return Sample(torch.arange(total), torch.ones(total))
-    order = torch.randperm(total, generator=generator)
-    if not by_tensor:
-        return Sample(order[:wanted], torch.full((wanted,), wanted / total))
-    sizes = member.bincount()
-    if wanted < len(sizes):
-        raise ValueError(
-            f"{wanted} coordinates cannot hold one of each of {len(sizes)} tensors; ask for more, or uniform ones"
-        )
-    quota, left = torch.zeros_like(sizes), wanted
-    for done, tensor in enumerate(sizes.argsort(stable=True)):
-        quota[tensor] = sizes[tensor].clamp(max=left // (len(sizes) - done))
-        left -= int(quota[tensor])
-    index = torch.cat([order[member[order] == tensor][: quota[tensor]] for tensor in range(len(sizes))])
-    return Sample(index, (quota / sizes)[member[index]])
-
-
-@torch.no_grad()
-def roll_out(
-    rule: AnyRule,
-    optimizee: Optimizee,
-    carry: Carry,
-    truncation: int,
-    coordinates: Sample | None = None,
-    teacher: UpdateRule | None = None,
-) -> tuple[RollOut, Carry]:
-    """Take K inner steps without a graph.
-
-    Args:
-        rule: What is meta-trained: a rule, or several that share the model.
-        optimizee: Its minibatches advance.
-        carry: Where to start.
-        truncation: Inner steps, K.
-        coordinates: Of the ``P * D`` coordinates, those to record; None records all.
-        teacher: Takes the steps; the rule sees the same gradients and moves nothing.
-
-    Returns:
-        The record and the carry after the last step.
-
-    Raises:
-        ValueError: If the episode was started without the teacher.
-    """
-    lesson = None
-    if teacher is not None:
-        if carry.teacher_memory is None:
-            raise ValueError("the episode was started without a teacher; give start_episode the same as roll_out")
-        lesson = Lesson(rule, teacher, optimizee, carry.params, carry.memory, carry.teacher_memory)
-    inner = lesson or inner_steps(rule, optimizee, carry.params, carry.memory)
-    grad, loss = carry.grad, carry.loss
-    size = carry.params.shape[1]
-    chosen, share = every_coordinate(carry) if coordinates is None else coordinates
-    problem, tensor = chosen // size, optimizee.tensor_index[chosen % size]
-    shared, bounds = first(rule), scale_bounds(rule, optimizee)
-    # One piece of memory for all inner steps: what each of them kept would lie between blocks of the size of activations,
-    # which the allocator could not join again, and megabytes would be lost in every step.
-    losses = loss.new_empty(truncation, *loss.shape)
-    grads = grad.new_empty(truncation + 1, chosen.numel())
-    scale = None if bounds is None else grads.new_empty(truncation, chosen.numel())
-    memory = {
-        name: values.new_empty(truncation, chosen.numel(), *values.shape[1:])
-        for name, values in shared.read_by_encode(inner.memory).items()
-    }
-    grads[0] = grad.flatten()[chosen]
-    for k in range(truncation):
-        for name, values in shared.read_by_encode(inner.memory).items():
-            memory[name][k] = values[chosen]
-        scales = tensor_scales(bounds, optimizee, inner.params)
-        if scale is not None and scales is not None:
-            scale[k] = scales[problem, tensor]
-        inner.take(grad, carry.step + k + 1, scales)
-        loss, grad = loss_and_grad(optimizee, inner.params)
-        losses[k], grads[k + 1] = loss, grad.flatten()[chosen]
-    # What the rule saw, for all inner steps at once.
-    steps = torch.arange(carry.step + 1, carry.step + truncation + 1).to(grad).repeat_interleave(chosen.numel())
-    memory = {name: values.flatten(0, 1) for name, values in memory.items()}
-    seen = shared.encode(grads[:-1].flatten(), memory, steps, None if scale is None else scale.flatten())
-    record = RollOut(
-        losses=losses,
-        grads=grads[1:],
-        inputs=seen.inputs.unflatten(0, (truncation, chosen.numel())),
-        contexts=seen.context.unflatten(0, (truncation, chosen.numel())),
-        active=seen.active.unflatten(0, (truncation, chosen.numel())),
-        start=(carry.memory["hidden"][chosen], carry.memory["cell"][chosen]),
-        problem=problem,
-        part=parts_of(rule, optimizee.params)[tensor],
-        share=share.to(grad),
-        tensor=problem * len(optimizee.params) + tensor,
-        updates=torch.stack([update.flatten()[chosen] for update in lesson.updates]) if lesson else None,
-        taught=torch.stack([update.flatten()[chosen] for update in lesson.taught]) if lesson else None,
-    )
-    end, teacher_memory = carry.step + truncation, lesson.teacher.memory if lesson else None
-    return record, Carry(inner.params, inner.memory, end, loss, grad, carry.initial_loss, teacher_memory)
-
-
-def backpropagate(rule: AnyRule, record: RollOut, weights: Tensor, discount: float = 1.0) -> None:
+def backpropagate(
+    rule: AnyRule, record: RollOut, weights: Tensor, discount: float = 1.0, *, straight_through: bool = False
+) -> None:
     """Add the meta-gradient of a recorded truncation to the ``.grad`` of the rule's meta-parameters.
 
     Args:
@@ -272,7 +44,14 @@ def backpropagate(rule: AnyRule, record: RollOut, weights: Tensor, discount: flo
         record: From :func:`roll_out`.
         weights: w_t of the meta-loss, ``(K, P)``.
         discount: Factor per step between an update and the gradients it is held responsible for; 1 is exact.
+        straight_through: Take the matrix stage for the identity: faster, and biased.
     """
+    if record.wholes is not None and not straight_through:
+        wholes, chosen = record.wholes, record.chosen
+        future = _suffix_sum(wholes.grads * weights.unsqueeze(-1), discount)
+        future = wholes.matrices.pull_back(wholes.updates, future, wholes.momenta).flatten(1)[:, chosen]
+        _backpropagate_updates(rule, record, future / record.share)
+        return
     weighted = record.grads * weights[:, record.problem]
     _backpropagate_updates(rule, record, _suffix_sum(weighted, discount) / record.share)
 

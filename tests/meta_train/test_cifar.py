@@ -9,7 +9,7 @@ from torch import Tensor
 
 from meta_train.tasks import Cifar, cifar
 from meta_train.tasks.cifar import _photos
-from meta_train.training.meta_gradient import loss_and_grad
+from meta_train.training.roll_out import loss_and_grad
 
 TASK = Cifar(labels=(7, 2, 4), side=8, channels=(3, 4), kernel=3, dense=(5,), batch=6, problems=2, initial_std=0.5)
 

@@ -12,19 +12,17 @@ from learned_optim.rules import plain_adam
 from meta_train.tasks import Optimizee, Quadratic, Quartic, module_optimizee, seeded
 from meta_train.training import meta_gradient
 from meta_train.training.inner_steps import CompiledSteps, PlainSteps, plain_step, scale_bounds, tensor_scales
-from meta_train.training.meta_gradient import (
+from meta_train.training.meta_gradient import backpropagate, imitate, unroll
+from meta_train.training.roll_out import (
     Carry,
     Sample,
-    backpropagate,
-    imitate,
     loss_and_grad,
     no_coordinate,
     roll_out,
     sample_coordinates,
     start_episode,
-    unroll,
 )
-from tests.cases import RULE_CASES, small_rule
+from tests.cases import COORDINATE_CASES, RULE_CASES, small_rule
 
 
 def waking(seed: int) -> Optimizee:
@@ -41,7 +39,27 @@ def waking(seed: int) -> Optimizee:
     return Optimizee({"a": torch.ones(2, 6) / 3, "b": torch.zeros(2, 3)}, losses, generator)
 
 
-OPTIMIZEES = {"quadratic": Quadratic(dimension=4, functions=6).sample, "quartic": Quartic(4, 5).sample, "waking": waking}
+def net(seed: int) -> Optimizee:
+    """Two nets side by side, each with two matrices of one shape, one of another, a convolution and vectors."""
+
+    def make() -> nn.Module:
+        dense = nn.Sequential(
+            nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)
+        )
+        return nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten(), dense)
+
+    def loss(module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        return nn.functional.mse_loss(module(batch[0].to(next(module.parameters()).dtype)), torch.ones(6, 4))
+
+    return module_optimizee(make, loss, lambda generator: (torch.randn(2, 6, 1, 3, 3, generator=generator),), seed, 2)
+
+
+OPTIMIZEES = {
+    "net": net,
+    "quadratic": Quadratic(dimension=4, functions=6).sample,
+    "quartic": Quartic(4, 5).sample,
+    "waking": waking,
+}
 
 
 def objective(losses: Tensor, initial: Tensor) -> Tensor:
@@ -88,7 +106,7 @@ def test_one_pass_equals_the_unroll(
         torch.testing.assert_close(record.losses, losses, rtol=1e3 * tolerance, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", RULE_CASES)
+@pytest.mark.parametrize("case", COORDINATE_CASES)
 @pytest.mark.parametrize("teacher_case", ["adam", "adam-modulation-time"])
 @pytest.mark.parametrize("native", [True, False])
 def test_imitation_is_the_derivative_of_the_distance_from_the_teacher(
@@ -223,10 +241,48 @@ def test_a_roll_out_is_what_the_optimizer_does(case: str) -> None:
     torch.testing.assert_close(optimizer.state[param]["hidden"].view(12, -1), carry.memory["hidden"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["adam-modulation-time", "adam-modulation-matrix"])
+def test_a_roll_out_of_a_net_is_what_the_optimizer_does(case: str) -> None:
+    rule, optimizee, twin = small_rule(case), net(2), net(2)
+    _, carry = roll_out(rule, optimizee, start_episode(rule, optimizee), 12)
+    problems = [{name: nn.Parameter(value[p].clone()) for name, value in twin.params.items()} for p in range(2)]
+    optimizers = [LearnedOptimizer(params.values(), weights=rule) for params in problems]
+    for _ in range(12):
+        twin.losses({name: torch.stack([params[name] for params in problems]) for name in twin.params}).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    found = torch.stack([torch.cat([param.detach().flatten() for param in params.values()]) for params in problems])
+    torch.testing.assert_close(found, carry.params, rtol=1e-4, atol=1e-5)
+
+
+def test_a_straight_through_meta_gradient_takes_the_stage_for_the_identity() -> None:
+    rule, optimizee = small_rule("adam-modulation-matrix"), net(1)
+    carry = start_episode(rule, optimizee)
+    record, _ = roll_out(rule, optimizee, carry, 5)
+    weights, found = objective(record.losses, carry.initial_loss), []
+    for straight_through in (True, False):
+        rule.zero_grad()
+        backpropagate(rule, record, weights, straight_through=straight_through)
+        found.append(gradients(rule))
+    record.wholes = None
+    rule.zero_grad()
+    backpropagate(rule, record, weights)
+    assert all(map(torch.equal, found[0], gradients(rule)))
+    assert relative_error(found[0], found[1]) > 0.01
+
+
+def test_a_rule_with_a_matrix_stage_imitates_nobody() -> None:
+    rule, teacher, optimizee = small_rule("adam-modulation-matrix"), plain_adam(0.1), net(0)
+    with pytest.raises(ValueError, match="cannot imitate"):
+        roll_out(rule, optimizee, start_episode(rule, optimizee, teacher=teacher), 3, teacher=teacher)
+
+
 @pytest.mark.skipif(not native_backend.available(), reason="the kernels were not built: no C compiler")
 @pytest.mark.parametrize("case", RULE_CASES)
-def test_compiled_inner_steps_are_the_plain_ones(case: str) -> None:
-    rule, optimizee = small_rule(case), waking(3)
+@pytest.mark.parametrize("name", ["waking", "net"])
+def test_compiled_inner_steps_are_the_plain_ones(case: str, name: str) -> None:
+    rule, optimizee = small_rule(case), OPTIMIZEES[name](3)
     start = start_episode(rule, optimizee)
     ways = [way(rule, optimizee, start.params, start.memory) for way in (PlainSteps, CompiledSteps)]
     for step in range(1, 31):

@@ -17,7 +17,7 @@ from meta_train.judging.baselines import settings
 from meta_train.rows import read_rows
 from meta_train.tasks import Mnist, mnist
 from meta_train.tasks.images import MNIST, read_images
-from meta_train.training.meta_gradient import loss_and_grad
+from meta_train.training.roll_out import loss_and_grad
 from tests.meta_train.digits import make_digits
 from tests.meta_train.test_recipe import TINY
 

@@ -21,7 +21,7 @@ from meta_train.rows import read_rows
 from meta_train.tasks import NeuralArt, features
 from meta_train.tasks.features import Conv, Network, feature_extractor, read_network
 from meta_train.tasks.neural_art import Split, gram
-from meta_train.training.meta_gradient import loss_and_grad
+from meta_train.training.roll_out import loss_and_grad
 from tests.meta_train.judged_runs import losses_of
 from tests.meta_train.pictures import DESCRIPTION, NETWORK, make_data
 from tests.meta_train.test_recipe import TINY

@@ -12,10 +12,16 @@ from learned_optim.weights import resolve_weights
 from meta_train.tasks import Optimizee, Quadratic, derive_seed, seeded
 from meta_train.training import episodes, outer_loop
 from meta_train.training.episodes import OBJECTIVES, meta_loss, whole_episode
-from meta_train.training.meta_gradient import Sample, backpropagate, roll_out, sample_coordinates, start_episode
+from meta_train.training.meta_gradient import backpropagate
 from meta_train.training.outer_loop import MetaTraining, cosine, validate
 from meta_train.training.recipe import OuterLoop, parse_recipe
-from tests.cases import RULE_CASES, small_rule
+from meta_train.training.roll_out import (
+    Sample,
+    roll_out,
+    sample_coordinates,
+    start_episode,
+)
+from tests.cases import COORDINATE_CASES, small_rule
 from tests.meta_train.test_recipe import FROM_DEFAULT, TINY
 
 
@@ -79,7 +85,7 @@ def test_horizons_are_drawn_log_uniformly_and_vary() -> None:
     assert [run._draw(phase).horizon for _ in range(3)] != [run._draw(phase).horizon for _ in range(3)]
 
 
-@pytest.mark.parametrize("case", RULE_CASES)
+@pytest.mark.parametrize("case", COORDINATE_CASES)
 def test_the_meta_gradient_is_a_finite_difference_with_gradients_held_constant(case: str) -> None:
     """The definition itself: replay a recorded gradient sequence with moved meta-parameters, add up updates, weigh."""
     rule = small_rule(case).double()

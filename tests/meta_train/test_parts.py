@@ -18,9 +18,10 @@ from meta_train.judging.contestants import Learned
 from meta_train.rows import read_rows
 from meta_train.tasks import Optimizee, derive_seed, seeded
 from meta_train.training import meta_gradient
-from meta_train.training.meta_gradient import Sample, backpropagate, roll_out, start_episode, unroll
+from meta_train.training.meta_gradient import backpropagate, unroll
 from meta_train.training.parts import Parts, members, part_of
 from meta_train.training.publish import publish
+from meta_train.training.roll_out import Sample, roll_out, start_episode
 from meta_train.training.run_dir import RunDir
 from tests.cases import RULE_CASES, small_rule
 from tests.meta_train.test_meta_gradient import gradients, objective, relative_error

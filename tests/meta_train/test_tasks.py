@@ -9,7 +9,7 @@ from meta_train.tasks import Mixture, Optimizee, Quadratic, Quartic, module_opti
 from meta_train.tasks.held_out import HELD_OUT_KINDS, HeldOut
 from meta_train.tasks.mixture import KINDS, rescale
 from meta_train.tasks.models import Norm
-from meta_train.training.meta_gradient import loss_and_grad
+from meta_train.training.roll_out import loss_and_grad
 
 
 @pytest.mark.parametrize("kind", KINDS)

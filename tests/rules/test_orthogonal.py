@@ -91,8 +91,8 @@ def test_matrices_without_a_direction_come_back_as_they_are(sides: tuple[int, in
     updates = random(3, *sides)
     updates[1] = value if value == 0 else updates[1]
     updates[1, 0, 1] = value
-    rms = torch.ones(3, dtype=torch.float64)
-    for shaped in (shape_updates(updates), shape_updates(updates, 0.5, rms)):
+    gain = torch.ones(3, dtype=torch.float64)
+    for shaped in (shape_updates(updates), shape_updates(updates, 0.5, gain, random(3, *sides, seed=1), 0.5)):
         assert torch.equal(shaped[1].nan_to_num(7.0), updates[1].nan_to_num(7.0))
     assert torch.equal(shape_updates(updates)[[0, 2]], shape_updates(updates[[0, 2]]))
     leaf = updates.clone().requires_grad_()
@@ -103,11 +103,33 @@ def test_matrices_without_a_direction_come_back_as_they_are(sides: tuple[int, in
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_length_is_kept_or_given(dtype: torch.dtype) -> None:
-    updates, rms = random(3, 4, 6, dtype=dtype), torch.tensor([0.1, 2.0, 30.0])
-    torch.testing.assert_close(shape_updates(updates).norm(dim=(1, 2)), updates.norm(dim=(1, 2)))
-    torch.testing.assert_close(shape_updates(updates, rms=rms).square().mean((1, 2)).sqrt(), rms.to(dtype))
-    assert shape_updates(updates, rms=rms).dtype == dtype
+def test_length_is_kept_times_the_gain(dtype: torch.dtype) -> None:
+    updates, gain = random(3, 4, 6, dtype=dtype), torch.tensor([0.1, 2.0, 30.0])
+    lengths = updates.norm(dim=(1, 2))
+    torch.testing.assert_close(shape_updates(updates).norm(dim=(1, 2)), lengths)
+    torch.testing.assert_close(shape_updates(updates, gain=gain).norm(dim=(1, 2)), lengths * gain.to(dtype))
+    assert shape_updates(updates, gain=gain).dtype == dtype
+
+
+@pytest.mark.parametrize("sides", BOTH_FORMS, ids=str)
+def test_the_direction_may_follow_a_momentum(sides: tuple[int, int]) -> None:
+    updates, momentum = random(3, *sides), 1e6 * random(3, *sides, seed=1)
+    toward = shape_updates(updates, momentum=momentum, share=1.0)
+    torch.testing.assert_close(toward, shape_updates(momentum, gain=updates.norm(dim=(1, 2)) / momentum.norm(dim=(1, 2))))
+    unit, other = (x / x.norm(dim=(1, 2), keepdim=True) for x in (updates, momentum))
+    between = shape_updates(0.7 * unit + 0.3 * other)
+    found = shape_updates(updates, momentum=momentum, share=0.3)
+    torch.testing.assert_close(
+        found / found.norm(dim=(1, 2), keepdim=True), between / between.norm(dim=(1, 2), keepdim=True)
+    )
+    torch.testing.assert_close(shape_updates(updates, momentum=momentum, share=0.0), shape_updates(updates))
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_a_momentum_without_a_direction_has_no_say(value: float) -> None:
+    updates, momentum = random(2, 4, 6), random(2, 4, 6, seed=1)
+    momentum[1] = value
+    torch.testing.assert_close(shape_updates(updates, momentum=momentum, share=0.5)[1], shape_updates(updates)[1])
 
 
 def test_blend_goes_from_the_update_to_the_orthogonal_one() -> None:
@@ -141,9 +163,10 @@ def test_one_row_keeps_its_direction() -> None:
 @pytest.mark.parametrize("sides", [(2, 2), (3, 4), (4, 3), (2, 7), (7, 2)], ids=str)
 def test_derivatives_by_finite_differences(sides: tuple[int, int]) -> None:
     updates = random(2, *sides).requires_grad_()
-    share, rms = (torch.tensor(pair, dtype=torch.float64, requires_grad=True) for pair in ([0.3, 0.9], [0.5, 2.0]))
+    blend, gain = (torch.tensor(pair, dtype=torch.float64, requires_grad=True) for pair in ([0.3, 0.9], [0.5, 2.0]))
+    share = torch.tensor([0.2, 0.6], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda one: shape_updates(one), (updates,))
-    assert torch.autograd.gradcheck(shape_updates, (updates, share, rms))
+    assert torch.autograd.gradcheck(shape_updates, (updates, blend, gain, random(2, *sides, seed=1), share))
 
 
 def through_the_graph(updates: Tensor, cotangents: Tensor) -> Tensor:
@@ -171,13 +194,17 @@ def test_pull_back_is_autograd_s(sides: tuple[int, int], dtype: torch.dtype, bou
         assert (found - expected).norm() <= bound * expected.norm()
 
 
-def test_pull_back_cuts_blend_and_rms_with_the_batch() -> None:
-    updates, cotangents = random(3, 3, 4), random(3, 3, 4, seed=1)
-    share, rms = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([1.0, 2.0, 3.0])
-    one_by_one = [pull_back(updates[i : i + 1], cotangents[i : i + 1], share[i], rms[i]) for i in range(3)]
-    torch.testing.assert_close(pull_back(updates, cotangents, share, rms, scratch_bytes=1), torch.cat(one_by_one))
+def test_pull_back_cuts_every_argument_with_the_batch() -> None:
+    updates, cotangents, momentum = (random(3, 3, 4, seed=seed) for seed in range(3))
+    blend, gain, share = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.2, 0.4, 0.6])
+    one_by_one = [
+        pull_back(updates[i : i + 1], cotangents[i : i + 1], blend[i], gain[i], momentum[i : i + 1], share[i])
+        for i in range(3)
+    ]
+    found = pull_back(updates, cotangents, blend, gain, momentum, share, scratch_bytes=1)
+    torch.testing.assert_close(found, torch.cat(one_by_one))
     with torch.no_grad():
-        assert pull_back(updates[:0], cotangents[:0], share[:0], rms[:0]).shape == (0, 3, 4)
+        assert pull_back(updates[:0], cotangents[:0], blend[:0], gain[:0], momentum[:0], share[:0]).shape == (0, 3, 4)
 
 
 # Batches
@@ -262,16 +289,18 @@ def test_which_tensors_are_matrices(shape: tuple[int, ...], side: int, expected:
 def test_convolutions_are_out_by_rest() -> None:
     assert matrix_shape((8, 3, 5, 5)) == (8, 75)
     assert matrix_shape((8, 3)) == (8, 3)
+    assert matrix_shape((1, 1, 8, 3)) == (8, 3)
+    assert matrix_shape((1, 8)) == (1, 8)
 
 
 @needs_dynamo
 @pytest.mark.parametrize("sides", BOTH_FORMS, ids=str)
 def test_compiles_whole_with_its_derivative(sides: tuple[int, int]) -> None:
-    updates, share, rms = random(2, *sides), torch.tensor([0.3, 1.0]), torch.ones(2)
+    updates, blend, gain = random(2, *sides), torch.tensor([0.3, 1.0]), torch.ones(2)
     compiled = torch.compile(shape_updates, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        torch.testing.assert_close(compiled(updates, share, rms), shape_updates(updates, share, rms))
+        torch.testing.assert_close(compiled(updates, blend, gain), shape_updates(updates, blend, gain))
     leaf = updates.clone().requires_grad_()
-    found = torch.autograd.grad(compiled(leaf, share, rms).square().sum(), leaf)[0]
-    shaped = shape_updates(updates, share, rms)
-    torch.testing.assert_close(found, pull_back(updates, 2 * shaped, share, rms))
+    found = torch.autograd.grad(compiled(leaf, blend, gain).square().sum(), leaf)[0]
+    shaped = shape_updates(updates, blend, gain)
+    torch.testing.assert_close(found, pull_back(updates, 2 * shaped, blend, gain))

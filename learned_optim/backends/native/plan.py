@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from learned_optim.backends.items import PlannedGroup, StepItem, overlap
+from learned_optim.backends.matrices import apply_updates, loads, shaped_updates
 from learned_optim.backends.native.library import AVAILABLE
 from learned_optim.backends.native.step import Table, packed, struct_of, supports, takes
 from learned_optim.rules import UpdateRule
+from learned_optim.rules.orthogonal import matrix_shape
 from learned_optim.rules.storage import names
 
 try:
@@ -98,12 +100,21 @@ class _Planned:
         steps = [state["step"] for state in states]
         scales = torch.empty(len(steps), dtype=torch.float32, device="cpu").unbind() if group.rule.uses_scale else ()
         self._table = Table(self._params, memory, steps, scales)
+        self._stage = group.options.matrix
+        self._batches = [batch for load in _loads(group, state) for batch in load]
+        position = {id(param): at for at, param in enumerate(self._params)}
+        self._positions = [[position[id(item.param)] for item in batch] for batch in self._batches]
         self._places = _Forms(self._params)
         self._grads = _Forms([param.grad for param in self._params], anywhere=True)
 
     def find(self, group: PlannedGroup) -> list[Tensor] | None:
         """Return the gradients, if all else is as it was."""
-        if group.rule is not self._rule or not _same(group.params, self._everyone) or not self._places.fit(self._params):
+        if (
+            group.rule is not self._rule
+            or group.options.matrix != self._stage
+            or not _same(group.params, self._everyone)
+            or not self._places.fit(self._params)
+        ):
             return None
         found = list(map(_grad, self._everyone))
         grads = [grad for grad in found if grad is not None]
@@ -113,9 +124,20 @@ class _Planned:
 
     def run(self, group: PlannedGroup, grads: Sequence[Tensor]) -> None:
         """Take and count the step; the gradients are held until the kernel is done."""
-        if grads:
-            increment_version(self._params)
-            self._table.run_and_count(struct_of(self._rule), packed(self._rule), grads, group.options)
+        if not grads:
+            return
+        increment_version(self._params)
+        described, options = (struct_of(self._rule), packed(self._rule)), group.options
+        handed: list[Tensor | None] = [None] * len(grads) if self._batches else []
+        sides = [(len(batch), *matrix_shape(batch[0].param.shape)) for batch in self._batches]
+        updates = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in sides]
+        for positions, batched in zip(self._positions, updates, strict=True):
+            for position, update in zip(positions, batched.unbind(), strict=True):
+                handed[position] = update
+        self._table.run_and_count(*described, grads, options, handed)
+        with torch.autocast("cpu", enabled=False):
+            for batch, batched in zip(self._batches, updates, strict=True):
+                apply_updates([item.param for item in batch], shaped_updates(self._rule, batch, batched, options), options)
 
 
 class _Forms:
@@ -170,7 +192,22 @@ def make_plan(groups: Sequence[PlannedGroup], state: dict[Tensor, Any]) -> Plan 
             return None
         if len({names(group.rule, state[param]) for param in params}) > 1 or overlap(params):
             return None
+        if len(_loads(group, state)) > 1:  # All updates at once would not fit into the scratch memory.
+            return None
     return Plan(groups, state)
+
+
+def _loads(group: PlannedGroup, state: dict[Tensor, Any]) -> list[list[list[StepItem]]]:
+    """Return the matrices of a group in batches, as many together as the bound on memory allows."""
+    if group.options.matrix is None:
+        return []
+    items = []
+    for param in group.params:
+        if param.grad is not None and group.options.matrix.applies_to(param.shape):
+            memory = {name: value for name, value in state[param].items() if name != "step"}
+            # A plan holds no gradient: the parameter stands in for it.
+            items.append(StepItem(param, param, memory, state[param]["step"], None, param))
+    return list(loads(items, torch.float32.itemsize))
 
 
 def _fits(rule: UpdateRule, param: Tensor, state: Any) -> bool:

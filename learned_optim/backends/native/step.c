@@ -27,6 +27,7 @@ struct rule {
 struct columns {
   int64_t count;
   const int64_t *sizes;
+  float *const *updates; /* NULL, or for each item where its update goes instead of into the parameter; NULL: into it */
   void *const *params, *const *grads, *const *hidden, *const *cell, *const *moments[3];
   uint16_t *const *cell_scales; /* for 8-bit memory */
   float *const *steps; /* one number each: inner steps, this one included unless it is still to be counted */
@@ -40,6 +41,7 @@ struct columns {
 struct item {
   void *param, *hidden, *cell, *moments[3];
   const void *grad;
+  float *update; /* handed out if not NULL */
   uint16_t *cell_scale;
   int param_type, grad_type, memory_type, moment_types[3], maximize;
   float lr, shrink, step, scale, corrections[3]; /* corrections of the moments' bias */
@@ -82,6 +84,7 @@ static void prepare_item(struct item *item, const struct rule *rule, const struc
   *item = (struct item){
       .param = columns->params[i],
       .grad = columns->grads[i],
+      .update = columns->updates ? columns->updates[i] : NULL,
       .hidden = columns->hidden[i],
       .cell = columns->cell[i],
       .param_type = columns->param_types[i],

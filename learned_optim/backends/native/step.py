@@ -63,7 +63,7 @@ class _Columns(ctypes.Structure):
 
     _fields_ = (
         ("count", ctypes.c_int64),
-        *((name, pointer) for name in ("sizes", "params", "grads", "hidden", "cell")),
+        *((name, pointer) for name in ("sizes", "updates", "params", "grads", "hidden", "cell")),
         ("moments", pointer * 3),
         *((name, pointer) for name in ("cell_scales", "steps", "scales", "param_types", "grad_types", "memory_types")),
         ("moment_types", pointer * 3),
@@ -287,7 +287,14 @@ class Table:
         self.columns.grad_types = types.buffer_info()[0]
         self.call(rule, weights, grads, options)
 
-    def run_and_count(self, rule: ctypes.Structure, weights: Tensor, grads: Sequence[Tensor], options: StepOptions) -> None:
+    def run_and_count(
+        self,
+        rule: ctypes.Structure,
+        weights: Tensor,
+        grads: Sequence[Tensor],
+        options: StepOptions,
+        updates: Sequence[Tensor | None] = (),
+    ) -> None:
         """Count a step, measure the scales and take it.
 
         Args:
@@ -295,9 +302,13 @@ class Table:
             weights: From :func:`pack`.
             grads: Contiguous, in the order and of the dtypes of the parameters.
             options: How updates are applied.
+            updates: For each parameter a float32 tensor that its update is written to, and the parameter is left alone; or
+                None. Empty: all updates are applied.
         """
         self.columns.grad_types = self.columns.param_types
         self.columns.count_step, self.columns.measure = True, self.scaled
+        addresses = array("Q", (0 if update is None else update.data_ptr() for update in updates))
+        self.columns.updates = addresses.buffer_info()[0] if updates else None
         self.call(rule, weights, grads, options)
 
     def call(self, rule: ctypes.Structure, weights: Tensor, grads: Sequence[Tensor], options: StepOptions) -> None:

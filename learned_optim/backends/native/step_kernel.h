@@ -643,6 +643,10 @@ INLINE void step_block(block_buffers *b, const struct rule *rule, const float *w
     for (int v = 0; v < W; v++) b->update[v] = splat(0.0f);
   }
 
+  if (item->update) {
+    memcpy(item->update + start, b->update, sizeof(float) * rows);
+    return;
+  }
   const float *params = read_values(item->param, item->param_type, start, rows, staging);
   for (int v = 0; v < W; v++) b->update[v] = load_vec(params + v * LANES) * item->shrink + item->lr * b->update[v];
   write_values(item->param, item->param_type, start, rows, b->update);
