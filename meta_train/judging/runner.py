@@ -29,6 +29,9 @@ from meta_train.tasks import Task, derive_seed
 from meta_train.tasks.case import JudgingTask
 from meta_train.workers import Each
 
+MEASURES = 2
+"""Goes up when runs of cases are measured or seeded in another way, so that no run of before is taken."""
+
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 """Wraps an iterable of known length, to show how far it is."""
 
@@ -92,7 +95,8 @@ class CaseTrials:
     def file(self, contestant: Contestant, horizon: int, seed: int) -> str:
         """Name the file of a finished run."""
         task = self.task
-        text = json.dumps([task.name, task.about, task.data, contestant.identity, contestant.lr, horizon, seed])
+        what = [task.name, task.about, task.data, contestant.identity, contestant.lr, horizon, seed]
+        text = json.dumps([*what, task.horizons, MEASURES])
         return f"{re.sub('[^a-z0-9.]+', '-', task.name)}-{_digest(text)}.safetensors"
 
 
@@ -190,8 +194,10 @@ def read_outcome(path: Path) -> Outcome:
         The outcome.
     """
     with safe_open(path, "pt") as file:
-        held_out = json.loads(file.metadata().get("held_out", "{}"))
-        return Outcome(file.get_tensor("losses").double(), {int(end): value for end, value in held_out.items()})
+        about = file.metadata()
+        kept = {one.name: json.loads(about.get(one.name, "{}")) for one in fields(Outcome) if one.name != "losses"}
+        by_horizon = {name: {int(end): value for end, value in values.items()} for name, values in kept.items()}
+        return Outcome(file.get_tensor("losses").double(), **by_horizon)
 
 
 Look = TypeVar("Look", bound=Hashable)

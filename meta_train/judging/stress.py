@@ -60,7 +60,6 @@ def _changed(task: JudgingTask, change: str, make: Callable[[int], Case]) -> Jud
 
 
 def _ten_million(seed: int) -> Case:
-    # Initial weights and data of one stream, the flaw of the held-out kinds (docs/judging.md).
     stream = cluster_stream(seeded(seed), 1, 16, inputs=512, classes=256, modes=2, spread=0.5)
 
     def next_batch(generator: torch.Generator) -> Batch:

@@ -13,8 +13,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import ParamsT
 
 from meta_train.judging.baselines import MakeOptimizer
+from meta_train.judging.readouts import Readout
 from meta_train.tasks import Optimizee, Task, derive_seed
-from meta_train.tasks.case import Case, JudgingTask
+from meta_train.tasks.case import JudgingTask
 
 MakeSchedule = Callable[[Optimizer, int], LRScheduler]
 """From optimizer and horizon to a schedule of the rate."""
@@ -28,10 +29,17 @@ class Outcome:
         losses: Training loss of the minibatch before each inner step, and for an optimizee after the last too: ``(T,)`` or
             ``(T + 1,)`` in float64; infinite from the step where the run diverged.
         held_out: Held-out loss after each horizon that the run reached, by horizon.
+        final_loss: Training loss at those weights on fresh minibatches (:mod:`meta_train.judging.readouts`), and at 0 the one
+            at the initial weights.
+        averaged_loss: The same at averaged weights.
+        averaged_held_out: Held-out loss at averaged weights.
     """
 
     losses: Tensor
     held_out: dict[int, float] = field(default_factory=dict)
+    final_loss: dict[int, float] = field(default_factory=dict)
+    averaged_loss: dict[int, float] = field(default_factory=dict)
+    averaged_held_out: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,14 +50,14 @@ class Problem:
         params: Parameters, named or not.
         loss: Draws the next minibatch and returns its 0-dim loss.
         ends_with_loss: Whether the loss after the last step belongs to the losses.
-        held_out: Measures the held-out loss; the optimizer comes along for its evaluation mode.
-        horizons: Inner steps after which the held-out loss is measured.
+        readout: Measures what the run would ship.
+        horizons: Inner steps after which it does.
     """
 
     params: ParamsT
     loss: Callable[[], Tensor]
     ends_with_loss: bool = False
-    held_out: Callable[[Optimizer], float] | None = None
+    readout: Readout | None = None
     horizons: Sequence[int] = ()
 
 
@@ -68,7 +76,8 @@ def train(problem: Problem, make_optimizer: MakeOptimizer, horizon: int, schedul
     optimizer = make_optimizer(problem.params)
     scheduler = schedule(optimizer, horizon) if schedule else None
     losses = torch.full((horizon + problem.ends_with_loss,), math.inf, dtype=torch.float64)
-    held_out = {}
+    readout = problem.readout
+    measured: dict[str, dict[int, float]] = {"final_loss": {0: readout.start()}} if readout else {}
 
     def forward() -> Tensor:
         optimizer.zero_grad()
@@ -91,9 +100,11 @@ def train(problem: Problem, make_optimizer: MakeOptimizer, horizon: int, schedul
         optimizer.step(closure if isinstance(optimizer, LBFGS) else None)
         if scheduler:
             scheduler.step()
-        if problem.held_out and step + 1 in problem.horizons:
-            held_out[step + 1] = problem.held_out(optimizer)
-    return Outcome(losses, held_out)
+        if readout:
+            readout.after_step()
+            for name, loss_then in readout.look(optimizer).items() if step + 1 in problem.horizons else ():
+                measured.setdefault(name, {})[step + 1] = loss_then
+    return Outcome(losses, **measured)
 
 
 def problem_of_optimizee(optimizee: Optimizee) -> Problem:
@@ -121,9 +132,7 @@ def problem_of_optimizee(optimizee: Optimizee) -> Problem:
 def problem_of_case(task: JudgingTask, seed: int) -> Problem:
     """Make a problem of a judging task.
 
-    Known flaw, kept because every committed figure depends on it: a task that draws its data from a generator at ``seed``,
-    as all held-out kinds do, draws them from the numbers that initialise the module, so the two are correlated; and
-    minibatches come from the stream that initialises the module of the next seed (docs/judging.md).
+    Initial weights, data, minibatches and the fresh minibatches of the readout come from streams of their own.
 
     Args:
         task: Makes the case.
@@ -132,18 +141,12 @@ def problem_of_case(task: JudgingTask, seed: int) -> Problem:
     Returns:
         The problem.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        case = task.make(seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-
-    def held_out(optimizer: Optimizer) -> float:
-        return _held_out_loss(case, optimizer)
-
+    case = task.case(seed)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "minibatches"))
     return Problem(
-        case.module.parameters(),
+        case.module.named_parameters(),
         lambda: case.loss(case.module, case.next_batch(generator)),
-        held_out=held_out if case.held_out else None,
+        readout=Readout(case, seed),
         horizons=task.horizons,
     )
 
@@ -194,15 +197,16 @@ def smoothed_final(losses: Tensor, horizon: int) -> Tensor:
     return losses[horizon - max(horizon // 10, 1) : horizon].double().mean()
 
 
-@torch.no_grad()
-def _held_out_loss(case: Case, optimizer: Optimizer) -> float:
-    """Return the mean loss over the held-out examples, with module and optimizer in evaluation mode if they have one."""
-    averaged = getattr(optimizer, "eval", None)  # Schedule-free optimizers evaluate at another point than they train.
-    case.module.eval()
-    if averaged:
-        averaged()
-    total = sum(float(case.loss(case.module, batch)) for batch in case.held_out) / len(case.held_out)
-    case.module.train()
-    if averaged:
-        optimizer.train()  # type: ignore[attr-defined]
-    return total
+def spike(losses: Tensor, horizon: int) -> float:
+    """Return the highest minibatch loss of the second half of a run over its median; infinite where the run diverged."""
+    half = losses[horizon // 2 : horizon].double()
+    if not half.isfinite().all():
+        return math.inf
+    median = float(half.median())
+    return float(half.max()) / median if median else math.nan
+
+
+def early_loss(outcome: Outcome, first: int = 5, last: int = 15) -> float:
+    """Return the mean loss of steps 5 to 15 over the loss at the start: above 1, the first steps ruined the weights."""
+    start = outcome.final_loss.get(0, math.nan)
+    return float(outcome.losses[first - 1 : last].mean()) / start if start else math.nan

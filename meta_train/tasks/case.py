@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meta_train.tasks.task import derive_seed
+
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
 
@@ -37,7 +39,7 @@ class JudgingTask:
     Args:
         name: In tables.
         about: What is trained on what, in one line.
-        make: From a seed to a case; the caller seeds torch's generator for the initialisation.
+        make: From the seed of its data to a case; initial weights come from torch's global generator. Call :meth:`case`.
         horizons: Inner steps after which it is looked at.
         data: Fingerprint of its data, where they are not made from the seed.
     """
@@ -47,6 +49,19 @@ class JudgingTask:
     make: Callable[[int], Case]
     horizons: tuple[int, ...] = (200, 1000, 5000)
     data: str = ""
+
+    def case(self, seed: int) -> Case:
+        """Make the case of a seed: its initial weights and its data come from streams of their own.
+
+        Args:
+            seed: Decides both.
+
+        Returns:
+            The case.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "initial weights"))
+            return self.make(derive_seed(seed, "data"))
 
 
 def classification_loss(module: nn.Module, batch: Batch) -> Tensor:

@@ -1,9 +1,6 @@
 """Synthetic models that the mixture does not hold: bigger, and of other kinds. Rules are selected on these.
 
 Nothing here is downloaded, so whoever meta-trains can choose between rules without spending the real data that judge them.
-
-Known flaw, kept because every committed figure depends on it: data and initial weights of a seed come from the same random
-numbers and are correlated (docs/judging.md, "What is wrong with the held-out kinds").
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ from torch import Tensor, nn
 from meta_train.tasks.case import Batch, Case, JudgingTask, Loss, classification_loss, regression_loss
 from meta_train.tasks.data import Stream, cluster_stream, digit_stream, language_stream, regression_stream
 from meta_train.tasks.modules import CharLSTM, CharTransformer, VisionTransformer, conv_net, mlp
-from meta_train.tasks.task import Optimizee, module_optimizee, seeded
+from meta_train.tasks.task import Optimizee, derive_seed, module_optimizee, seeded
 
 HORIZONS = (200, 1000)
 
@@ -215,10 +212,17 @@ and where a loss falls for ever, steps must not shrink too soon."""
 
 
 class HeldOut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="name", tag="held-out"):
-    """A random kind out of :data:`HELD_OUT_KINDS`, one problem of it: to validate default rules on, never to train on."""
+    """A random kind out of :data:`HELD_OUT_KINDS`, one problem of it: to validate default rules on, never to train on.
+
+    Args:
+        separate_streams: Draw initial weights and data from streams of their own. False repeats the validation of recipes
+            from before: there both come from the same random numbers and are correlated.
+    """
+
+    separate_streams: bool = False
 
     def sample(self, seed: int) -> Optimizee:
-        """Return one problem, with the module's known flaw: its data are correlated with its initialisation.
+        """Return one problem.
 
         Args:
             seed: Decides the kind, the initialisation, the data and the minibatches.
@@ -227,12 +231,16 @@ class HeldOut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
             The optimizee.
         """
         kind = HELD_OUT_KINDS[random.Random(seed).randrange(len(HELD_OUT_KINDS))]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            case = kind.make(seed)
+        minibatches = seed
+        if self.separate_streams:
+            case, minibatches = kind.case(seed), derive_seed(seed, "minibatches")
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                case = kind.make(seed)
         return module_optimizee(
             lambda: case.module,
             lambda module, batch: case.loss(module, (batch[0], batch[1])),
             lambda generator: tuple(value.unsqueeze(0) for value in case.next_batch(generator)),
-            seed,
+            minibatches,
         )

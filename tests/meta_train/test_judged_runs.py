@@ -1,5 +1,7 @@
 """What one judged training run does with schedule, momentum, evaluation mode and horizons."""
 
+import copy
+import functools
 import math
 from pathlib import Path
 
@@ -8,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from meta_train.judging.averages import AveragedWeights
 from meta_train.judging.baselines import Setting
+from meta_train.judging.runner import read_outcome, write_outcome
 from meta_train.judging.suites import SUITES, Suite, SuiteRunner, setting_of
-from meta_train.judging.trial import train_case
+from meta_train.judging.trial import Outcome, early_loss, spike, train_case
+from meta_train.tasks import derive_seed
 from meta_train.tasks.case import Case, JudgingTask, regression_loss
 
 HELD_OUT = (torch.ones(4, 2), torch.ones(4, 1))
@@ -53,14 +58,91 @@ def test_a_cosine_is_stepped_to_zero_at_the_horizon_of_the_run(horizon: int) -> 
     assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * step / horizon)) for step in range(horizon)])
 
 
-def test_held_out_examples_are_seen_in_evaluation_mode_and_no_others() -> None:
+def test_measuring_leaves_no_trace_in_what_is_trained() -> None:
     cases: list[Case] = []
     task = JudgingTask("moody", "moody", lambda seed: cases.append(_case(seed)) or cases[0], (5, 10))
     outcome = train_case(task, Setting("SGD", 0.1).make, 10, 0)
-    training, held_out = (False, True), (True, False)
-    assert cases[0].module.modes == [*[training] * 5, held_out, *[training] * 5, held_out]  # type: ignore[operator]
+    assert cases[0].module.modes == [(False, True)] * 10, "training minibatches in training mode, and nothing else"
     module = cases[0].module.eval()
     assert outcome.held_out[10] == pytest.approx(regression_loss(module, HELD_OUT).item())
+
+
+def _noisy_case(seed: int) -> Case:
+    def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        x = torch.randn(8, 4, generator=generator)
+        return x, x[:, :1] + torch.randn(8, 1, generator=generator)
+
+    module = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 1))
+    return Case(module, regression_loss, batch, [batch(torch.Generator().manual_seed(3))])
+
+
+NOISY = JudgingTask("noisy", "noisy", _noisy_case, (30, 60))
+
+
+def _by_hand(horizon: int, lr: float) -> tuple[Case, nn.Module]:
+    """Train without the judge, and return the case and a module at weights averaged from the closed formula."""
+    case = NOISY.case(0)
+    optimizer, draws = SGD(case.module.parameters(), lr=lr), torch.Generator().manual_seed(derive_seed(0, "minibatches"))
+    average = copy.deepcopy(case.module)
+    for step in range(1, horizon + 1):
+        optimizer.zero_grad()
+        case.loss(case.module, case.next_batch(draws)).backward()
+        optimizer.step()
+        with torch.no_grad():
+            for mean, param in zip(average.parameters(), case.module.parameters(), strict=True):
+                mean += (param - mean) * (1 - 0.5 ** (1 / max(1, 0.05 * step)))
+    return case, average
+
+
+def test_the_readouts_are_losses_of_the_last_and_of_averaged_weights() -> None:
+    outcome = train_case(NOISY, functools.partial(SGD, lr=0.3), 60, 0)
+    case, average = _by_hand(60, 0.3)
+    draws = torch.Generator().manual_seed(derive_seed(0, "fresh minibatches"))
+    fresh = [case.next_batch(draws) for _ in range(64)]
+    inputs = torch.stack([average[0](x).detach() for x, _ in fresh])  # Mean over minibatches of the moments that each has.
+    average[1].running_mean.copy_(inputs.mean((0, 1)))
+    average[1].running_var.copy_(inputs.var(1).mean(0))
+    for module, training, held_out in (
+        (case.module, outcome.final_loss, outcome.held_out),
+        (average, outcome.averaged_loss, outcome.averaged_held_out),
+    ):
+        module.eval()
+        assert training[60] == pytest.approx(sum(case.loss(module, batch).item() for batch in fresh) / 64, rel=1e-5)
+        assert held_out[60] == pytest.approx(case.loss(module, case.held_out[0]).item(), rel=1e-5)
+    assert outcome.averaged_loss[60] < outcome.final_loss[60]
+    assert (set(outcome.averaged_loss), set(outcome.final_loss)) == ({30, 60}, {0, 30, 60})
+
+
+def test_the_half_life_is_a_twentieth_of_the_steps_taken() -> None:
+    weight = torch.zeros(1)
+    average = AveragedWeights([weight])
+    for _ in range(2000):
+        average.update()
+    weight.fill_(1.0)
+    for _ in range(round(0.05 * 2000)):
+        average.update()
+    assert float(average.values[0]) == pytest.approx(0.5, abs=0.02)
+
+
+def test_spikes_are_looked_for_in_the_second_half() -> None:
+    losses = torch.tensor([90.0, 9.0, 2.0, 2.0, 6.0, 2.0, 1.0, 50.0])
+    assert spike(losses, 7) == 3
+    assert spike(torch.where(losses == 6, math.inf, losses), 7) == math.inf
+
+
+def test_the_first_steps_are_compared_with_the_start() -> None:
+    losses = torch.tensor([9.0] * 4 + [4.0] * 11 + [1.0] * 5, dtype=torch.float64)
+    assert early_loss(Outcome(losses, final_loss={0: 2.0})) == 2
+    assert math.isnan(early_loss(Outcome(losses)))
+
+
+def test_a_kept_run_carries_every_measure(tmp_path: Path) -> None:
+    outcome = train_case(NOISY, functools.partial(SGD, lr=0.3), 60, 0)
+    write_outcome(tmp_path / "run", outcome, {})
+    again = read_outcome(tmp_path / "run")
+    assert torch.equal(again.losses, outcome.losses)
+    for name in ("held_out", "final_loss", "averaged_loss", "averaged_held_out"):
+        assert getattr(again, name) == getattr(outcome, name) != {}
 
 
 class TwoPoints(SGD):

