@@ -7,7 +7,7 @@ RESULTS := docs/results/quadratic
 
 OLDEST := .venv-oldest/bin/python
 
-.PHONY: help demo test test-integrations test-oldest check docs mutants package reproduce reproduce-mnist reproduce-mnist-mlp reproduce-mnist-modulated reproduce-cifar reproduce-neural-art bench clean
+.PHONY: help demo test test-integrations test-oldest check docs mutants sanitize package reproduce reproduce-mnist reproduce-mnist-mlp reproduce-mnist-modulated reproduce-cifar reproduce-neural-art bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 20
@@ -43,6 +43,9 @@ docs: .venv/ready ## show the documentation on http://127.0.0.1:8000
 
 mutants: .venv/ready ## break each promise on purpose and see that a test notices
 	$(BIN)/python -m tests.mutants
+
+sanitize: .venv/ready ## test the CPU kernels, built with the address and undefined-behaviour sanitizers
+	$(BIN)/python -m tests.sanitize
 
 package: .venv/ready ## build sdist and wheel, install them where nothing else is, run what they promise
 	$(BIN)/python -m tests.distribution
