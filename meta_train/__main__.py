@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +19,7 @@ from learned_optim.weights import resolve_weights
 from meta_train.evidence import figures
 from meta_train.evidence.cards import RESULTS, evidence
 from meta_train.evidence.responses import probe, responses
-from meta_train.interrupts import StopRequest
+from meta_train.interrupts import Interrupted, StopRequest, signals_interrupt
 from meta_train.judging import arena_report, report
 from meta_train.judging.arenas import ARENAS
 from meta_train.judging.contestants import load_contestants
@@ -42,13 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line without the program's name.
 
     Returns:
-        Exit status: 0, 1 where ``verify`` or ``validate`` disagrees, 2 for a mistake in the request, 130 if interrupted.
+        Exit status: 0, 1 where ``verify`` or ``validate`` disagrees, 2 for a mistake in the request, 130 if interrupted, 143
+        by SIGTERM.
     """
     options, threads = _parser().parse_args(arguments), torch.get_num_threads()
     try:
         _check_data(getattr(options, "data", None))
         _settle_workers(options)
-        return options.verb(options)
+        with signals_interrupt():
+            return options.verb(options)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
         print(f"meta_train: {what}", file=sys.stderr)
@@ -59,11 +62,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenProcessPool:
         print("meta_train: a worker was killed, perhaps for want of memory; start it again, with fewer", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("meta_train: interrupted; a training run resumes when it is started again", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"meta_train: interrupted{_remains(options)}", file=sys.stderr)
+        return 128 + (error.signal if isinstance(error, Interrupted) else signal.SIGINT)
     finally:
         torch.set_num_threads(threads)
+
+
+def _remains(options: argparse.Namespace) -> str:
+    """Say what an interruption has left to go on with."""
+    if options.verb is _train:
+        return "; a training run resumes when it is started again"
+    if options.verb is _evaluate:
+        place = options.cache / (options.suite or arena_report.CACHE)
+        count = sum(1 for _ in place.glob("*.safetensors"))
+        runs = "finished run is" if count == 1 else "finished runs are"
+        return f"; {count} {runs} kept in {place}, and the same command goes on with what is missing"
+    return "; nothing of it is kept, and the same command begins again" if options.verb in (_validate, _verify) else ""
 
 
 def _parser() -> argparse.ArgumentParser:

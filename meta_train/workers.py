@@ -39,8 +39,13 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let them finish what they are at, and end them."""
-        self._pool.shutdown(cancel_futures=True)
+        """Let them finish what they are at, and end them; an interruption while they do ends them at once."""
+        try:
+            self._pool.shutdown(cancel_futures=True)
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():  # Python would wait for them for ever.
+                process.kill()
+            raise
 
     def map(self, function: Callable[[Any], Result], arguments: Iterable[Any], /) -> Iterator[Result]:
         """Call a function in the processes.
@@ -59,8 +64,10 @@ class Workers:
 
 def _start() -> None:
     torch.set_num_threads(1)
-    # Whoever interrupts means the process that has these; it ends them.
+    # Whoever interrupts means the process that has these; it ends them. Terminals and `timeout` signal a whole group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

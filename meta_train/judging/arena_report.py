@@ -29,6 +29,9 @@ from meta_train.training.recipe import parse_recipe
 Look = tuple[str, int]
 """A criterion and a horizon."""
 
+CACHE = "arenas"
+"""Where below the cache directory the runs of arenas lie; those of a suite lie in the directory of its name."""
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -180,7 +183,7 @@ def evaluate(request: Request, out: Path) -> Iterator[str]:
         arena = replace(arena, horizons=horizons)
     request.check_baselines()
     baselines = read_baselines(request.baselines) if request.baselines else None
-    runner = Runner(request.cache / "arenas", request.each, request.progress)
+    runner = Runner(request.cache / CACHE, request.each, request.progress)
     judgement = judge(request.rules, arena, runner, baselines)
     recipe = request.rules[0].first.recipe
     about = {

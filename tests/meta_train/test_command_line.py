@@ -11,7 +11,9 @@ import pytest
 from learned_optim import Weights, available_weights
 from learned_optim.weights import write_weights
 from meta_train import __main__ as command_line
+from meta_train import interrupts
 from meta_train.__main__ import main
+from meta_train.judging import runner
 from meta_train.judging.arenas import ARENAS, Arena
 from meta_train.judging.baselines import Setting, settings
 from meta_train.rows import read_rows, write_rows
@@ -206,6 +208,57 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert "resumes when it is started again" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_judgement_says_what_is_kept_and_goes_on_with_it(
+    number: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", str(place / "tiny-0.safetensors"), "--out", str(tmp_path / "out"), "--cache", str(tmp_path)]
+    made: list[runner.Run] = []
+
+    def stop_at(count: int) -> None:
+        def make(cache: Path | None, run: runner.Run) -> Any:
+            if len(made) == count:
+                os.kill(os.getpid(), number)
+            made.append(run)
+            return real(cache, run)
+
+        monkeypatch.setattr(runner, "_make", make)
+
+    real = runner._make
+    for count, kept in ((0, "0 finished runs are kept"), (1, "1 finished run is kept"), (4, "4 finished runs are kept")):
+        made[:] = made[:count]
+        stop_at(count)
+        assert main(command) == 128 + number
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"{kept} in {tmp_path / 'arenas'}, and the same command goes on with what is missing" in error
+    stop_at(-1)
+    assert main(command) == 0
+    assert len(made) == len({run.file for run in made}), "no run was made twice"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("verb", ["validate", "verify"])
+def test_what_keeps_nothing_says_so_when_interrupted(
+    verb: str, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(names: object) -> None:
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(command_line, "load_contestants", load)
+    assert main([verb, "default"]) == 128 + number
+    assert "interrupted; nothing of it is kept, and the same command begins again" in capsys.readouterr().err
+
+
+def test_a_second_request_to_stop_interrupts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "ONE_REQUEST", 0.0)
+    with interrupts.StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        with pytest.raises(interrupts.Interrupted):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_a_directory_without_a_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", "recipe.toml", "--out", ""])
@@ -222,6 +275,7 @@ def test_a_signal_ends_training_at_a_checkpoint(
     def stop_at_two(bar: Any, n: float = 1) -> Any:
         if bar.n == 1:
             os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # `timeout` sends one to the process and one to its group.
         return update(bar, n)
 
     monkeypatch.setattr(command_line.tqdm, "update", stop_at_two)

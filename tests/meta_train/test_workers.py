@@ -124,6 +124,28 @@ def test_workers_have_one_thread_and_leave_interruptions_to_their_parent(workers
     assert len(list(workers.map(_who, range(20)))) == 20, "had one ended, so would all"
 
 
+def _group(_: object) -> int:
+    return os.getpgrp()
+
+
+def test_a_signal_to_the_process_group_reaches_the_parent_alone(workers: Workers) -> None:
+    assert os.getpgrp() not in set(workers.map(_group, range(4)))
+
+
+def test_an_interruption_while_workers_finish_ends_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(**options: object) -> None:
+        raise KeyboardInterrupt
+
+    workers = Workers(1)
+    monkeypatch.setattr(workers._pool, "shutdown", interrupt)
+    running = workers._pool.submit(time.sleep, 600)
+    while not running.running():
+        time.sleep(0.01)
+    with pytest.raises(KeyboardInterrupt):
+        workers.__exit__()
+    assert running.exception(timeout=30) is not None
+
+
 PARENT = """
 import time
 from meta_train.workers import Workers
