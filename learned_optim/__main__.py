@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,7 +31,8 @@ SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say it in one line."""
-        self.exit(2, f"{self.prog}: {one_line(message)}; see {self.prog} --help\n")
+        _complain(self.prog, f"{one_line(message)}; see {self.prog} --help")
+        sys.exit(2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,12 +59,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (WeightsError, OSError) as error:
-        print(f"{PROGRAM}: {one_line(error)}", file=sys.stderr)
+        _complain(PROGRAM, one_line(error))
         return 2
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        _complain(PROGRAM, "interrupted")
         return 130
     return 0
+
+
+def _complain(program: str, message: str) -> None:
+    """Say what is wrong, if there is a stderr that takes it."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(f"{program}: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
+import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,9 +19,11 @@ from tqdm import tqdm
 
 from learned_optim.rules import AdamModulationConfig
 from learned_optim.weights import resolve_weights
+from learned_optim.weights.text import visible
 from meta_train.evidence import figures
 from meta_train.evidence.cards import RESULTS, evidence
 from meta_train.evidence.responses import probe, responses
+from meta_train.files import read_text
 from meta_train.interrupts import Interrupted, StopRequest, signals_interrupt
 from meta_train.judging import arena_report, report
 from meta_train.judging.arenas import ARENAS
@@ -28,6 +33,7 @@ from meta_train.judging.request import Request
 from meta_train.judging.suites import SUITES
 from meta_train.provenance import read_environment
 from meta_train.rows import is_learned, read_rows, write_rows
+from meta_train.screen import SCREEN, say
 from meta_train.training.publish import publish
 from meta_train.training.recipe import read_recipe, with_seed
 from meta_train.training.run_dir import RunDir, training_table
@@ -44,29 +50,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit status: 0, 1 where ``verify`` or ``validate`` disagrees, 2 for a mistake in the request, 130 if interrupted, 143
-        by SIGTERM.
+        by SIGTERM, 141 if whatever read the output has left.
     """
     options, threads = _parser().parse_args(arguments), torch.get_num_threads()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # What an encoding lacks is escaped.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _check_data(getattr(options, "data", None))
         _settle_workers(options)
-        with signals_interrupt():
-            return options.verb(options)
+        with signals_interrupt(), _memory_errors():
+            status = options.verb(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # As a shell shows the signal that ends others then: `verify | head` must not look like success.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
-        print(f"meta_train: {what}", file=sys.stderr)
+        say(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
         return 2
     except ValueError as error:
-        print(f"meta_train: {error}", file=sys.stderr)
+        say(error)
         return 2
     except BrokenProcessPool:
-        print("meta_train: a worker was killed, perhaps for want of memory; start it again, with fewer", file=sys.stderr)
+        say("a worker was killed, perhaps for want of memory; start it again, with fewer")
+        return 2
+    except MemoryError:
+        say("there is not enough memory; smaller sizes in the recipe, or fewer --workers, need less")
         return 2
     except KeyboardInterrupt as error:
-        print(f"meta_train: interrupted{_remains(options)}", file=sys.stderr)
+        say(f"interrupted{_remains(options)}")
         return 128 + (error.signal if isinstance(error, Interrupted) else signal.SIGINT)
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Raise a MemoryError where torch raises a RuntimeError for want of memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        if re.search("can't allocate memory|not enough memory|Storage size calculation overflowed", str(error)):
+            raise MemoryError from error
+        raise
 
 
 def _remains(options: argparse.Namespace) -> str:
@@ -183,15 +210,15 @@ def _settle_workers(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     read_recipe(options.recipe)
-    text = options.recipe.read_text(encoding="utf-8")
+    text = read_text(options.recipe)
     if options.seed is not None:
         text = with_seed(text, options.seed)
     with StopRequest() as stop, _each(options.workers) as each:
         run = RunDir(options.out, text, options.data, each)
         if run.run.step and (changes := run.changes_since_start()):
-            print(f"resuming elsewhere than it started, so not bit for bit: {', '.join(changes)}", file=sys.stderr)
+            say(f"resuming elsewhere than it started, so not bit for bit: {', '.join(changes)}")
         total = run.run.recipe.steps
-        with tqdm(total=total, initial=run.run.step, unit="step", smoothing=0.05, dynamic_ncols=True) as bar:
+        with tqdm(total=total, initial=run.run.step, unit="step", smoothing=0.05, dynamic_ncols=True, file=SCREEN) as bar:
             validation = "none yet"
             for record in run.train():
                 if record.validation is not None:
@@ -201,10 +228,7 @@ def _train(options: argparse.Namespace) -> int:
                 if stop.signal is not None and record.step < total:
                     run.checkpoint()
                     bar.close()
-                    print(
-                        f"meta_train: stopped after outer step {record.step} of {total}; run it again to go on from there",
-                        file=sys.stderr,
-                    )
+                    say(f"stopped after outer step {record.step} of {total}; run it again to go on from there")
                     return 128 + stop.signal
     if not all(path.exists() for path in run.best_files):
         raise ValueError(f"no validation of {run.path} was finite: there are no weights worth keeping; lower outer.lr")
@@ -224,7 +248,7 @@ def _each(workers: int) -> Iterator[Each]:
 
 def _evaluate(options: argparse.Namespace) -> int:
     def progress(runs: Iterable[Any], total: int) -> Iterable[Any]:
-        return tqdm(runs, total=total, unit="run", dynamic_ncols=True, disable=not total)
+        return tqdm(runs, total=total, unit="run", dynamic_ncols=True, disable=not total, file=SCREEN)
 
     kind, evaluate = ("suite", report.evaluate) if options.suite else ("task", arena_report.evaluate)
     rules = load_contestants(options.weights, options.lr)
@@ -242,7 +266,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             progress,
         )
         for line in evaluate(request, options.out):
-            print(line)
+            print(visible(line))
     if kind == "task":
         write_rows(options.out / "probe.csv", probe(rules[0].first, scale=0.01))
     return 0
@@ -311,7 +335,7 @@ def _verify(options: argparse.Namespace) -> int:
     (weights,) = load_contestants([options.weights])
     agrees = True
     for line, within in verify(options.weights, weights, options.results or RESULTS / weights.name, options.data):
-        print(line)
+        print(visible(line))
         agrees &= within
     return 0 if agrees else 1
 
@@ -346,7 +370,7 @@ def _push(name: str | Path, repo_id: str, tables: Path) -> None:
     weights = resolve_weights(name)
     results = evidence(weights, tables)
     if not results:
-        print(f"no tables in {tables} are of these weights: their card will show no results", file=sys.stderr)
+        say(f"no tables in {tables} are of these weights: their card will show no results")
     print(weights.push_to_hub(repo_id, results=results))
 
 

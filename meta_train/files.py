@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +12,10 @@ from pathlib import Path
 
 if sys.platform != "win32":
     import fcntl
+
+
+MAX_TEXT = 2**20
+"""The largest recipe that is read, in bytes; one has a few thousand."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -29,6 +34,31 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def read_text(path: Path) -> str:
+    """Read a small file of text, UTF-8 whatever the locale.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ValueError: If it is no regular file (a pipe would wait for a writer), has more than :data:`MAX_TEXT` bytes or is not
+            UTF-8.
+        OSError: If it cannot be read.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise ValueError(f"{path} is no regular file; copy its content to one")
+    if status.st_size > MAX_TEXT:
+        raise ValueError(f"{path} has {status.st_size:,} bytes, and at most {MAX_TEXT:,} are read; is it another file?")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); save it as that") from error
 
 
 def remove_leftovers(folder: Path, names: Callable[[str], bool]) -> None:

@@ -25,7 +25,7 @@ FORBIDDEN = {
     "meta_train.training": ("meta_train.judging", "meta_train.evidence"),
     "meta_train.judging": ("meta_train.evidence",),
     **dict.fromkeys(
-        (f"meta_train.{name}" for name in ("files", "rows", "provenance", "workers")),
+        (f"meta_train.{name}" for name in ("files", "rows", "provenance", "screen", "workers")),
         tuple(f"meta_train.{room}" for room in ("tasks", "training", "judging", "evidence")),
     ),
 }

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from learned_optim.weights import Weights, read_weights, write_weights
-from meta_train.files import write_atomically
+from meta_train.files import read_text, write_atomically
 from meta_train.provenance import read_environment
-from meta_train.training.run_dir import BEST, COST, ENVIRONMENT, RECIPE, of_part
+from meta_train.training.run_dir import BEST, COST, ENVIRONMENT, RECIPE, costs, of_part
 
 WEIGHTS_DIR = Path(__file__).parents[2] / "learned_optim" / "weights"
 
@@ -38,11 +37,10 @@ def publish(run: str | Path, name: str, to: str | Path = WEIGHTS_DIR) -> list[Pa
     best = [run / BEST] if (run / BEST).exists() else sorted(run.glob(of_part(BEST, "*")))
     if not best:
         raise ValueError(f"{run} holds no {BEST}; train it first, or wait for its first checkpoint")
-    recipe = (run / RECIPE).read_text(encoding="utf-8")
+    recipe = read_text(run / RECIPE)
     environment = read_environment(run / ENVIRONMENT, "processor", "threads")
     kept = {"processor": environment["processor"], "threads": str(environment["threads"])}
-    if (run / COST).exists():
-        kept |= {name: f"{value:.4g}" for name, value in json.loads((run / COST).read_text()).items()}
+    kept |= {name: f"{value:.4g}" for name, value in costs(run / COST).items()}
     targets = []
     for weights in map(read_weights, best):
         target = to / of_part(f"{name}.safetensors", weights.metadata.get("part", ""))

@@ -12,6 +12,7 @@ import msgspec
 
 from learned_optim.rules import UpdateRule, build_rule, plain_adam
 from learned_optim.weights import resolve_weights
+from meta_train.files import read_text
 from meta_train.tasks import TaskRecipe
 from meta_train.tasks.held_out import HeldOut
 from meta_train.tasks.task import Count, NotNegative, Positive
@@ -24,6 +25,12 @@ else:
 
 Horizons = Count | Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)]
 Objective = Literal["mean", "log", "relative", "last"]
+Several = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
+"""A number of things that are kept in memory together."""
+
+Rate = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+"""A factor of meta-parameters: in float32 its square is finite too."""
+
 PartName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][\w.]*$")]
 
 
@@ -54,8 +61,8 @@ class Evolution(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Antithetic pairs: Salimans et al. 2017, arXiv:1703.03864.
     """
 
-    noise: Positive
-    pairs: Count = 4
+    noise: Rate
+    pairs: Several = 4
     only: str = ""
 
 
@@ -85,20 +92,20 @@ class OuterLoop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     steps: Count
-    lr: Positive
-    final_lr: NotNegative = 0.02
+    lr: Rate
+    final_lr: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.02
     clip: Positive = 1.0
-    episodes: Count = 1
+    episodes: Several = 1
     objective: Objective = "mean"
     coordinates: Annotated[int, msgspec.Meta(ge=0)] = 0
     sampling: Literal["uniform", "tensors"] = "uniform"
     discount: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     loss_floor: NotNegative = 0.0
     averaging: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
-    weight_decay: NotNegative = 0.0
+    weight_decay: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
     second_derivatives: bool = False
-    forget_bias: float = 0.0
-    readout: Positive = 1.0
+    forget_bias: Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)] = 0.0
+    readout: Rate = 1.0
     evolution: Evolution | None = None
 
 
@@ -117,7 +124,7 @@ class Validation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     every: Count
-    optimizees: Count
+    optimizees: Several
     horizon: Horizons
     task: TaskRecipe | HeldOut | None = None
     use: dict[str, Any] = {}
@@ -136,9 +143,9 @@ class Imitation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         lr: As in :class:`OuterLoop`.
     """
 
-    teacher: str | Positive
+    teacher: str | Rate
     steps: Count
-    lr: Positive
+    lr: Rate
 
     def build_teacher(self) -> UpdateRule:
         """Return the teacher's rule.
@@ -174,7 +181,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     steps: Count
-    lr: Positive
+    lr: Rate
     horizon: tuple[Count, Count] | None = None
     truncation: Count | None = None
     clip: Positive | None = None
@@ -285,14 +292,7 @@ def parse_recipe(text: str) -> Recipe:
     Raises:
         ValueError: If it is not TOML, or a key or value does not fit; the message names the place.
     """
-    try:
-        values = tomllib.loads(text)
-        _check_finite(values, "$")
-        recipe = msgspec.convert(values, Recipe)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"the recipe is not valid TOML: {error}") from error
-    except msgspec.ValidationError as error:
-        raise ValueError(f"the recipe does not fit: {error}") from error
+    recipe = _converted(text)
     trained = recipe.build_rule().state_dict()
     for options in (recipe.use, recipe.use | recipe.validation.use):
         used = recipe.build_rule(**options).state_dict()
@@ -311,6 +311,23 @@ def parse_recipe(text: str) -> Recipe:
         if shortest > longest:
             raise ValueError(f"a horizon must be [shortest, longest], got {[shortest, longest]}")
     return recipe
+
+
+def _converted(text: str) -> Recipe:
+    try:
+        values = tomllib.loads(text)
+        _check_finite(values, "$")
+        return msgspec.convert(values, Recipe)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"the recipe is not valid TOML: {error}") from error
+    except msgspec.ValidationError as error:
+        raise ValueError(f"the recipe does not fit: {error}") from error
+    except RecursionError as error:
+        raise ValueError("the recipe is nested too deep; no recipe needs more than a few levels") from error
+    except ValueError as error:
+        if "digits" in str(error):  # Python's own limit, which it explains to programmers.
+            raise ValueError("the recipe does not fit: a number in it has thousands of digits") from error
+        raise
 
 
 def _check_finite(value: Any, place: str) -> None:
@@ -344,8 +361,9 @@ def read_recipe(path: str | Path) -> Recipe:
     Raises:
         ValueError: If it does not parse; the message names the file.
     """
+    text = read_text(Path(path))
     try:
-        return parse_recipe(Path(path).read_text(encoding="utf-8"))
+        return parse_recipe(text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

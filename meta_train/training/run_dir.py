@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from learned_optim.weights import Weights, resolve_weights, write_weights
-from meta_train.files import lock, remove_leftovers, unlock, write_atomically
+from meta_train.files import lock, read_text, remove_leftovers, unlock, write_atomically
 from meta_train.provenance import WHERE, environment, read_environment
 from meta_train.training.outer_loop import MetaTraining, OuterStep
 from meta_train.training.parts import AnyRule, members
@@ -72,7 +72,7 @@ class RunDir:
 
     def _open(self, recipe: Recipe, recipe_text: str, data: Path | None, each: Each) -> None:
         kept = self.path / RECIPE
-        self.recipe_text = kept.read_text(encoding="utf-8") if kept.exists() else recipe_text
+        self.recipe_text = read_text(kept) if kept.exists() else recipe_text
         if parse_recipe(self.recipe_text) != recipe:
             raise ValueError(f"{self.path} holds a run of another recipe; choose another --out or remove it")
         # The recipe comes last: where it stands, everything before it does too.
@@ -105,7 +105,9 @@ class RunDir:
             if record.step % checkpoint_every == 0 or record.step == self.run.recipe.steps:
                 self.checkpoint()
             yield record
-        if not (self.path / of_part(LAST, next(iter(members(self.run.rule))))).exists():
+        last = [self.path / of_part(LAST, part) for part in members(self.run.rule)]
+        best = self.best_files if math.isfinite(self.run.best.validation) else []
+        if not all(map(_holds_something, [*last, *best])):  # Somebody removed or emptied one: the checkpoint has it.
             self.checkpoint()
 
     @property
@@ -151,7 +153,7 @@ class RunDir:
     def _add_cost(self) -> None:
         """Count the time since the last checkpoint, whatever it was spent on, and the most memory any process held."""
         now, path = time.perf_counter(), self.path / COST
-        before = {"minutes": 0.0, "peak_memory_mib": 0.0} | _numbers(path)
+        before = {"minutes": 0.0, "peak_memory_mib": 0.0} | costs(path)
         minutes = round(before["minutes"] + (now - self._clock) / 60, 3)
         self._clock = now
         peak = max(before["peak_memory_mib"], round(peak_memory() / 2**20, 1))
@@ -189,14 +191,26 @@ class RunDir:
         return [record for record in records if "validation" in record]
 
 
-def _numbers(path: Path) -> dict[str, float]:
-    """Return the numbers in a JSON file; none where it is missing or damaged, because costs are not worth a lost run."""
+def costs(path: Path) -> dict[str, float]:
+    """Return what a run has cost so far, as far as its file says so: costs are not worth a lost run.
+
+    Args:
+        path: The file, which may be missing or damaged.
+
+    Returns:
+        ``minutes`` and ``peak_memory_mib``, or one of them, or neither.
+    """
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = json.loads(read_text(path))
+        read = {name: found.get(name) for name in ("minutes", "peak_memory_mib")}
+        numbers = {name: float(value) for name, value in read.items() if type(value) in (int, float)}
+    except (OSError, ValueError, AttributeError, OverflowError, RecursionError):
         return {}
-    numbers = found.items() if isinstance(found, dict) else ()
-    return {name: value for name, value in numbers if isinstance(value, (int, float)) and math.isfinite(value)}
+    return {name: value for name, value in numbers.items() if math.isfinite(value) and value >= 0}
+
+
+def _holds_something(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 def _is_own(name: str) -> bool:
@@ -236,7 +250,7 @@ def training_table(runs: Iterable[str | Path], rows_per_run: int = 100) -> list[
     for path in map(Path, runs):
         if not (path / METRICS).exists() or not (path / RECIPE).exists():
             raise ValueError(f"{path} is no run directory: it holds no {RECIPE} and {METRICS}")
-        recipe = parse_recipe((path / RECIPE).read_text(encoding="utf-8"))
+        recipe = parse_recipe(read_text(path / RECIPE))
         measure = "optimizee loss" if recipe.outer.objective == "mean" else "log(loss / initial loss)"
         if rows and rows[0]["measure"] != measure:
             raise ValueError(f"{path} measures {measure!r}, the runs before it {rows[0]['measure']!r}; draw them apart")
