@@ -160,18 +160,8 @@ class RunDir:
         write_atomically(path, (json.dumps({"minutes": minutes, "peak_memory_mib": peak}) + "\n").encode())
 
     def _go_on_from(self, checkpoint: Path) -> None:
-        data = checkpoint.read_bytes()
-        data, mark, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:-32], data[-32:]
-        if mark != DIGEST_MARK:  # An earlier version wrote no digest.
-            data += mark + digest
-        elif hashlib.sha256(data).digest() != digest:
-            raise ValueError(f"{checkpoint} is damaged: its digest is another; restore it, or remove it to begin again")
         try:
-            state = torch.load(io.BytesIO(data), weights_only=True)
-        except Exception as error:  # Whatever the unpickler stumbles over: it promises no kind of error.
-            raise ValueError(f"{checkpoint} cannot be read; restore it, or remove it to begin again") from error
-        try:
-            self.run.load_state_dict(state)
+            self.run.load_state_dict(read_checkpoint(checkpoint))
         except KeyError as error:
             raise ValueError(
                 f"{checkpoint} lacks {error}: another version of meta_train wrote it; "
@@ -189,6 +179,31 @@ class RunDir:
         records = [_record(path, number, line) for number, line in enumerate(lines, 1)]
         write_atomically(path, "".join(lines).encode())
         return [record for record in records if "validation" in record]
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read the state of a run.
+
+    Args:
+        path: Its checkpoint.
+
+    Returns:
+        The state, as it was written.
+
+    Raises:
+        ValueError: If the file is damaged or no checkpoint.
+    """
+    data = path.read_bytes()
+    data, mark, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:-32], data[-32:]
+    if mark != DIGEST_MARK:  # An earlier version wrote no digest.
+        data += mark + digest
+    elif hashlib.sha256(data).digest() != digest:
+        raise ValueError(f"{path} is damaged: its digest is another; restore it, or remove it to begin again")
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True)
+    except Exception as error:  # Whatever the unpickler stumbles over: it promises no kind of error.
+        raise ValueError(f"{path} cannot be read; restore it, or remove it to begin again") from error
+    return state
 
 
 def costs(path: Path) -> dict[str, float]:
