@@ -29,7 +29,7 @@ class Outcome:
         losses: Training loss of the minibatch before each inner step, and for an optimizee after the last too: ``(T,)`` or
             ``(T + 1,)`` in float64; infinite from the step where the run diverged.
         held_out: Held-out loss after each horizon that the run reached, by horizon.
-        final_loss: Training loss at those weights on fresh minibatches (:mod:`meta_train.judging.readouts`), and at 0 the one
+        final_loss: Training loss at those weights on fresh minibatches (:mod:`meta_train.judging.readouts`); at 0 the one
             at the initial weights.
         averaged_loss: The same at averaged weights.
         averaged_held_out: Held-out loss at averaged weights.

@@ -70,7 +70,7 @@ def test_initial_weights_do_not_know_the_data() -> None:
         weight = linear.case(seed).module.weight[0]
         torch.manual_seed(derive_seed(seed, "data"))
         flawed = nn.Linear(30, 1).weight[0]
-        assert float(torch.corrcoef(torch.stack([weight, flawed]))[0, 1].abs()) < 0.6
+        assert torch.corrcoef(torch.stack([weight, flawed]))[0, 1].abs().item() < 0.6
 
 
 def test_the_quadratic_is_the_mean_over_functions() -> None:
