@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from learned_optim import LearnedOptimizer
 from learned_optim.guard import nominal
 from learned_optim.rules.orthogonal import has_matrix, matrix_shape, orthogonalize
-from learned_optim.weights.weights import resolve_weights
+from learned_optim.weights.weights import Weights, resolve_weights
 from meta_train.files import write_atomically
 from meta_train.tasks.case import Case, JudgingTask
 from meta_train.tasks.held_out import HELD_OUT_KINDS, LONG_KINDS
@@ -61,6 +62,7 @@ class Shaped:
         ends: Whether embeddings and the readout take part.
         lr: Of the optimizer.
         nominal: The rule without its LSTM.
+        stage: The optimizer's own matrix stage, by ``matrix_momentum`` and ``matrix_gain``, in place of all that.
     """
 
     blend: float = 1.0
@@ -74,6 +76,7 @@ class Shaped:
     ends: bool = True
     lr: float = 1.0
     nominal: bool = False
+    stage: tuple[float, float] | None = None
 
 
 VARIANTS = {
@@ -107,6 +110,11 @@ VARIANTS = {
     "mix 1, sum, gain .7": Shaped(of="mix", decays=(0.8, 0.98), nesterov=False, gain=0.7),
     "mix 1, sum, gain .5": Shaped(of="mix", decays=(0.8, 0.98), nesterov=False, gain=0.5),
     "mix 1, sum, nominal": Shaped(of="mix", decays=(0.8, 0.98), nesterov=False, nominal=True),
+    "stage .5, gain .85": Shaped(stage=(0.5, 0.85)),
+    "stage .35, gain .85": Shaped(stage=(0.35, 0.85)),
+    "stage .65, gain .7": Shaped(stage=(0.65, 0.7)),
+    "stage .5, gain 1": Shaped(stage=(0.5, 1.0)),
+    "stage .65, gain .85": Shaped(stage=(0.65, 0.85)),
     "mix 1, sum, blend .7": Shaped(of="mix", decays=(0.8, 0.98), nesterov=False, blend=0.7),
 }
 OPPONENTS = ("Adam", "Muon", "Muon + cosine")
@@ -143,17 +151,24 @@ class ByHand:
             param.add_(self.rule.decode(hidden, encoded.context).view_as(param))
 
 
+def staged(stage: tuple[float, float]) -> Weights:
+    """Return ``default`` with a matrix stage."""
+    rule = copy.deepcopy(resolve_weights("default").rule)
+    rule.config = dataclasses.replace(rule.config, matrix_blend=1.0, matrix_momentum=stage[0], matrix_gain=stage[1])
+    return Weights(rule, f"default, stage {stage}")
+
+
 class ShapedOptimizer:
     """``default`` whose updates are moved after it made them."""
 
     def __init__(self, module: nn.Module, shaped: Shaped) -> None:
-        weights = resolve_weights("default")
+        weights = staged(shaped.stage) if shaped.stage else resolve_weights("default")
         self.shaped, self.params = shaped, list(module.parameters())
         options = {"weights": nominal(weights) if shaped.nominal else weights, "lr": shaped.lr}
         self.inner = ByHand(self.params) if shaped.amplitude else LearnedOptimizer(self.params, **options)
         left_out = set() if shaped.ends else ends_of(module)
         chosen = [p for p in self.params if has_matrix(p.shape, shaped.smallest_side) and p not in left_out]
-        self.chosen = chosen if shaped.blend else []
+        self.chosen = chosen if shaped.blend and not shaped.stage else []
         self.momenta = {param: [torch.zeros_like(param) for _ in shaped.decays] for param in self.chosen}
 
     @torch.no_grad()

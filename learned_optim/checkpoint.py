@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from learned_optim.average import AVERAGE, average_dtype
 from learned_optim.group_options import Group, check_options, dtype_names, layout_dtypes, params_with_groups
 from learned_optim.modes import is_fake
 from learned_optim.rules import UpdateRule
@@ -120,7 +121,7 @@ def without_memory(state_dict: dict[str, Any], groups: Sequence[Group], rule_of:
     saved = params_with_groups(state_dict["param_groups"])
     for (index, _), (_, group) in zip(saved, params_with_groups(groups), strict=False):
         if index in state:
-            own = {"step", CELL_SCALE, *_names(rule_of(group), state[index])}
+            own = {"step", AVERAGE, CELL_SCALE, *_names(rule_of(group), state[index])}
             state[index] = {name: value for name, value in state[index].items() if name not in own}
     return {**state_dict, "state": state, "param_groups": [{**g, **dtype_names(g)} for g in state_dict["param_groups"]]}
 
@@ -155,6 +156,10 @@ def restore(
             else:
                 _convert(rule, old, new, entries)
             state[param].update(new)
+            if group["average"] and AVERAGE in saved:
+                average = torch.empty_like(param, dtype=average_dtype(param), memory_format=torch.contiguous_format)
+                state[param][AVERAGE] = average
+                local(average).copy_(local(saved[AVERAGE].detach()))
     except (RuntimeError, MemoryError) as error:
         state.clear()  # Half a memory would be taken for a whole one.
         raise RuntimeError(
@@ -252,6 +257,11 @@ def _check_tensors(index: int, saved: Mapping[str, Any], param: Tensor, rule: Up
         raise ValueError(f"the memory of parameter {index} in the checkpoint is not all of dense tensors; was it edited?")
     if missing := [name for name in names if name not in saved]:
         raise ValueError(f"the checkpoint lacks {', '.join(missing)} of parameter {index}; was it edited?")
+    if AVERAGE in saved and not _fits(saved[AVERAGE], param):
+        raise ValueError(
+            f"the average of parameter {index} in the checkpoint does not fit its shape {tuple(param.shape)} and kind of "
+            "number, or is not sharded alike; leave it out, and a new one starts at the weights"
+        )
     entries = layout(rule, torch.int8 if CELL_SCALE in saved else torch.float32)
     for name in names:
         dtype, shape = saved[name].dtype, tuple(saved[name].shape)
@@ -319,6 +329,16 @@ def _pieces(memory: Mapping[str, Tensor], dims: int) -> Iterator[dict[str, Tenso
     flat = {name: local(values).reshape(-1, *values.shape[dims:]) for name, values in memory.items()}
     for start in range(0, len(flat["hidden"]), PIECE):
         yield {name: values[start : start + PIECE] for name, values in flat.items()}
+
+
+def _fits(average: Any, param: Tensor) -> bool:
+    return (
+        _is_dense(average)
+        and average.shape == param.shape
+        and average.is_complex() == param.is_complex()
+        and (average.is_complex() or average.is_floating_point())
+        and getattr(average, "placements", None) == getattr(param, "placements", None)
+    )
 
 
 def _is_dense(value: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learned_optim.average import AVERAGE
 from learned_optim.group_options import Group, check_options, compute_dtype
 from learned_optim.rules import UpdateRule
 from learned_optim.rules.storage import MEMORY_FLOATS, layout, names
@@ -111,6 +112,12 @@ def _check_state(name: str, param: Tensor, memory: Mapping[str, Any], rule: Upda
                 f"{name} lies on {device}, but its {entry_name!r} on {local(value).device}; move the state with the "
                 f"parameter, or {_FRESH}"
             )
+    average = memory.get(AVERAGE, param)
+    if not isinstance(average, Tensor) or average.shape != param.shape or _kind(average) != _kind(param):
+        raise RuntimeError(
+            f"{name} has shape {tuple(param.shape)}, but its average is {_describe(average)}; change it as you changed the "
+            "parameter, or let it start at the weights: `del optimizer.state[param]['average']`"
+        )
     step = memory.get("step")
     if (
         isinstance(step, bool)

@@ -74,6 +74,9 @@ def check_options(options: Group) -> None:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}; it is a number that is not negative")
     if not (isinstance(options["matrix"], bool) or options["matrix"] == "auto"):
         raise ValueError(f"Invalid matrix: {options['matrix']!r}; it is 'auto', True or False")
+    share: Any = options["average"]
+    if not isinstance(share, bool) and not (isinstance(share, (int, float)) and 0 <= share <= 1):
+        raise ValueError(f"Invalid average: {share!r}; it is True, False, or a share of the steps taken, from 0 to 1")
     check_guard(options)
 
 

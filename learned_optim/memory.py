@@ -17,6 +17,7 @@ def state_bytes(
     *,
     state_dtype: torch.dtype | str | None = None,
     moment_dtype: torch.dtype | str | None = None,
+    average: bool | float = False,
 ) -> int:
     """Return the bytes of optimizer state once every parameter has had a gradient; nothing is allocated to count them.
 
@@ -27,6 +28,7 @@ def state_bytes(
         weights: As for :class:`LearnedOptimizer`.
         state_dtype: As there.
         moment_dtype: As there.
+        average: As there.
 
     Returns:
         Bytes. A step needs scratch memory beside them, a few MiB whatever the model.
@@ -42,6 +44,10 @@ def state_bytes(
     if isinstance(params, nn.Module):
         params = [param for param in params.parameters() if param.requires_grad]
     optimizer = LearnedOptimizer(
-        list(params) or [{"params": []}], weights=weights, state_dtype=state_dtype, moment_dtype=moment_dtype
+        list(params) or [{"params": []}],
+        weights=weights,
+        state_dtype=state_dtype,
+        moment_dtype=moment_dtype,
+        average=average,
     )
     return sum(optimizer._state_bytes(param, group) for group in optimizer.param_groups for param in group["params"])

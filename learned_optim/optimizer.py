@@ -7,15 +7,17 @@ This file holds the constructor, the groups and the order of a step. ``rules`` h
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from typing import Any, NamedTuple, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from learned_optim.average import averaged, update_averages
 from learned_optim.backends import Plan, PlannedGroup, StepItem, StepOptions, apply_step, check_backend, make_plan
 from learned_optim.checkpoint import loading
 from learned_optim.fit import check_fit, check_group_options
@@ -82,6 +84,8 @@ class LearnedOptimizer(Optimizer):
         maximize: Ascend instead of descend.
         matrix: Whether updates of matrices, and of convolutions as ``(out, rest)``, are moved towards orthogonal ones.
             ``"auto"``: as the weights say. True: also with weights that have no such stage. False: not at all.
+        average: Keep an average of the weights, for :meth:`averaged`. True: its half-life is a twentieth of the steps taken
+            so far; a number in (0, 1]: that share of them. Costs as much memory as the parameters.
         state_dtype: Dtype of the LSTM memory: ``torch.float32`` (default), ``torch.bfloat16`` or ``torch.int8``; see
             :mod:`learned_optim.rules.storage`. float64 parameters have float64 memory.
         moment_dtype: ``torch.float32`` or ``torch.bfloat16`` for the moments, all but the mean square, which stays float32.
@@ -118,6 +122,7 @@ class LearnedOptimizer(Optimizer):
     _plan: Plan | None = None
     _planned_by = ""
     _rate_watch: RateWatch | None = None
+    _holds_averages = False
 
     def __init__(
         self,
@@ -128,6 +133,7 @@ class LearnedOptimizer(Optimizer):
         *,
         maximize: bool = False,
         matrix: bool | str = "auto",
+        average: bool | float = False,
         state_dtype: torch.dtype | str | None = None,
         moment_dtype: torch.dtype | str | None = None,
         backend: str = "auto",
@@ -156,6 +162,7 @@ class LearnedOptimizer(Optimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
             "matrix": matrix,
+            "average": average,
             "state_dtype": state_dtype,
             "moment_dtype": moment_dtype,
             "guard": guard,
@@ -197,7 +204,7 @@ class LearnedOptimizer(Optimizer):
 
         Args:
             param_group: ``{"params": ...}`` and any of ``lr``, ``weights``, ``weight_decay``, ``maximize``, ``guard``,
-                ``matrix``, ``state_dtype`` and ``moment_dtype``. This very dict becomes the group.
+                ``matrix``, ``average``, ``state_dtype`` and ``moment_dtype``. This very dict becomes the group.
 
         Raises:
             ValueError: If an option is out of range or its weights cannot be loaded.
@@ -246,9 +253,12 @@ class LearnedOptimizer(Optimizer):
             The closure's loss, or None without a closure.
 
         Raises:
-            RuntimeError: If a gradient is sparse, or a gradient or state does not fit its parameter.
+            RuntimeError: If a gradient is sparse, a gradient or state does not fit its parameter, or the parameters hold
+                their averages.
             ValueError: If an option of a group was set out of range. After either error nothing has changed.
         """
+        if self._holds_averages:
+            raise RuntimeError("the parameters hold their averages inside averaged(); leave it before the next step")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -259,6 +269,7 @@ class LearnedOptimizer(Optimizer):
             if self._rate_watch and not self._rate_watch.look(self.param_groups):
                 self._rate_watch = None
         if self._repeat_step():
+            update_averages(self.param_groups, self.state)
             return loss
         sharded = share_gradients(self.param_groups)
         work, counts = self._prepare()
@@ -268,6 +279,7 @@ class LearnedOptimizer(Optimizer):
         for each in work:
             apply_step(*each)
         judge(self.param_groups, self.state, before, loss)
+        update_averages(self.param_groups, self.state)
         if not sharded:  # A planned step talks to no other rank.
             self._plan_step()
         return loss
@@ -297,6 +309,54 @@ class LearnedOptimizer(Optimizer):
             weight = rule.readout.weight
             planned.append(PlannedGroup(params, rule, _options(group, rule, weight.device, weight.dtype)))
         return planned
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def averaged(self) -> Iterator[None]:
+        """Let the model hold its averaged weights inside a ``with`` block.
+
+        The weights come back at its end, to the last bit, after an exception too. Buffers stay as they are: for a model with
+        batch norm, call ``torch.optim.swa_utils.update_bn(loader, model)`` inside, on a copy if the running statistics
+        matter to you afterwards.
+
+        Yields:
+            Nothing; evaluate inside.
+
+        Raises:
+            RuntimeError: If no group keeps an average, or inside another such block.
+
+        Examples:
+            >>> model = torch.nn.Linear(3, 1)
+            >>> opt = LearnedOptimizer(model.parameters(), average=True)
+            >>> model(torch.ones(2, 3)).square().mean().backward()
+            >>> opt.step()
+            >>> with opt.averaged():
+            ...     loss = model(torch.ones(2, 3)).square().mean()
+        """
+        if self._holds_averages:
+            raise RuntimeError("the parameters hold their averages already; averaged() cannot be nested")
+        with averaged(self.param_groups, self.state):
+            self._holds_averages = True
+            try:
+                yield
+            finally:
+                self._holds_averages = False
+
+    def averaged_state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """Return a model's state dict with averaged weights, to save or to load into another model.
+
+        Args:
+            model: Whose parameters this optimizer steps. It keeps its weights.
+
+        Returns:
+            Copies of all tensors.
+
+        Raises:
+            RuntimeError: If no group keeps an average.
+        """
+        with self.averaged():
+            entries = model.state_dict().items()
+            return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in entries}
 
     def summary(self) -> str:
         """Return a table of the groups: weights, rule, parameters, memory and the backend that runs them."""

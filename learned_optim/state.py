@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from learned_optim.average import average_dtype
 from learned_optim.group_options import Group, layout_dtypes
 from learned_optim.rules import UpdateRule
 from learned_optim.rules.storage import layout
@@ -80,7 +81,8 @@ def state_bytes(param: Tensor, group: Group, rule: UpdateRule, state: Mapping[st
     if is_lazy(param):
         raise ValueError("a parameter has no shape yet: its module is lazy; run one forward pass first")
     numel = param.numel() * (2 if param.is_complex() else 1)
-    return numel * bytes_per_parameter(rule, *layout_dtypes(param, group)) + 4
+    average = param.numel() * average_dtype(param).itemsize if group["average"] else 0
+    return numel * bytes_per_parameter(rule, *layout_dtypes(param, group)) + average + 4
 
 
 @torch.inference_mode(False)  # Later steps could not write to inference tensors.

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 WORLD = 2
 STEPS = 3
 ALL_CASES = list(RULE_CASES)
-FEW_CASES = ["paper-raw", "adam-modulation-time"]
+FEW_CASES = ["paper-raw", "adam-modulation-time", "adam-modulation-matrix"]
 
 
 def make_model(rows: int = 8, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -80,7 +80,7 @@ def sharded(case: str, rows: int, dtype: torch.dtype = torch.float32, **options:
     from torch.distributed.fsdp import fully_shard
 
     model = make_model(rows, dtype)
-    mesh = init_device_mesh("cpu", (WORLD,))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in (model[0], model[2]):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -118,9 +118,24 @@ def check_fsdp2(case: str, rows: int, dtype: torch.dtype = torch.float32, **opti
             assert name == "step" or value.to_local().shape[: param.dim()] == param.to_local().shape
 
 
+def check_averages(case: str) -> None:
+    model, optimizer = sharded(case, 7, average=True)
+    alone, reference = train_alone(case, 0, 7, average=True)
+    for net, opt in ((model, optimizer), (alone, reference)):
+        train(net, opt, range(STEPS))
+    weights = copies(alone.parameters())
+    with optimizer.averaged(), reference.averaged():
+        expected = copies(alone.parameters())
+        assert_identical([full(param) for param in model.parameters()], expected)
+    assert not torch.equal(expected[0], weights[0])
+    assert_identical([full(param) for param in model.parameters()], weights)
+    saved = optimizer.averaged_state_dict(model)
+    assert_identical([full(value) for value in saved.values()], expected)
+
+
 def check_full_checkpoint(case: str) -> None:
     options = StateDictOptions(full_state_dict=True)
-    model, optimizer = sharded(case, rows=7, weight_decay=0.5)
+    model, optimizer = sharded(case, rows=7, weight_decay=0.5, average=True)
     for step in range(2):
         backward(model, inputs_of(step))
         optimizer.step()
@@ -134,7 +149,7 @@ def check_full_checkpoint(case: str) -> None:
     resumed = LearnedOptimizer(alone.parameters(), weights=small_rule(case))
     set_optimizer_state_dict(alone, resumed, state)
     # Full state into a model sharded afresh.
-    again, resharded = sharded(case, rows=7)
+    again, resharded = sharded(case, rows=7, average=True)
     with torch.no_grad():
         for param, shard in zip(again.parameters(), model.parameters(), strict=True):
             param.copy_(shard)
@@ -152,14 +167,14 @@ def check_full_checkpoint(case: str) -> None:
 def check_sharded_checkpoint(case: str, flatten: bool, folder: str) -> None:
     import torch.distributed.checkpoint as dcp
 
-    model, optimizer = sharded(case, rows=7)
+    model, optimizer = sharded(case, rows=7, average=True)
     for step in range(2):
         backward(model, inputs_of(step))
         optimizer.step()
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     path = os.path.join(folder, f"{case}-{flatten}")
     dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}, checkpoint_id=path)
-    again, resumed = sharded(case, rows=7)
+    again, resumed = sharded(case, rows=7, average=True)
     state = {"optimizer": get_optimizer_state_dict(again, resumed, options=options)}
     dcp.load(state, checkpoint_id=path)
     set_optimizer_state_dict(again, resumed, state["optimizer"], options=options)
@@ -406,6 +421,8 @@ def checks_of_four(folder: str) -> dict[str, Callable[[], None]]:
     named = checks_of_absence()
     for case in FEW_CASES:
         named[f"gradients on some ranks of a square {case}"] = lambda case=case: check_gradients_on_some_ranks(case, (2, 2))
+        for rows in (7, 8):
+            named[f"fsdp2 {rows} {case}"] = lambda case=case, rows=rows: check_fsdp2(case, rows, average=True)
     return named
 
 
@@ -420,6 +437,8 @@ def checks(folder: str) -> dict[str, Callable[[], None]]:
         named[f"tensor parallel {case}"] = lambda case=case: check_tensor_parallel_placements(case)
         named[f"zero redundancy {case}"] = lambda case=case: check_zero_redundancy(case)
     for case in FEW_CASES:
+        named[f"fsdp2 uneven averaged {case}"] = lambda case=case: check_fsdp2(case, 7, average=True)
+        named[f"averages {case}"] = lambda case=case: check_averages(case)
         named[f"recorder {case}"] = lambda case=case: check_recorder(case)
         named[f"full checkpoint {case}"] = lambda case=case: check_full_checkpoint(case)
         for flatten in (False, True):

@@ -106,7 +106,7 @@ def test_the_gradient_is_read_only(rule: UpdateRule, shapes: list[tuple[int, ...
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_a_bad_gradient_is_contained(rule: UpdateRule, bad: float, dtype: torch.dtype) -> None:
     params, clean = make_params([(2, 3), (4,)], dtype), make_params([(2, 3), (4,)], dtype)
-    # With a matrix stage, a coordinate that is skipped turns the direction of its whole matrix: tests/optimizer/test_matrix.py.
+    # With a matrix stage, a coordinate that is skipped turns the direction of its whole matrix: see test_matrix.py.
     optimizer, other = (LearnedOptimizer(each, weights=rule, matrix=False) for each in (params, clean))
     take_steps(optimizer, params, 1)
     take_steps(other, clean, 1)

@@ -204,7 +204,7 @@ def _loads(group: PlannedGroup, state: dict[Tensor, Any]) -> list[list[list[Step
     items = []
     for param in group.params:
         if param.grad is not None and group.options.matrix.applies_to(param.shape):
-            memory = {name: value for name, value in state[param].items() if name != "step"}
+            memory = {name: state[param][name] for name in names(group.rule, state[param])}
             # A plan holds no gradient: the parameter stands in for it.
             items.append(StepItem(param, param, memory, state[param]["step"], None, param))
     return list(loads(items, torch.float32.itemsize))
@@ -214,7 +214,7 @@ def _fits(rule: UpdateRule, param: Tensor, state: Any) -> bool:
     grad = param.grad
     if not state or grad is None:
         return False
-    memory = {name: value for name, value in state.items() if name != "step"}
+    memory = {name: state[name] for name in names(rule, state) if name in state}
     return (
         takes(rule, StepItem(param, grad, memory, state["step"], None))
         and param.is_contiguous()
