@@ -136,6 +136,10 @@ def test_saved_state_is_tensors_by_index_and_groups_are_plain(rule: UpdateRule) 
     assert list(state["state"]) == list(range(len(params)))
     assert all(isinstance(value, Tensor) for memory in state["state"].values() for value in memory.values())
     assert len(state["param_groups"][0]["fingerprint"]) == 64
+    for group in state["param_groups"]:
+        assert group["params"] == list(range(len(params)))
+        options = {name: value for name, value in group.items() if name != "params"}
+        assert all(value is None or type(value) in (bool, int, float, str) for value in options.values()), options
 
 
 # Refusals

@@ -403,6 +403,47 @@ def check_unused_experts(case: str, how: str) -> None:
     )
 
 
+class Mixture(nn.Module):
+    """Two experts behind a gate; an expert that gets no row is called with none, as FSDP2 demands of every rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.experts = nn.Linear(3, 7), nn.ModuleList(nn.Linear(7, 1) for _ in range(2))
+
+    def forward(self, inputs: Tensor, chosen: Tensor) -> Tensor:
+        rows = torch.tanh(self.first(inputs))
+        outputs = [torch.zeros(len(rows), 1).index_add(0, at, self.experts[number](rows[at]))
+                   for number in range(2) for at in [(chosen == number).nonzero()[:, 0]]]  # fmt: skip
+        return outputs[0] + outputs[1]
+
+
+def check_experts_on_some_ranks(case: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    def build() -> Mixture:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            return Mixture()
+
+    alone, model, world = build(), build(), dist.get_world_size()
+    for part in (*model.experts, model.first, model):
+        fully_shard(part)
+    optimizer, reference = (LearnedOptimizer(net.parameters(), weights=small_rule(case)) for net in (model, alone))
+    for step, user in enumerate((0, world - 1, 0)):
+        inputs, chosen = inputs_of(step), torch.zeros(8, dtype=torch.int64)
+        chosen.chunk(world)[user].fill_(1)  # One rank alone has rows for the second expert, and none for the first.
+        for net, opt, rows, to in (
+            (alone, reference, inputs, chosen),
+            (model, optimizer, inputs.chunk(world)[dist.get_rank()], chosen.chunk(world)[dist.get_rank()]),
+        ):
+            opt.zero_grad()
+            net(rows, to).square().mean().backward()
+            opt.step()
+    torch.testing.assert_close(
+        [full(param) for param in model.parameters()], copies(alone.parameters()), rtol=1e-4, atol=1e-5
+    )
+
+
 def checks_of_absence() -> dict[str, Callable[[], None]]:
     """Return checks that any number of ranks can run: gradients that some of them lack."""
     named: dict[str, Callable[[], None]] = {}
@@ -410,6 +451,7 @@ def checks_of_absence() -> dict[str, Callable[[], None]]:
         shape = (dist.get_world_size(),) if dist.is_initialized() else (WORLD,)
         named[f"gradients on some ranks {case}"] = lambda case=case, shape=shape: check_gradients_on_some_ranks(case, shape)
         named[f"summands on some ranks {case}"] = lambda case=case: check_summands_on_some_ranks(case)
+        named[f"experts on some ranks fsdp2 {case}"] = lambda case=case: check_experts_on_some_ranks(case)
         for how in ("ddp", "fsdp2"):
             named[f"unused experts {how} {case}"] = lambda case=case, how=how: check_unused_experts(case, how)
     for pair in (("replicated", "none"), ("replicated", "sharded"), ("summed", "replicated")):
