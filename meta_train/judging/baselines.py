@@ -10,8 +10,18 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from torch.optim.optimizer import ParamsT
 
+from meta_train.judging.opponents import MuonAndAdamW, nominal, nominal_rule
+
 MakeOptimizer = Callable[[ParamsT], Optimizer]
 """From parameters, or named parameters, to an optimizer."""
+
+MakeSchedule = Callable[[Optimizer, int], LRScheduler]
+"""From optimizer and horizon to a schedule of the rate."""
+
+COSINE = "+cosine"
+"""End of the name of a baseline whose rate decays over the horizon."""
+NOMINAL = "Nominal"
+"""Our own rule without its LSTM."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +51,15 @@ class Setting:
         return _CLASSES[self.optimizer](params, lr=self.lr, **options)
 
     @property
-    def schedule(self) -> Callable[[Optimizer, int], LRScheduler] | None:
+    def schedule(self) -> MakeSchedule | None:
         """From optimizer and horizon to a schedule; None for a constant rate, which needs no horizon."""
-        return CosineAnnealingLR if self.optimizer == "AdamW+cosine" else None
+        return CosineAnnealingLR if self.optimizer.endswith(COSINE) else None
 
     @property
     def identity(self) -> str:
         """What decides its runs."""
-        return f"{self.optimizer} {self}"
+        rule = f" {nominal_rule().fingerprint}" if self.optimizer == NOMINAL else ""
+        return f"{self.optimizer} {self}{rule}"
 
     @property
     def label(self) -> str:
@@ -97,6 +108,9 @@ _CLASSES: dict[str, Callable[..., Optimizer]] = {
     "RMSprop": RMSprop,
     "Adam": Adam,
     "AdamW+cosine": AdamW,
+    "Muon": MuonAndAdamW,
+    "Muon+cosine": MuonAndAdamW,
+    NOMINAL: nominal,
     "Prodigy": _prodigy,
     "ScheduleFree": _schedule_free,
     "L-BFGS": _lbfgs,

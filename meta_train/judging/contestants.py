@@ -8,13 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 from torch.optim.optimizer import ParamsT
 
 from learned_optim import LearnedOptimizer
 from learned_optim.weights import Weights, resolve_weights
-from meta_train.judging.baselines import MakeOptimizer, Setting
+from meta_train.judging.baselines import MakeOptimizer, MakeSchedule, Setting
 from meta_train.rows import LEARNED
 from meta_train.training.parts import part_of
+
+
+def _linear(optimizer: Optimizer, horizon: int) -> LRScheduler:
+    return LinearLR(optimizer, 1.0, 0.0, horizon)
+
+
+DECAYS: Mapping[str, MakeSchedule] = {"cosine": CosineAnnealingLR, "linear": _linear}
+"""Schedules that users attach to any optimizer; both end at zero."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +35,19 @@ class Learned:
         fingerprint: Of the weights; those of several parts are joined by ``+``.
         lr: Factor on the update.
         weights: By the beginning of the names of the parameters that they move; ``""`` where one moves them all.
+        decay: Schedule of the rate, of :data:`DECAYS`, or none.
     """
 
     name: str
     fingerprint: str
     lr: float = 1.0
     weights: Mapping[str, Weights] = field(default_factory=dict, compare=False, repr=False)
-    schedule: None = None
+    decay: str = ""
+
+    @property
+    def schedule(self) -> MakeSchedule | None:
+        """From optimizer and horizon to a schedule; None for a constant rate."""
+        return DECAYS[self.decay] if self.decay else None
 
     @property
     def first(self) -> Weights:
@@ -47,7 +62,7 @@ class Learned:
     @property
     def identity(self) -> str:
         """What decides its runs, beside the rate."""
-        return self.fingerprint
+        return f"{self.fingerprint} {self.decay}" if self.decay else self.fingerprint
 
     @property
     def label(self) -> str:

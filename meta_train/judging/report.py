@@ -13,6 +13,7 @@ import torch
 from meta_train.judging.baselines import Setting
 from meta_train.judging.contestants import Contestant, Learned
 from meta_train.judging.request import Request
+from meta_train.judging.shipped import shipped_rows, shipped_summary, ships
 from meta_train.judging.suites import SEEDS, SUITES, TUNING_SEED, SuiteRunner
 from meta_train.judging.trial import Outcome, smoothed_final
 from meta_train.rows import Row, Rows, is_learned, read_rows, rounded, write_judgement
@@ -36,6 +37,8 @@ class Report:
             if there is any.
         sweep: Every setting tried while tuning.
         curves: Training loss over inner steps, for figures.
+        shipped: What each contestant ships on each task at each horizon (:mod:`meta_train.judging.shipped`).
+        shipped_summary: Learned rules against every opponent in that.
     """
 
     results: Rows = field(default_factory=list)
@@ -43,6 +46,8 @@ class Report:
     summary: Rows = field(default_factory=list)
     sweep: Rows = field(default_factory=list)
     curves: Rows = field(default_factory=list)
+    shipped: Rows = field(default_factory=list)
+    shipped_summary: Rows = field(default_factory=list)
 
 
 def judge_suite(
@@ -68,7 +73,8 @@ def judge_suite(
             one.make([torch.nn.Parameter(torch.zeros(1))])
     tuned = {} if baselines else runner.tune()
     runner.complete(run for task in runner.tasks.values() for one in fixed for run in runner.runs_of(one, task, seeds))
-    runner.complete(run for (task, _, _), one in tuned.items() for run in runner.runs_of(one, runner.tasks[task], seeds))
+    settings = [*tuned.items(), *runner.best_averaged.items()]
+    runner.complete(run for (task, _, _), one in settings for run in runner.runs_of(one, runner.tasks[task], seeds))
     report = Report()
     report.sweep.extend(baselines.sweep if baselines else _sweep(runner))
     for task in runner.tasks.values():
@@ -82,6 +88,10 @@ def judge_suite(
             ]
             report.results.extend(rows)
             report.ratios.extend(_ratios(rows))
+            named = [(name, one, weights) for name, one in contestants.items() for weights in ships(one)]
+            named += _averaged(runner, task.name, horizon)
+            report.shipped.extend(shipped_rows(runner, named, task.name, horizon, seeds))
+            report.shipped.extend(_taken(baselines.shipped, task.name, horizon) if baselines else [])
         longest = task.horizons[-1]
         report.curves.extend(
             _curves(runner, dict(_contestants(fixed, runner, tuned, task.name, longest)), task.name, longest, seeds)
@@ -89,6 +99,7 @@ def judge_suite(
         if baselines:
             report.curves.extend(row for row in baselines.curves if row["task"] == task.name)
     report.summary.extend(_summary(report.ratios, report.results))
+    report.shipped_summary.extend(shipped_summary(report.shipped))
     return report
 
 
@@ -104,15 +115,16 @@ def evaluate(request: Request, out: Path) -> Iterator[str]:
     """
     suite = SUITES[request.name]
     runner = SuiteRunner(suite, request.cache, request.data, request.horizon, request.each, request.progress, request.tasks)
-    baselines = read_baselines(request.baselines) if request.baselines else None
     request.check_baselines()
+    baselines = read_baselines(request.baselines) if request.baselines else None
     report = judge_suite(runner, request.rules, baselines=baselines)
     seeds = {"tuning": [TUNING_SEED], "evaluation": list(SEEDS)}
     write_judgement(report, out, {**request.about(runner.used), "seeds": seeds})
-    for row in report.summary:
+    for row in report.shipped_summary:
         yield (
-            f"{row['horizon']:>6} steps  {row['rule']:<16} against {row['against']:<22} {row['ratio']:>6.3f} x  "
-            f"wins {row['wins']:>2} of {row['tasks']:<2}  worst {row['worst']:.2f} ({row['worst_task']})"
+            f"{row['horizon']:>6} steps  {row['rule']:<16} {row['weights']:<8} against {row['against']:<22} "
+            f"{row['against_weights']:<8} {row['ratio']:>6} x  wins {row['wins']:>2} of {row['tasks']:<2}  "
+            f"worst {row['worst']} ({row['worst_task']})"
         )
 
 
@@ -130,10 +142,18 @@ def read_baselines(results: Path) -> Report:
     """
     if not (results / "results.csv").exists():
         raise ValueError(f"there are no baselines in {results}: results.csv is missing; leave --baselines out to run them")
-    hand_designed: Rows = [{**row} for row in read_rows(results / "results.csv") if not is_learned(row)]
-    names = {row["optimizer"] for row in hand_designed}
-    curves: Rows = [{**row} for row in read_rows(results / "curves.csv") if row["optimizer"] in names]
-    return Report(results=hand_designed, sweep=[{**row} for row in read_rows(results / "sweep.csv")], curves=curves)
+    if not (results / "shipped.csv").exists():
+        raise ValueError(
+            f"the baselines in {results} were judged before losses of shipped weights were measured, on other streams of "
+            "random numbers; leave --baselines out to run them"
+        )
+    read = {name: read_rows(results / f"{name}.csv") for name in ("results", "curves", "sweep", "shipped")}
+    hand_designed: dict[str, Rows] = {
+        name: [{**row} for row in read[name] if not is_learned(row)] for name in ("results", "shipped")
+    }
+    names = {row["optimizer"] for row in hand_designed["results"]}
+    curves: Rows = [{**row} for row in read["curves"] if row["optimizer"] in names]
+    return Report(sweep=[{**row} for row in read["sweep"]], curves=curves, **hand_designed)
 
 
 def _taken(results: Rows, task: str, horizon: int) -> Rows:
@@ -147,11 +167,18 @@ def _contestants(
     fixed: Sequence[Contestant], runner: SuiteRunner, tuned: dict[tuple[str, str, int], Setting], task: str, horizon: int
 ) -> Iterable[tuple[str, Contestant]]:
     for one in fixed:
-        if isinstance(one, Learned) or horizon <= runner.suite.horizon_limits.get(one.optimizer, math.inf):
+        if horizon in runner.horizons_of(one, runner.tasks[task]):
             yield one.label, one
     for name in runner.suite.grids:
         if (task, name, horizon) in tuned:
             yield f"{name}, tuned", tuned[task, name, horizon]
+
+
+def _averaged(runner: SuiteRunner, task: str, horizon: int) -> list[tuple[str, Contestant, str]]:
+    best = runner.best_averaged
+    return [
+        (f"{name}, tuned", best[key], "averaged") for name in runner.suite.grids if (key := (task, name, horizon)) in best
+    ]
 
 
 def _results(
@@ -253,9 +280,13 @@ def _sweep(runner: SuiteRunner) -> Iterable[Row]:
     for (task, name), group in runner.tried.items():
         for setting in group:
             for horizon in runner.horizons_of(setting, runner.tasks[task]):
-                final = runner.final(setting, task, horizon, (TUNING_SEED,))
                 row: Row = {"task": task, "horizon": horizon, "optimizer": name, "lr": setting.lr}
-                yield {**row, "momentum": setting.momentum, "final": _rounded(final.mean()), "n": 1}
+                smoothed = runner.final(setting, task, horizon, (TUNING_SEED,))
+                shipped = {
+                    measure: _rounded(runner.shipped(setting, task, horizon, (TUNING_SEED,), measure).mean())
+                    for measure in ("final_loss", "averaged_loss")
+                }
+                yield {**row, "momentum": setting.momentum, "final": _rounded(smoothed.mean()), **shipped, "n": 1}
 
 
 def _curves(

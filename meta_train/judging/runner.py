@@ -95,9 +95,10 @@ class CaseTrials:
     def file(self, contestant: Contestant, horizon: int, seed: int) -> str:
         """Name the file of a finished run."""
         task = self.task
-        what = [task.name, task.about, task.data, contestant.identity, contestant.lr, horizon, seed]
+        name = task.name.removesuffix(f", {task.decay}")  # Only learned rules know of the decay, and say so themselves.
+        what = [name, task.about, task.data, contestant.identity, contestant.lr, horizon, seed]
         text = json.dumps([*what, task.horizons, MEASURES])
-        return f"{re.sub('[^a-z0-9.]+', '-', task.name)}-{_digest(text)}.safetensors"
+        return f"{re.sub('[^a-z0-9.]+', '-', name)}-{_digest(text)}.safetensors"
 
 
 def _digest(text: str) -> str:

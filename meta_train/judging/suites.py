@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from meta_train.judging.baselines import Setting
-from meta_train.judging.contestants import Contestant
+from meta_train.judging.baselines import NOMINAL, Setting
+from meta_train.judging.contestants import Contestant, Learned
 from meta_train.judging.real import real_tasks
 from meta_train.judging.real_data import prepared
 from meta_train.judging.runner import CaseTrials, Progress, Run, Runner, extend_edge, tune
@@ -26,6 +26,10 @@ TUNING_SEED = 1000
 SEEDS = (0, 1, 2)
 
 
+NOMINAL_RATE = 1.0
+"""Rate of our rule without its LSTM: of its sweep on held-out kinds, the one with the lowest geometric mean."""
+
+
 @dataclass(frozen=True)
 class Suite:
     """A named list of tasks and how baselines are tuned on them.
@@ -36,6 +40,7 @@ class Suite:
         grids: First rates tried of each tuned baseline; extended where the best lies at an end.
         horizon_limits: Longest horizon of a baseline that is not worth running to the end.
         untuned: Settings that are reported as they are.
+        averaged: Tuned baselines whose averaged weights are an opponent too, at the rate that is best for those.
     """
 
     name: str
@@ -43,28 +48,39 @@ class Suite:
     grids: dict[str, tuple[float, ...]]
     horizon_limits: dict[str, int]
     untuned: tuple[Setting, ...]
+    averaged: tuple[str, ...] = ()
 
 
 _ADAM = Setting("Adam", 1e-3)
 _RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+_COSINE_RATES = (1e-3, 3e-3, 1e-2)
 _MOMENTUM = {"NAG": 0.9}
+_STRONG = {"Adam": _RATES, "AdamW+cosine": _COSINE_RATES, "Muon": _RATES, "Muon+cosine": _COSINE_RATES}
+_AVERAGED = ("Adam", "Muon")
 SUITES = {
     suite.name: suite
     for suite in (
-        Suite("held-out-kinds", lambda cache, data: HELD_OUT_KINDS + LONG_KINDS, {"Adam": _RATES}, {}, (_ADAM,)),
+        Suite(
+            "held-out-kinds",
+            lambda cache, data: HELD_OUT_KINDS + LONG_KINDS,
+            {**_STRONG, NOMINAL: (0.3, 1.0, 3.0)},
+            {},
+            (_ADAM,),
+            _AVERAGED,
+        ),
         Suite("stress", lambda cache, data: stress_tasks(), {"Adam": _RATES}, {}, (_ADAM,)),
         Suite(
             "judge",
             lambda cache, data: real_tasks(*prepared(cache, data)),
             {
-                "Adam": _RATES,
-                "AdamW+cosine": (1e-3, 3e-3, 1e-2),
+                **_STRONG,
                 "SGD": (1e-2, 3e-2, 1e-1, 3e-1),
                 "NAG": (3e-3, 1e-2, 3e-2, 1e-1),
                 "RMSprop": (3e-4, 1e-3, 3e-3),
             },
             {"SGD": 1000, "NAG": 1000, "RMSprop": 1000, "Prodigy": 1000, "ScheduleFree": 1000},
-            (_ADAM, Setting("Prodigy", 1.0), Setting("ScheduleFree", 2.5e-3)),
+            (_ADAM, Setting("Prodigy", 1.0), Setting("ScheduleFree", 2.5e-3), Setting(NOMINAL, NOMINAL_RATE)),
+            _AVERAGED,
         ),
     )
 }
@@ -102,6 +118,7 @@ class SuiteRunner(Runner):
         directory.mkdir(parents=True, exist_ok=True)
         self.suite = suite
         self.tried: dict[tuple[str, str], list[Setting]] = {}
+        self.best_averaged: dict[tuple[str, str, int], Setting] = {}
         every = {task.name: task for task in suite.tasks(directory, data)}
         if unknown := [name for name in only if name not in every]:
             raise ValueError(f"the suite {suite.name} has no task {unknown[0]!r}; it has {', '.join(every)}")
@@ -120,11 +137,15 @@ class SuiteRunner(Runner):
     def horizons_of(self, contestant: Contestant, task: JudgingTask) -> list[int]:
         """Return the horizons at which a contestant is looked at."""
         limits = self.suite.horizon_limits
+        if isinstance(contestant, Setting) and contestant.optimizer in task.without:
+            return []
         limit = limits.get(contestant.optimizer, math.inf) if isinstance(contestant, Setting) else math.inf
         return [end for end in task.horizons if end <= limit]
 
     def runs_of(self, contestant: Contestant, task: JudgingTask, seeds: Sequence[int]) -> list[Run]:
         """Return the runs that give a contestant's result at every horizon: a schedule needs one for each."""
+        if isinstance(contestant, Learned) and task.decay:
+            contestant = replace(contestant, decay=task.decay)
         horizons = self.horizons_of(contestant, task)
         chosen = horizons if contestant.schedule else horizons[-1:]
         return [Run(self.trials[task.name], contestant, end, seed) for end in chosen for seed in seeds]
@@ -132,14 +153,33 @@ class SuiteRunner(Runner):
     def outcomes(self, contestant: Contestant, task: str, horizon: int, seeds: Sequence[int]) -> list[Outcome]:
         """Return a contestant's outcomes for a horizon; where no schedule depends on it, of a longer run."""
         runs = self.runs_of(contestant, self.tasks[task], seeds)
-        return [self.outcome(run) for run in runs if run.horizon == horizon or not contestant.schedule]
+        return [self.outcome(run) for run in runs if run.horizon == horizon or not run.contestant.schedule]
 
     def final(self, contestant: Contestant, task: str, horizon: int, seeds: Sequence[int]) -> Tensor:
         """Return the smoothed final training loss of each seed."""
         return torch.stack([smoothed_final(one.losses, horizon) for one in self.outcomes(contestant, task, horizon, seeds)])
 
+    def shipped(self, contestant: Contestant, task: str, horizon: int, seeds: Sequence[int], measure: str) -> Tensor:
+        """Return a measure of each seed at the weights that are shipped; infinite where the run diverged.
+
+        Args:
+            contestant: Any.
+            task: Name of the task.
+            horizon: Inner steps.
+            seeds: Of the runs.
+            measure: Name of a field of :class:`~meta_train.judging.trial.Outcome` that holds values by horizon.
+
+        Returns:
+            One value for each seed.
+        """
+        values = [getattr(one, measure).get(horizon, math.inf) for one in self.outcomes(contestant, task, horizon, seeds)]
+        return torch.tensor([value if math.isfinite(value) else math.inf for value in values], dtype=torch.float64)
+
     def tune(self) -> dict[tuple[str, str, int], Setting]:
         """Tune every baseline on every task for every horizon, extending grids until no best rate lies at an end.
+
+        The best rate has the lowest training loss at the last weights. Where averaged weights are an opponent,
+        ``best_averaged`` holds the settings with the lowest loss at those.
 
         Returns:
             Settings by task, baseline and horizon.
@@ -148,6 +188,7 @@ class SuiteRunner(Runner):
             (task, name): [setting_of(name, lr) for lr in grid]
             for task in self.tasks
             for name, grid in self.suite.grids.items()
+            if name not in self.tasks[task].without
         }
         while True:
             runs = (
@@ -156,18 +197,23 @@ class SuiteRunner(Runner):
                 for one in group
             )
             self.complete(run for of_setting in runs for run in of_setting)
-            best, complete = {}, True
+            best: dict[tuple[str, str, int], Setting] = {}
+            complete = True
             for (task, name), group in self.tried.items():
-                score = functools.partial(self._score, task)
-                chosen, missing = tune(group, self.horizons_of(group[0], self.tasks[task]), score, extend_edge)
-                best.update({(task, name, horizon): setting for horizon, setting in chosen.items()})
+                ends = self.horizons_of(group[0], self.tasks[task])
+                measures = ("final_loss", "averaged_loss") if name in self.suite.averaged else ("final_loss",)
+                looks = [(end, measure) for end in ends for measure in measures]
+                chosen, missing = tune(group, looks, functools.partial(self._score, task), extend_edge)
+                for (end, measure), setting in chosen.items():
+                    (best if measure == "final_loss" else self.best_averaged)[task, name, end] = setting
                 group.extend(missing)
                 complete &= not missing
             if complete:
                 return best
 
-    def _score(self, task: str, setting: Setting, horizon: int) -> float:
-        return float(self.final(setting, task, horizon, (TUNING_SEED,)))
+    def _score(self, task: str, setting: Setting, look: tuple[int, str]) -> float:
+        horizon, measure = look
+        return float(self.shipped(setting, task, horizon, (TUNING_SEED,), measure).mean())
 
 
 def setting_of(name: str, lr: float) -> Setting:

@@ -8,17 +8,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim import LBFGS
 from torch.optim.optimizer import ParamsT
 
-from meta_train.judging.baselines import MakeOptimizer
+from meta_train.judging.baselines import MakeOptimizer, MakeSchedule
 from meta_train.judging.readouts import Readout
 from meta_train.tasks import Optimizee, Task, derive_seed
 from meta_train.tasks.case import JudgingTask
-
-MakeSchedule = Callable[[Optimizer, int], LRScheduler]
-"""From optimizer and horizon to a schedule of the rate."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,8 @@ class JudgingTask:
         make: From the seed of its data to a case; initial weights come from torch's global generator. Call :meth:`case`.
         horizons: Inner steps after which it is looked at.
         data: Fingerprint of its data, where they are not made from the seed.
+        decay: Schedule that is attached to learned rules here: ``"cosine"``, ``"linear"`` or none.
+        without: Baselines that are not worth running on it.
     """
 
     name: str
@@ -49,6 +51,12 @@ class JudgingTask:
     make: Callable[[int], Case]
     horizons: tuple[int, ...] = (200, 1000, 5000)
     data: str = ""
+    decay: str = ""
+    without: tuple[str, ...] = ()
+
+    def decayed(self, decay: str) -> JudgingTask:
+        """Return the task with a schedule on learned rules; runs of all others are those of this task."""
+        return replace(self, name=f"{self.name}, {decay}", decay=decay)
 
     def case(self, seed: int) -> Case:
         """Make the case of a seed: its initial weights and its data come from streams of their own.

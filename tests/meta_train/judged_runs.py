@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import torch
 
-from meta_train.judging.baselines import MakeOptimizer, Setting
+from meta_train.judging.baselines import MakeOptimizer, MakeSchedule, Setting
 from meta_train.judging.contestants import Contestant
 from meta_train.judging.runner import OptimizeeTrials, Run, Runner, refuse_edge, tune
-from meta_train.judging.trial import MakeSchedule, Outcome, problem_of_optimizee, train
+from meta_train.judging.trial import Outcome, problem_of_optimizee, train
 from meta_train.tasks import Optimizee
 
 End = Callable[[Contestant, str], float]

@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from torch.optim import SGD, Optimizer
 
 from meta_train.judging.averages import AveragedWeights
 from meta_train.judging.baselines import Setting
-from meta_train.judging.runner import read_outcome, write_outcome
+from meta_train.judging.contestants import DECAYS, learned
+from meta_train.judging.runner import Run, read_outcome, write_outcome
 from meta_train.judging.suites import SUITES, Suite, SuiteRunner, setting_of
 from meta_train.judging.trial import Outcome, early_loss, spike, train_case
 from meta_train.tasks import derive_seed
@@ -176,6 +178,55 @@ def test_schedule_free_is_judged_so() -> None:
     assert callable(optimizer.eval)  # type: ignore[attr-defined]
 
 
+def test_a_schedule_is_attached_to_learned_rules_and_other_runs_are_shared(tmp_path: Path) -> None:
+    plain = JudgingTask("moody", "moody", _case, (5, 10))
+    decayed = plain.decayed("linear")
+    runner = SuiteRunner(Suite("any", lambda *_: [plain, decayed], {}, {}, ()), tmp_path)
+    rule, adam = learned("default"), Setting("Adam", 1e-3)
+    assert [run.file for run in runner.runs_of(adam, plain, (0,))] == [
+        run.file for run in runner.runs_of(adam, decayed, (0,))
+    ]
+    ours = runner.runs_of(rule, decayed, (0,))
+    assert [run.horizon for run in ours] == [5, 10], "a schedule needs a run for each horizon"
+    assert not {run.file for run in ours} & {run.file for run in runner.runs_of(rule, plain, (0,))}
+    (outcome,) = runner.outcomes(rule, "moody, linear", 5, (0,))
+    rates = []
+
+    def make(params: object) -> Optimizer:
+        optimizer = rule.make(params)  # type: ignore[arg-type]
+        optimizer.register_step_pre_hook(lambda one, *_: rates.append(one.param_groups[0]["lr"]))
+        return optimizer
+
+    assert torch.equal(outcome.losses, train_case(plain, make, 5, 0, DECAYS["linear"]).losses)
+    assert rates == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_a_task_can_leave_baselines_out(tmp_path: Path) -> None:
+    task = JudgingTask("moody", "moody", _case, (5,), without=("SGD",))
+    runner = SuiteRunner(Suite("any", lambda *_: [task], {"Adam": (1e-2, 3e-2), "SGD": (1e-2, 3e-2)}, {}, ()), tmp_path)
+    assert {name for _, name, _ in runner.tune()} == {"Adam"}
+    assert runner.runs_of(Setting("SGD", 0.1), task, (0,)) == []
+
+
+class TwoBests(SuiteRunner):
+    """The last weights are best at a rate of 0.01, averaged ones at 0.1."""
+
+    def complete(self, runs: object) -> None:
+        """Take every run as finished."""
+
+    def outcome(self, run: Run) -> Outcome:
+        """Write losses at the end alone."""
+        last, averaged = (1 + abs(math.log(run.contestant.lr / best)) for best in (0.01, 0.1))
+        return Outcome(torch.ones(run.horizon), final_loss={60: last}, averaged_loss={60: averaged})
+
+
+def test_averaged_weights_are_tuned_for_themselves(tmp_path: Path) -> None:
+    task, grid = replace(NOISY, horizons=(60,)), {"SGD": (0.003, 0.01, 0.03), "NAG": (0.003, 0.01, 0.03)}
+    runner = TwoBests(Suite("any", lambda *_: [task], grid, {}, (), ("SGD",)), tmp_path)
+    assert {name: one.lr for (_, name, _), one in runner.tune().items()} == {"SGD": 0.01, "NAG": 0.01}
+    assert {name: one.lr for (_, name, _), one in runner.best_averaged.items()} == {"SGD": 0.1}
+
+
 def test_nesterov_is_tuned_with_momentum_and_nothing_else_has_any(tmp_path: Path) -> None:
     task = JudgingTask("moody", "moody", _case, (5,))
     runner = SuiteRunner(Suite("any", lambda *_: [task], {"NAG": (1e-2, 3e-2), "SGD": (1e-2, 3e-2)}, {}, ()), tmp_path)
@@ -191,7 +242,8 @@ def test_some_baselines_of_the_judgement_are_followed_to_1000_steps_alone(tmp_pa
     runner = SuiteRunner(Suite("judge", lambda *_: [task], judge.grids, judge.horizon_limits, judge.untuned), tmp_path)
     names = (*judge.grids, "Prodigy", "ScheduleFree")
     ends = {name: runner.horizons_of(Setting(name, 1.0), task)[-1] for name in names}
-    assert ends == dict.fromkeys(names, 1000) | {"Adam": 5000, "AdamW+cosine": 5000}
+    to_the_end = ("Adam", "AdamW+cosine", "Muon", "Muon+cosine")
+    assert ends == dict.fromkeys(names, 1000) | dict.fromkeys(to_the_end, 5000)
     for name, end in ends.items():
         runs = [run.horizon for run in runner.runs_of(Setting(name, 1.0), task, (0,))]
-        assert runs == ([200, 1000, 5000] if name == "AdamW+cosine" else [end]), "a schedule needs a run for each horizon"
+        assert runs == ([200, 1000, 5000] if name.endswith("+cosine") else [end]), "a schedule needs a run for each horizon"

@@ -102,7 +102,7 @@ def test_a_judgement_is_written_and_drawn(tmp_path, monkeypatch, capsys):
     assert "against Adam, tuned" in capsys.readouterr().out
     assert main(["figures", out]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *(f"{name}.csv" for name in ("results", "ratios", "summary", "sweep", "curves")),
+        *(f"{name}.csv" for name in ("results", "ratios", "summary", "sweep", "curves", "shipped", "shipped_summary")),
         "environment.json",
         "curves.svg",
     }
