@@ -37,14 +37,14 @@ def real_tasks(data: Tensors, fingerprint: str) -> tuple[JudgingTask, ...]:
             return (x, x) if reconstruct else (x, y)
 
         loss = regression_loss if reconstruct else classification_loss
-        return lambda seed: _case(data, name, batch, make(), loss, batch_of)
+        return lambda seed: case_of_set(data, name, batch, make(), loss, batch_of)
 
     def table(name: str, batch: int, make: Callable[[], nn.Module], *, classify: bool = False) -> Callable[[int], Case]:
         loss = classification_loss if classify else regression_loss
-        return lambda seed: _case(data, name, batch, make(), loss, lambda x, y: (x, y))
+        return lambda seed: case_of_set(data, name, batch, make(), loss, lambda x, y: (x, y))
 
     def text(batch: int, length: int, make: Callable[[], nn.Module]) -> Callable[[int], Case]:
-        return lambda seed: _text_case(data, batch, length, make())
+        return lambda seed: case_of_text(data, batch, length, make())
 
     features = data["adult_x"].shape[1]
     definitions: list[tuple[str, str, Callable[[int], Case], bool]] = [
@@ -118,7 +118,7 @@ def real_tasks(data: Tensors, fingerprint: str) -> tuple[JudgingTask, ...]:
     )
 
 
-def _case(
+def case_of_set(
     data: Tensors,
     name: str,
     batch: int,
@@ -126,6 +126,19 @@ def _case(
     loss: Callable[[nn.Module, Batch], Tensor],
     batch_of: Callable[[Tensor, Tensor], Batch],
 ) -> Case:
+    """Make a case of examples that are drawn with replacement.
+
+    Args:
+        data: Tensors by name.
+        name: Of the set: ``NAME_x`` and ``NAME_y``, and the same with ``_held_out``.
+        batch: Examples in a minibatch.
+        module: Freshly initialised.
+        loss: From module and minibatch to a 0-dim loss.
+        batch_of: From stored examples to a minibatch.
+
+    Returns:
+        The case.
+    """
     x, y = data[f"{name}_x"], data[f"{name}_y"]
     held_out = [data[f"{name}_{part}_held_out"].split(_HELD_OUT_BATCH) for part in "xy"]
 
@@ -136,7 +149,18 @@ def _case(
     return Case(module, loss, next_batch, [batch_of(*part) for part in zip(*held_out, strict=True)])
 
 
-def _text_case(data: Tensors, batch: int, length: int, module: nn.Module) -> Case:
+def case_of_text(data: Tensors, batch: int, length: int, module: nn.Module) -> Case:
+    """Make a case of next symbols in windows of ``text``; 256 windows of ``text_held_out`` are held out.
+
+    Args:
+        data: Tensors by name.
+        batch: Windows in a minibatch.
+        length: Symbols in a window.
+        module: Freshly initialised.
+
+    Returns:
+        The case.
+    """
     text, held_out = data["text"], data["text_held_out"]
     window = torch.arange(length + 1)
 

@@ -2,7 +2,7 @@
 
 The directory holds ``ylecun/mnist`` and ``uoft-cs/cifar10`` in the layout of the Hub data sets of those names,
 ``text/tinyshakespeare.txt``, and ``tabular/`` with ``kin40k.csv.gz``, ``california_housing.csv``, ``adult-train.csv`` and
-``adult-test.csv``.
+``adult-test.csv``. A second text, for fine-tuning, comes with Python: ``pydoc_data.topics``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import csv
 import gzip
 import hashlib
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ Tensors = dict[str, Tensor]
 
 IMAGE_SETS = {"mnist": (MNIST, 60_000), "cifar": (CIFAR10, 16_000)}
 """Image sets, and how many of the training images are used."""
+OTHER_TEXT = (60_000, 20_000)
+"""Characters of a second text, for fine-tuning: to train on, and held out."""
 HELD_OUT = 2_000
 """Held-out examples of each set."""
 
@@ -41,7 +44,7 @@ def prepared(cache: Path, data: Path | None) -> tuple[Tensors, str]:
     Raises:
         ValueError: If nothing is cached and ``data`` is None, or a file is missing.
     """
-    kept = cache / "real-data.safetensors"
+    kept = cache / "real-data-2.safetensors"
     if not kept.exists():
         if data is None:
             raise ValueError("judging on real data needs --data DIR; docs/judging.md says what it must hold")
@@ -69,7 +72,15 @@ def _text(folder: Path) -> Tensors:
     symbols = {symbol: index for index, symbol in enumerate(sorted(set(text)))}
     encoded = torch.tensor([symbols[symbol] for symbol in text], dtype=torch.uint8)
     cut = len(encoded) * 9 // 10
-    return {"text": encoded[:cut].clone(), "text_held_out": encoded[cut:].clone()}
+    # Another text, in the symbols of the first: Python's own description of its language.
+    words = " ".join("".join(s if s in symbols else " " for s in text) for _, text in sorted(topics.items())).split()
+    other = torch.tensor([symbols[symbol] for symbol in " ".join(words)[: sum(OTHER_TEXT)]], dtype=torch.uint8)
+    return {
+        "text": encoded[:cut].clone(),
+        "text_held_out": encoded[cut:].clone(),
+        "other_text": other[: OTHER_TEXT[0]].clone(),
+        "other_text_held_out": other[OTHER_TEXT[0] :].clone(),
+    }
 
 
 def _tables(folder: Path) -> Tensors:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from meta_train.judging.baselines import NOMINAL, Setting
 from meta_train.judging.contestants import Contestant, Learned
-from meta_train.judging.real import real_tasks
 from meta_train.judging.real_data import prepared
+from meta_train.judging.real_further import judging_tasks
 from meta_train.judging.runner import CaseTrials, Progress, Run, Runner, extend_edge, tune
 from meta_train.judging.stress import stress_tasks
 from meta_train.judging.trial import Outcome, smoothed_final
 from meta_train.tasks.case import JudgingTask
-from meta_train.tasks.held_out import HELD_OUT_KINDS, LONG_KINDS
+from meta_train.tasks.held_out import HELD_OUT_KINDS, LONG_KINDS, SHIPPED_KINDS
 from meta_train.workers import Each
 
 TUNING_SEED = 1000
@@ -62,7 +62,7 @@ SUITES = {
     for suite in (
         Suite(
             "held-out-kinds",
-            lambda cache, data: HELD_OUT_KINDS + LONG_KINDS,
+            lambda cache, data: HELD_OUT_KINDS + LONG_KINDS + SHIPPED_KINDS,
             {**_STRONG, NOMINAL: (0.3, 1.0, 3.0)},
             {},
             (_ADAM,),
@@ -71,7 +71,7 @@ SUITES = {
         Suite("stress", lambda cache, data: stress_tasks(), {"Adam": _RATES}, {}, (_ADAM,)),
         Suite(
             "judge",
-            lambda cache, data: real_tasks(*prepared(cache, data)),
+            lambda cache, data: judging_tasks(*prepared(cache, data)),
             {
                 **_STRONG,
                 "SGD": (1e-2, 3e-2, 1e-1, 3e-1),

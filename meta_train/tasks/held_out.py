@@ -18,9 +18,13 @@ from torch import Tensor, nn
 from meta_train.tasks.case import Batch, Case, JudgingTask, Loss, classification_loss, regression_loss
 from meta_train.tasks.data import Stream, cluster_stream, digit_stream, language_stream, regression_stream
 from meta_train.tasks.modules import CharLSTM, CharTransformer, VisionTransformer, conv_net, mlp
+from meta_train.tasks.pretraining import fine_tuned, pretrained
 from meta_train.tasks.task import Optimizee, derive_seed, module_optimizee, seeded
 
 HORIZONS = (200, 1000)
+FINE = (100, 400)
+"""Horizons of fine-tuning."""
+PRETRAINING_STEPS = 800
 
 
 def _case(module: nn.Module, loss: Loss, stream: Stream) -> Case:
@@ -209,6 +213,88 @@ LONG_KINDS = (
 )
 """What shows only after thousands of steps: losses spike where a gradient is nearly all signal, all but gone, or an outlier;
 and where a loss falls for ever, steps must not shrink too soon."""
+
+
+@functools.lru_cache(maxsize=8)
+def _trained_transformer(seed: int) -> dict[str, Tensor]:
+    seed = derive_seed(seed, "pretraining")
+    stream = language_stream(seeded(seed), 1, 16, vocabulary=64, length=24, order=2, tokens=100_000)
+    before = _case(nn.Identity(), classification_loss, stream)
+    return pretrained(lambda: CharTransformer(64, 24, 64, 2), before.loss, before.next_batch, seed + 1, PRETRAINING_STEPS)
+
+
+def _fine_tuned_transformer(seed: int) -> Case:
+    stream = language_stream(seeded(seed), 1, 16, vocabulary=64, length=24, order=2, tokens=5000)
+    return _case(fine_tuned(CharTransformer(64, 24, 64, 2), _trained_transformer(seed)), classification_loss, stream)
+
+
+@functools.lru_cache(maxsize=8)
+def _trained_conv(seed: int) -> dict[str, Tensor]:
+    seed = derive_seed(seed, "pretraining")
+    digits = _images(seed, 32)
+
+    def next_batch(generator: torch.Generator) -> Batch:
+        images, labels = digits(generator)
+        return images[0], labels[0]
+
+    make = functools.partial(conv_net, [1, 16, 32], 16, 10, batch_norm=True)
+    return pretrained(make, classification_loss, next_batch, seed + 1, PRETRAINING_STEPS)
+
+
+def _fine_tuned_conv(seed: int) -> Case:
+    # Grey squares of the photos, of which the digits' convolutions have seen none; the readout of 30 fields is new.
+    places = _places(seed, 32)
+
+    def next_batch(generator: torch.Generator) -> Batch:
+        squares, fields = places(generator)
+        return squares.mean(1, keepdim=True), fields
+
+    module = fine_tuned(conv_net([1, 16, 32], 16, 30, batch_norm=True), _trained_conv(seed))
+    return Case(module, classification_loss, next_batch)
+
+
+def _sigmoid_table(seed: int) -> Case:
+    stream = regression_stream(seeded(seed), 1, 64, inputs=4, hidden=16, tail=0.5, condition=10.0, noise=0.1, examples=5000)
+    return _case(mlp([4, 20, 20, 1], nn.Sigmoid), regression_loss, stream)
+
+
+def _sigmoid_classes(seed: int) -> Case:
+    stream = cluster_stream(seeded(seed), 1, 64, inputs=6, classes=4, modes=4, spread=0.4)
+    return _case(mlp([6, 24, 4], nn.Sigmoid), classification_loss, stream)
+
+
+def _larger_transformer(seed: int) -> Case:
+    stream = language_stream(seeded(seed), 1, 16, vocabulary=128, length=32, order=2, tokens=200_000)
+    return _case(CharTransformer(128, 32, 128, 4), classification_loss, stream)
+
+
+_DECAYED = {kind.name: kind for kind in HELD_OUT_KINDS}
+SHIPPED_KINDS = (
+    JudgingTask(
+        "fine-tuned-transformer",
+        "the transformer, trained on one source, on 5,000 words of another",
+        _fine_tuned_transformer,
+        FINE,
+    ),
+    JudgingTask(
+        "fine-tuned-digits", "two convolutions, trained on digits, on grey squares of photos", _fine_tuned_conv, FINE
+    ),
+    JudgingTask("sigmoid-table", "4-20-20-1 sigmoid on heavy-tailed, ill-conditioned features", _sigmoid_table, HORIZONS),
+    JudgingTask(
+        "sigmoid-classes", "6-24-4 sigmoid on an endless stream of overlapping clusters", _sigmoid_classes, HORIZONS
+    ),
+    JudgingTask(
+        "larger-transformer",
+        "a causal transformer, width 128, depth 4, on a Markov source of order 2",
+        _larger_transformer,
+        HORIZONS,
+    ),
+    _DECAYED["transformer"].decayed("cosine"),
+    _DECAYED["tabular"].decayed("linear"),
+)
+"""What users do beside training from scratch at a constant rate, few inputs under sigmoids, and size.
+
+No recipe is validated on these."""
 
 
 class HeldOut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="name", tag="held-out"):

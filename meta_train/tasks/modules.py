@@ -28,6 +28,37 @@ def conv_net(channels: Sequence[int], side: int, classes: int, batch_norm: bool)
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * side * side, classes))
 
 
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm beside a shortcut.
+
+    Args:
+        inputs: Channels in.
+        outputs: Channels out.
+        stride: Of the first convolution and of the shortcut.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, inputs, H, W)`` to ``(B, outputs, H / stride, W / stride)``."""
+        hidden = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(hidden)) + self.shortcut(x))
+
+
+def residual_net(channels: Sequence[int], classes: int) -> nn.Sequential:
+    """Return a stem that halves an RGB image, residual blocks that halve it where channels grow, and a dense readout."""
+    first = channels[0]
+    layers: list[nn.Module] = [nn.Conv2d(3, first, 3, 2, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU()]
+    for inputs, outputs in itertools.pairwise((first, *channels)):
+        layers.append(ResidualBlock(inputs, outputs, 1 if inputs == outputs else 2))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], classes))
+
+
 class Block(nn.Module):
     """Pre-norm attention and a two-layer net.
 

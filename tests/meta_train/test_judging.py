@@ -1,5 +1,6 @@
 """Judging whole models: curves, tuning, the cache, and the tables."""
 
+import functools
 import math
 import pickle
 from pathlib import Path
@@ -12,15 +13,17 @@ from meta_train.__main__ import main
 from meta_train.judging.baselines import Setting
 from meta_train.judging.contestants import learned
 from meta_train.judging.real_data import prepared
+from meta_train.judging.real_further import judging_tasks
 from meta_train.judging.report import Report, judge_suite, read_baselines
 from meta_train.judging.runner import CaseTrials, Run
 from meta_train.judging.stress import stress_tasks
 from meta_train.judging.suites import SUITES, Suite, SuiteRunner
 from meta_train.judging.trial import smoothed_final, train_case
 from meta_train.rows import read_rows, write_judgement
-from meta_train.tasks.case import Case, JudgingTask, regression_loss
-from meta_train.tasks.held_out import HELD_OUT_KINDS, LONG_KINDS
-from meta_train.tasks.modules import CharLSTM, CharTransformer, VisionTransformer, conv_net, mlp
+from meta_train.tasks.case import Case, JudgingTask, classification_loss, regression_loss
+from meta_train.tasks.held_out import HELD_OUT_KINDS, LONG_KINDS, SHIPPED_KINDS
+from meta_train.tasks.modules import CharLSTM, CharTransformer, VisionTransformer, conv_net, mlp, residual_net
+from meta_train.tasks.pretraining import fine_tuned, pretrained
 from meta_train.workers import Workers
 
 
@@ -177,6 +180,7 @@ def test_a_task_of_no_suite_cannot_leave_its_process():
     [
         (mlp([6, 5, 4], nn.ReLU, norm=True), torch.randn(2, 6), (2, 4)),
         (conv_net([3, 4, 5], 8, 10, batch_norm=True), torch.randn(2, 3, 8, 8), (2, 10)),
+        (residual_net((4, 6, 6), 10), torch.randn(2, 3, 8, 8), (2, 10)),
         (VisionTransformer(8, 1, 4, 16, 1, 10), torch.randn(2, 1, 8, 8), (2, 10)),
         (CharTransformer(7, 6, 16, 1), torch.randint(0, 7, (2, 6)), (2, 6, 7)),
         (CharLSTM(7, 8), torch.randint(0, 7, (2, 6)), (2, 6, 7)),
@@ -195,10 +199,48 @@ def test_the_transformer_looks_only_back():
     assert not torch.equal(before[:, 4:], after[:, 4:])
 
 
-@pytest.mark.parametrize("task", HELD_OUT_KINDS + LONG_KINDS, ids=lambda task: task.name)
-def test_held_out_kinds_can_be_trained(task):
+@pytest.mark.parametrize("task", HELD_OUT_KINDS + LONG_KINDS + SHIPPED_KINDS, ids=lambda task: task.name)
+def test_held_out_kinds_can_be_trained(task, monkeypatch):
+    monkeypatch.setattr("meta_train.tasks.held_out.PRETRAINING_STEPS", 5)
     losses = train_case(task, Setting("Adam", 1e-2).make, 20, 0).losses
     assert losses[-5:].mean() < losses[:5].mean()
+
+
+def test_fine_tuning_starts_from_trained_weights_but_for_a_readout_of_other_classes():
+    def batch(generator):
+        x = torch.randn(16, 3, generator=generator)
+        return x, (x[:, 0] > 0).long()
+
+    make = functools.partial(mlp, [3, 8, 2], nn.ReLU)
+    before = torch.get_rng_state()
+    state = pretrained(make, classification_loss, batch, 1, 400)
+    assert torch.equal(torch.get_rng_state(), before), "the stream of initial weights goes on as if nothing had been trained"
+    assert all(torch.equal(value, state[name]) for name, value in fine_tuned(make(), state).state_dict().items())
+    examples = batch(torch.Generator().manual_seed(9))
+    start, tuned = (classification_loss(module, examples).item() for module in (make(), fine_tuned(make(), state)))
+    assert tuned < 0.8 * start
+    fresh = mlp([3, 8, 5], nn.ReLU)
+    readout = fresh[2].weight.clone()
+    tuned = fine_tuned(fresh, state)
+    assert torch.equal(tuned[0].weight, state["0.weight"])
+    assert torch.equal(tuned[2].weight, readout)
+
+
+def test_sizes_are_what_tables_say():
+    sizes = {"char-gpt": 3.2e6, "cifar-resnet": 2.4e6}
+    found = {task.name: sum(p.numel() for p in task.case(0).module.parameters()) for task in _judging_tasks(sizes)}
+    assert found == pytest.approx(sizes, rel=0.03)
+
+
+def _judging_tasks(names):
+    data = {"adult_x": torch.zeros(1, 5)}
+    for part in ("", "_held_out"):
+        data |= {
+            f"text{part}": torch.zeros(300),
+            f"cifar_x{part}": torch.zeros(20, 3, 32, 32),
+            f"cifar_y{part}": torch.zeros(20),
+        }
+    return [task for task in judging_tasks(data, "any") if task.name in names]
 
 
 def test_stress_changes_units_and_nothing_else():

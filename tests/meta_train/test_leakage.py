@@ -13,7 +13,7 @@ from meta_train.judging import runner as runner_module
 from meta_train.judging.arenas import ARENAS, Arena
 from meta_train.judging.baselines import Setting
 from meta_train.judging.contestants import Learned, learned
-from meta_train.judging.real import real_tasks
+from meta_train.judging.real_further import judging_tasks
 from meta_train.judging.report import judge_suite
 from meta_train.judging.runner import CaseTrials, OptimizeeTrials, Run, Runner
 from meta_train.judging.suites import SEEDS, SUITES, TUNING_SEED, Suite, SuiteRunner
@@ -206,23 +206,25 @@ def test_the_suite_for_choosing_and_the_one_for_judging_share_no_task(
     data = {"adult_x": torch.zeros(1, 3)}
     monkeypatch.setattr("meta_train.judging.suites.prepared", lambda *_: (data, "fingerprint of the data"))
     judging = SUITES["judge"].tasks(tmp_path, None)
-    assert len(judging) == 13
+    assert len(judging) == len({task.name for task in judging}) == 21
     assert {task.data for task in judging} == {"fingerprint of the data"}
     assert chosen.isdisjoint(task.name for task in judging)
 
 
-def test_real_data_do_not_depend_on_the_seed_that_initialises() -> None:
-    """Those of the held-out kinds do, from the same stream: docs/judging.md says what is wrong with that."""
+def test_real_data_do_not_depend_on_the_seed_that_initialises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the held-out kinds do, from a stream of their own."""
     generator = torch.Generator().manual_seed(0)
-    data = {"text": torch.randint(65, (500,), generator=generator), "text_held_out": torch.randint(65, (300,))}
+    texts = ("text", "text_held_out", "other_text", "other_text_held_out")
+    data = {name: torch.randint(65, (500,), generator=generator) for name in texts}
     shapes = {"mnist": (28, 28), "cifar": (3, 32, 32), "kin": (8,), "california": (8,), "adult": (5,)}
     for name, shape in shapes.items():
         for part in ("", "_held_out"):
             data[f"{name}_x{part}"] = torch.rand(30, *shape, generator=generator)
-            labels = torch.randint(2, (30,), generator=generator)
+            labels = torch.arange(30) % (10 if name in ("mnist", "cifar") else 2)
             data[f"{name}_y{part}"] = labels if name in ("mnist", "cifar", "adult") else labels.unsqueeze(1).float()
-    tasks = real_tasks(data, "any")
-    assert len(tasks) == 13
+    monkeypatch.setattr("meta_train.judging.real_further.PRETRAINING_STEPS", 2)
+    tasks = judging_tasks(data, "any")
+    assert len(tasks) == 21
     for task in tasks:
         first, second = (task.make(seed) for seed in (0, 1))
         batches = [case.next_batch(torch.Generator().manual_seed(5)) for case in (first, second)]
@@ -230,5 +232,5 @@ def test_real_data_do_not_depend_on_the_seed_that_initialises() -> None:
             assert torch.equal(one, other), task.name
         assert first.loss(first.module, batches[0]).isfinite()
     linear = next(kind for kind in HELD_OUT_KINDS if kind.name == "linear")
-    flawed = [linear.make(seed).next_batch(torch.Generator().manual_seed(5))[0] for seed in (0, 1)]
-    assert not torch.equal(*flawed)
+    made = [linear.make(seed).next_batch(torch.Generator().manual_seed(5))[0] for seed in (0, 1)]
+    assert not torch.equal(*made)
