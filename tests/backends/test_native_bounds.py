@@ -6,6 +6,7 @@ address sanitizer, which sees a read outside as well.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -146,12 +147,15 @@ def test_sequences_stay_within_their_tensors(steps: int) -> None:
             assert fences.hold()
 
 
-@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8"}, {"moment_dtype": "bfloat16"}], ids=str)
-def test_planned_steps_follow_tensors_that_are_replaced_and_freed(options: dict[str, str]) -> None:
+PLANNED = [{}, {"state_dtype": "int8"}, {"moment_dtype": "bfloat16"}, {"matrix": True}, {"average": True}]
+
+
+@pytest.mark.parametrize("options", PLANNED, ids=str)
+def test_planned_steps_follow_tensors_that_are_replaced_and_freed(options: dict[str, Any]) -> None:
     results = []
     for backend in ("native", "reference"):
-        params = make_params(((5,), (33,), (0,), (1025,)))
-        optimizer = stepper("adam-modulation", params, backend=backend, **options)
+        params = make_params(((5,), (33,), (0,), (1025,), (3, 5), (33, 17)))
+        optimizer = stepper("adam-modulation-matrix", params, backend=backend, **options)
         for round_ in range(4):
             take_steps(optimizer, params, 2, first=2 * round_)
             for param in params:  # Whatever a plan remembers is freed: gradients, parameters, states.

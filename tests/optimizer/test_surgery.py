@@ -284,10 +284,12 @@ def test_whatever_adam_survives(data: st.DataObject) -> None:
     shapes = [data.draw(st.sampled_from(SHAPES)) for _ in range(count)]
     dtypes = [data.draw(st.sampled_from(DTYPES)) for _ in range(count)]
     options = {
-        "weights": small_rule(data.draw(st.sampled_from(["paper-raw", "adam-modulation"]))),
+        "weights": small_rule(data.draw(st.sampled_from(["paper-raw", "adam-modulation", "adam-modulation-matrix"]))),
         "state_dtype": data.draw(st.sampled_from([None, "bfloat16", "int8"])),
         "moment_dtype": data.draw(st.sampled_from([None, "bfloat16"])),
         "backend": data.draw(st.sampled_from(["auto", "reference"])),
+        "matrix": data.draw(st.sampled_from(["auto", True, False])),
+        "average": data.draw(st.booleans()),
     }
     case = Case(shapes, dtypes, options)
     with warnings.catch_warnings():
