@@ -21,7 +21,8 @@ MUTANTS = {
          "self._weights_of(group).rule_on(device, dtype)", "self._weights_of(self.param_groups[0]).rule_on(device, dtype)",
          "test_groups_may_have_weights_of_their_own"),
         ("every group steps with the first one's lr", "LearnedOptimizer._prepare",
-         "_options(group, rule, device, dtype)", '_options({**group, "lr": self.param_groups[0]["lr"]}, rule, device, dtype)',
+         "_options(group, rule, device, dtype)",
+         '_options({**group, "lr": self.param_groups[0]["lr"]}, rule, device, dtype)',
          "test_options_are_per_group"),
     ),
     "late groups, swapped parameters": (
