@@ -59,9 +59,10 @@ def shaped_updates(rule: UpdateRule, items: Sequence[StepItem], updates: Tensor,
     """
     assert options.matrix is not None
     momentum = None
-    if options.matrix.momentum and (first := rule.raw_momentum(items[0].memory)) is not None:
-        momenta = [first, *(_momentum(rule, item) for item in items[1:])]
-        momentum = torch.stack([one.reshape(updates.shape[1:]) for one in momenta]).to(updates.dtype)
+    if options.matrix.momentum and rule.momentum_names:
+        together = {name: torch.stack([item.memory[name] for item in items]) for name in rule.momentum_names}
+        momentum = rule.raw_momentum({name: values.to(updates.dtype) for name, values in together.items()})
+        momentum = None if momentum is None else momentum.view(updates.shape)
     whole = items[0].matrix
     if not hasattr(whole, "placements"):
         return options.matrix.shape(updates, momentum)
@@ -88,12 +89,6 @@ def apply_updates(params: Sequence[Tensor], updates: Tensor, options: StepOption
     for param, move in zip(params, moves, strict=True):
         wide = param.to(updates.dtype)
         param.copy_((wide * options.shrink if decays else wide) + move)
-
-
-def _momentum(rule: UpdateRule, item: StepItem) -> Tensor:
-    momentum = rule.raw_momentum(item.memory)
-    assert momentum is not None
-    return momentum
 
 
 def _local_sides(item: StepItem) -> tuple[int, int]:

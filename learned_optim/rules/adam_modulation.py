@@ -122,6 +122,7 @@ class AdamModulationRule(UpdateRule):
 
     family: ClassVar[str] = "adam-modulation"
     moment_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_slow", "exp_avg_sq")
+    momentum_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_slow")
     uses_scale: ClassVar[bool] = True
     config: AdamModulationConfig
 

@@ -187,13 +187,27 @@ def shape_updates(
     """
     unit, length, usable = _normalize(updates)
     if momentum is not None:
-        unit = _normalize(torch.lerp(unit, _normalize(momentum)[0].detach(), _spread(share, updates)))[0]
-    orthogonal = torch.where(updates != 0, _newton_schulz(unit), 0.0)
+        mixed = torch.lerp(unit, _normalize(momentum)[0].detach(), _spread(share, updates))
+        unit = mixed * _inverse(torch.linalg.vector_norm(mixed, dim=(-2, -1), keepdim=True))
+    orthogonal = _newton_schulz(unit) * (updates != 0)
     norm = torch.linalg.vector_norm(orthogonal, dim=(-2, -1), keepdim=True)
-    direction = orthogonal / torch.where(norm > 0, norm, 1.0)
-    length = length * _spread(gain, updates)
-    shaped = torch.lerp(torch.where(usable, updates, 0.0), direction * length, _spread(blend, updates))
-    return torch.where(usable, shaped, updates)
+    shaped = orthogonal * (length * _spread(gain, updates) * _inverse(norm))
+    if isinstance(blend, Tensor) or blend != 1.0:
+        shaped = torch.lerp(_chosen(usable, updates, 0.0), shaped, _spread(blend, updates))
+    return _chosen(usable, shaped, updates)
+
+
+def _chosen(usable: Tensor, matrices: Tensor, otherwise: Tensor | float) -> Tensor:
+    """Return usable matrices, and something else for the others; a pass is saved where a look tells that all are usable."""
+    plain = type(usable) is Tensor and usable.device.type == "cpu" and not torch.compiler.is_compiling()
+    if plain and bool(usable.all()):
+        return matrices
+    return torch.where(usable, matrices, otherwise)
+
+
+def _inverse(norm: Tensor) -> Tensor:
+    """Return ``1 / norm``, and 1 where there is nothing to divide."""
+    return 1.0 / torch.where(norm > 0, norm, 1.0)
 
 
 def _spread(value: Tensor | float, updates: Tensor) -> Tensor | float:
@@ -245,16 +259,17 @@ def _normalize(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     peak = matrices.detach().abs().amax((-2, -1), keepdim=True)
     usable = peak.isfinite() & (peak > 0)
     peak = torch.where(usable, peak, 1.0)
-    scaled = torch.where(usable, matrices, 0.0) / peak
+    scaled = _chosen(usable, matrices, 0.0) / peak
     norm = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
-    return scaled / torch.where(usable, norm, 1.0), norm * peak, usable
+    return scaled * _inverse(norm), norm * peak, usable
 
 
 def _newton_schulz(unit: Tensor) -> Tensor:
     """Iterate on matrices of norm at most 1; with the shorter derivative where one is asked for."""
     rows, columns = unit.shape[-2:]
     wide = unit if rows <= columns else unit.mT
-    wide = F.pad(wide, (0, -max(rows, columns) % ALIGNMENT, 0, -min(rows, columns) % ALIGNMENT))
+    if rows % ALIGNMENT or columns % ALIGNMENT:
+        wide = F.pad(wide, (0, -max(rows, columns) % ALIGNMENT, 0, -min(rows, columns) % ALIGNMENT))
     if wide.is_cuda and wide.dtype == torch.float32:
         wide = wide.to(torch.bfloat16)  # Tensor cores; the iteration damps rounding, as Muon relies on.
     # A compiler derives the plain iteration by itself, and warns about a function with its own derivative.

@@ -118,6 +118,7 @@ class UpdateRule(nn.Module, ABC):
 
     family: ClassVar[str]
     moment_names: ClassVar[tuple[str, ...]] = ()
+    momentum_names: ClassVar[tuple[str, ...]] = ()
     uses_scale: ClassVar[bool] = False
     config: RuleConfig
 
@@ -138,7 +139,7 @@ class UpdateRule(nn.Module, ABC):
         """Return the direction against a momentum of the gradients, or None where the rule keeps none.
 
         Args:
-            memory: After a step; moments of any shape and floating dtype.
+            memory: After a step, with the moments of ``momentum_names`` at least; of any shape and floating dtype.
 
         Returns:
             In the shape and dtype of the moments.

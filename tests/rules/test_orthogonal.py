@@ -78,7 +78,7 @@ def test_deficient_rank_adds_no_direction(sides: tuple[int, int]) -> None:
     torch.testing.assert_close(orthogonalize(matrices).double(), expected, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("exponent", [-120, -60, 60, 120])
+@pytest.mark.parametrize("exponent", [-100, -60, 60, 120])
 @pytest.mark.parametrize("sides", BOTH_FORMS, ids=str)
 def test_scale_comes_back_to_the_last_bit(sides: tuple[int, int], exponent: int) -> None:
     updates = random(2, *sides, dtype=torch.float32)
@@ -242,7 +242,7 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         given = {leaf.untyped_storage()._cdata for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
-        for leaf in tree_leaves(result):
+        for leaf in filter(lambda each: isinstance(each, Tensor), tree_leaves(result)):
             storage = leaf.untyped_storage()
             if storage._cdata not in self.known | given:
                 self.known.add(storage._cdata)
@@ -260,7 +260,7 @@ class Live(TorchDispatchMode):
 def test_scratch_is_what_is_promised(sides: tuple[int, int]) -> None:
     updates = random(4, *sides, dtype=torch.float32)
     with torch.no_grad(), Live() as live:
-        shape_updates(updates)
+        shape_updates(updates, momentum=updates.clone(), share=0.5)
     promised = 4 * scratch_entries(*sides) * 4
     assert live.peak + 4 * updates.numel() <= promised + 1024
     assert live.peak + 4 * updates.numel() > promised / 3
