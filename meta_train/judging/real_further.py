@@ -38,8 +38,8 @@ def judging_tasks(data: Tensors, fingerprint: str) -> tuple[JudgingTask, ...]:
         *_fine_tuning(data, fingerprint),
         JudgingTask(
             "char-gpt",
-            "causal transformer of 3.2 M parameters, width 256, depth 4, 64 symbols, batch 16",
-            lambda seed: case_of_text(data, 16, 64, CharTransformer(65, 64, 256, 4)),
+            "causal transformer of 3.2 M parameters, width 256, depth 4, 32 symbols, batch 16",
+            lambda seed: case_of_text(data, 16, 32, CharTransformer(65, 32, 256, 4)),
             SHORT,
             fingerprint,
             without=SLOW,
