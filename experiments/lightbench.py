@@ -18,7 +18,7 @@ import importlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,59 +43,19 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "Muon(0.001)": lambda module: MuonAndAdamW(module.named_parameters(), lr=1e-3),
 }
 """Muon's updates are scaled to those of AdamW, so AdamW's rate is its usual one."""
-TESTS = [
-    "beale",
-    "rosenbrock",
-    "rastrigin",
-    "quadratic_varying_scale",
-    "quadratic_varying_target",
-    "noisy_matmul",
-    "xor_sequence",
-    "xor_digit",
-    "xor_spot",
-    "xor_sequence_rnn",
-    "xor_digit_rnn",
-    "xor_spot_rnn",
-    "saddle_point",
-    "discontinuous_gradient",
-    "wide_linear",
-    "minimax",
-    "plateau_navigation",
-    "scale_invariant",
-    "momentum_utilization",
-    "batch_size_scaling",
-    "sparse_gradient",
-    "layer_wise_scale",
-    "parameter_scale",
-    "gradient_delay",
-    "adversarial_gradient",
-    "dynamic_landscape",
-    "multi_objective_pareto",
-    "class_imbalance_rare",
-    "memory_constrained",
-    "transfer_domain_shift",
-    "plasticity_summod",
-    "plasticity_weighted_summod",
-    "generalization_summod",
-    "generalization_weighted_summod",
-    "sparse_parameters",
-    "quadratic_flip",
-    "quadratic_outliers",
-    "quadratic_sparse",
-    "quadratic_quantized_gradient",
-    "absolute_varying_scale",
-    "quadratic_quantization_aware_training",
-    "vanishing_gradient",
-    "ill_conditioned",
-    "ill_conditioned_mismatched",
-    "gradient_noise_scale_instantaneous_brown",
-    "gradient_noise_scale_temporal_brown",
-    "gradient_noise_scale_white",
-    "gradient_noise_scale_heavy_tailed",
-    "constrained_optimization_relu",
-    "constrained_optimization_log",
-    "non_markovian",
-]
+_NAMES = """
+beale rosenbrock rastrigin quadratic_varying_scale quadratic_varying_target noisy_matmul xor_sequence
+xor_digit xor_spot xor_sequence_rnn xor_digit_rnn xor_spot_rnn saddle_point discontinuous_gradient wide_linear
+minimax plateau_navigation scale_invariant momentum_utilization batch_size_scaling sparse_gradient
+layer_wise_scale parameter_scale gradient_delay adversarial_gradient dynamic_landscape multi_objective_pareto
+class_imbalance_rare memory_constrained transfer_domain_shift plasticity_summod plasticity_weighted_summod
+generalization_summod generalization_weighted_summod sparse_parameters quadratic_flip quadratic_outliers
+quadratic_sparse quadratic_quantized_gradient absolute_varying_scale quadratic_quantization_aware_training
+vanishing_gradient ill_conditioned ill_conditioned_mismatched gradient_noise_scale_instantaneous_brown
+gradient_noise_scale_temporal_brown gradient_noise_scale_white gradient_noise_scale_heavy_tailed
+constrained_optimization_relu constrained_optimization_log non_markovian
+"""
+TESTS = tuple(_NAMES.split())
 """What LightBench's own runner goes through."""
 
 
@@ -105,7 +65,8 @@ class Trial:
 
     Args:
         passed: Whether the win condition held.
-        end: ``won``, ``steps``, ``time``, ``loss`` where it was not finite, ``harder`` where an easier one failed, or an error.
+        end: ``won``, ``steps``, ``time``, ``loss`` where it is not finite, ``harder`` where an easier one failed, or an
+            error.
         steps: Taken.
         loss: Of the last step.
     """
@@ -177,7 +138,7 @@ def attempt(test: str, difficulty: str, name: str, steps: int, seconds: float) -
     return found[0]
 
 
-def run(tests: list[str], steps: int, seconds: float) -> None:
+def run(tests: Sequence[str], steps: int, seconds: float) -> None:
     """Do what is missing."""
     RUNS.mkdir(parents=True, exist_ok=True)
     for test in tests:
@@ -236,12 +197,8 @@ def main() -> None:
     torch.set_num_threads(1)
     same = {"cuda": lambda self, *_: self}
     cuda = {name: lambda *_: None for name in ("synchronize", "empty_cache", "manual_seed")}
-    with (
-        OnCPU(),
-        patch.multiple(torch.cuda, **cuda),
-        patch.multiple(nn.Module, **same),
-        patch.multiple(torch.Tensor, **same),
-    ):
+    module, tensor = patch.multiple(nn.Module, **same), patch.multiple(torch.Tensor, **same)
+    with OnCPU(), patch.multiple(torch.cuda, **cuda), module, tensor:
         run(options.tests, options.steps, options.seconds)
 
 
