@@ -9,9 +9,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Result = TypeVar("Result")
 
@@ -59,7 +62,31 @@ class Workers:
         """
         # As bytes, through pipes: torch would put tensors into shared memory, of which a container may have next to none.
         calls = [pickle.dumps((function, argument)) for argument in arguments]
-        return map(pickle.loads, self._pool.map(_answer, calls))
+        with _signals_wait():
+            answers = self._pool.map(_answer, calls)
+        return map(pickle.loads, answers)
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Let signals wait, here and in processes that start now: those are still in this one's group."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _heed_signals() -> None:
+    """Heed signals from now on; of those that waited only what the parent sent."""
+    if hasattr(signal, "sigtimedwait"):
+        waited = signal.sigtimedwait([signal.SIGTERM], 0)
+        if waited is not None and waited.si_pid == os.getppid():
+            os._exit(1)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _start() -> None:
@@ -68,6 +95,7 @@ def _start() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):
         os.setpgrp()
+        _heed_signals()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -132,6 +132,29 @@ def test_a_signal_to_the_process_group_reaches_the_parent_alone(workers: Workers
     assert os.getpgrp() not in set(workers.map(_group, range(4)))
 
 
+SIGNALLED = """
+import signal, subprocess
+from meta_train.workers import Workers
+from tests.meta_train.test_workers import _who
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: None)  # The parent has its own way to heed it.
+    with Workers(2) as processes:
+        answers = processes.map(_who, range(4))
+        subprocess.run(["sh", "-c", "kill -TERM 0"])  # The workers are still starting.
+        print(len(list(answers)), flush=True)
+"""
+
+
+def test_a_signal_to_the_group_harms_no_worker_that_is_still_starting(tmp_path: Path) -> None:
+    (tmp_path / "signalled.py").write_text(SIGNALLED)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(tmp_path / "signalled.py")]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, start_new_session=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr
+
+
 def test_an_interruption_while_workers_finish_ends_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(**options: object) -> None:
         raise KeyboardInterrupt
