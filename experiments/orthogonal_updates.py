@@ -1,4 +1,4 @@
-"""How the matrix stage of `default` was chosen on held-out kinds, and what it and averaged weights gain, with nothing retrained.
+"""How the matrix stage of `default` was chosen on held-out kinds, and what it and averaged weights gain.
 
     nice -n 10 python -m experiments.orthogonal_updates run --seeds 0 1
     python -m experiments.orthogonal_updates table
@@ -389,8 +389,8 @@ def table() -> None:
         "best of their half-decades on these very runs.\n\n"
         "A row with a smaller n lacks kinds and must not be compared with the others; the second table sets contestants "
         "side by side kind by kind.\n\n"
-        "Geometric means of the ratio to `default-v1` and to tuned Adam, both at their last weights; inner steps and weights "
-        "in the header:\n\n"
+        "Geometric means of the ratio to `default-v1` and to tuned Adam, both at their last weights; inner steps and "
+        "weights in the header:\n\n"
     )
     heads = [f"{at} {horizon} / {against}" for against, horizon, at in columns]
     text += markdown(["contestant", "n", *heads, f"worst last {HORIZONS[-1]} / Adam"], overview)

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from learned_optim.sharding import as_real, local
 
@@ -118,3 +118,59 @@ def averaged(groups: Sequence[Group], state: Mapping[Tensor, Any]) -> Iterator[N
     finally:
         for own, weights, _ in kept:
             own.copy_(weights)
+
+
+class Averaging:
+    """The methods of an optimizer that keeps averages."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+    _holds_averages = False
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def averaged(self) -> Iterator[None]:
+        """Let the model hold its averaged weights inside a ``with`` block.
+
+        The weights come back at its end, to the last bit, after an exception too. Buffers stay as they are: for a model with
+        batch norm, call ``torch.optim.swa_utils.update_bn(loader, model)`` inside, on a copy if the running statistics
+        matter to you afterwards.
+
+        Yields:
+            Nothing; evaluate inside.
+
+        Raises:
+            RuntimeError: If no group keeps an average, or inside another such block.
+
+        Examples:
+            >>> model = torch.nn.Linear(3, 1)
+            >>> opt = LearnedOptimizer(model.parameters(), average=True)
+            >>> model(torch.ones(2, 3)).square().mean().backward()
+            >>> opt.step()
+            >>> with opt.averaged():
+            ...     loss = model(torch.ones(2, 3)).square().mean()
+        """
+        if self._holds_averages:
+            raise RuntimeError("the parameters hold their averages already; averaged() cannot be nested")
+        with averaged(self.param_groups, self.state):
+            self._holds_averages = True
+            try:
+                yield
+            finally:
+                self._holds_averages = False
+
+    def averaged_state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """Return a model's state dict with averaged weights, to save or to load into another model.
+
+        Args:
+            model: Whose parameters this optimizer steps. It keeps its weights.
+
+        Returns:
+            Copies of all tensors.
+
+        Raises:
+            RuntimeError: If no group keeps an average.
+        """
+        with self.averaged():
+            entries = model.state_dict().items()
+            return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in entries}

@@ -7,17 +7,16 @@ This file holds the constructor, the groups and the order of a step. ``rules`` h
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any, NamedTuple, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from learned_optim.average import averaged, update_averages
+from learned_optim.average import Averaging, update_averages
 from learned_optim.backends import Plan, PlannedGroup, StepItem, StepOptions, apply_step, check_backend, make_plan
 from learned_optim.checkpoint import loading
 from learned_optim.fit import check_fit, check_group_options
@@ -25,21 +24,19 @@ from learned_optim.group_options import (
     check_options,
     compute_dtype,
     dtype_names,
-    is_matrix,
-    matrix_stage,
     params_with_groups,
     refuse_unknown,
 )
 from learned_optim.guard import judge, nominal, snapshot
 from learned_optim.modes import active_fake_mode, check_modes
 from learned_optim.rate_watch import RateWatch
-from learned_optim.rules import MatrixStage, UpdateRule
-from learned_optim.rules.storage import names
-from learned_optim.sharding import FSDP1, as_real, gradient_of, local, share_gradients, whole
+from learned_optim.rules import UpdateRule
+from learned_optim.sharding import FSDP1, share_gradients
 from learned_optim.state import initial_state, make_contiguous, state_bytes, step_tensor
 from learned_optim.summary import summarize
 from learned_optim.weights import Weights, resolve_weights
 from learned_optim.weights.weights import living_weights
+from learned_optim.work import options_of, step_items
 
 WeightsLike = str | PathLike[str] | UpdateRule | Weights
 """A bundled name, ``owner/repo@revision`` on the Hub, a file, a rule, or loaded weights."""
@@ -58,7 +55,7 @@ class _Work(NamedTuple):
     options: StepOptions
 
 
-class LearnedOptimizer(Optimizer):
+class LearnedOptimizer(Averaging, Optimizer):
     r"""Update every coordinate with a pretrained LSTM whose memory is optimizer state.
 
     For each coordinate, with gradient :math:`g_t`, memory :math:`h_t` and meta-parameters :math:`\phi`::
@@ -122,7 +119,6 @@ class LearnedOptimizer(Optimizer):
     _plan: Plan | None = None
     _planned_by = ""
     _rate_watch: RateWatch | None = None
-    _holds_averages = False
 
     def __init__(
         self,
@@ -307,56 +303,8 @@ class LearnedOptimizer(Optimizer):
             params = group["params"]
             rule = self._rule_of(params[0], group) if params else self._weights_of(group).rule
             weight = rule.readout.weight
-            planned.append(PlannedGroup(params, rule, _options(group, rule, weight.device, weight.dtype)))
+            planned.append(PlannedGroup(params, rule, options_of(group, rule, weight.device, weight.dtype)))
         return planned
-
-    @contextlib.contextmanager
-    @torch.no_grad()
-    def averaged(self) -> Iterator[None]:
-        """Let the model hold its averaged weights inside a ``with`` block.
-
-        The weights come back at its end, to the last bit, after an exception too. Buffers stay as they are: for a model with
-        batch norm, call ``torch.optim.swa_utils.update_bn(loader, model)`` inside, on a copy if the running statistics
-        matter to you afterwards.
-
-        Yields:
-            Nothing; evaluate inside.
-
-        Raises:
-            RuntimeError: If no group keeps an average, or inside another such block.
-
-        Examples:
-            >>> model = torch.nn.Linear(3, 1)
-            >>> opt = LearnedOptimizer(model.parameters(), average=True)
-            >>> model(torch.ones(2, 3)).square().mean().backward()
-            >>> opt.step()
-            >>> with opt.averaged():
-            ...     loss = model(torch.ones(2, 3)).square().mean()
-        """
-        if self._holds_averages:
-            raise RuntimeError("the parameters hold their averages already; averaged() cannot be nested")
-        with averaged(self.param_groups, self.state):
-            self._holds_averages = True
-            try:
-                yield
-            finally:
-                self._holds_averages = False
-
-    def averaged_state_dict(self, model: nn.Module) -> dict[str, Any]:
-        """Return a model's state dict with averaged weights, to save or to load into another model.
-
-        Args:
-            model: Whose parameters this optimizer steps. It keeps its weights.
-
-        Returns:
-            Copies of all tensors.
-
-        Raises:
-            RuntimeError: If no group keeps an average.
-        """
-        with self.averaged():
-            entries = model.state_dict().items()
-            return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in entries}
 
     def summary(self) -> str:
         """Return a table of the groups: weights, rule, parameters, memory and the backend that runs them."""
@@ -395,23 +343,9 @@ class LearnedOptimizer(Optimizer):
             for (device, dtype, traced_as_real), params in stepped.items():
                 rule = self._weights_of(group).rule_on(device, dtype)
                 backend = "reference" if traced_as_real else self.backend
-                options = _options(group, rule, device, dtype)
-                work.append(_Work(backend, rule, self._items(rule, params, options.matrix), options))
+                options = options_of(group, rule, device, dtype)
+                work.append(_Work(backend, rule, step_items(rule, params, self.state, options.matrix), options))
         return work, counts
-
-    def _items(self, rule: UpdateRule, params: list[Tensor], stage: MatrixStage | None) -> list[StepItem]:
-        scales = rule.tensor_scales([as_real(param) for param in params])
-        return [
-            StepItem(
-                param=local(as_real(param)),
-                grad=local(gradient_of(param)),
-                memory={name: local(self.state[param][name]) for name in names(rule, self.state[param])},
-                step=self.state[param]["step"],
-                scale=None if scale is None else whole(scale),
-                matrix=param if stage is not None and is_matrix(param, stage) else None,
-            )
-            for param, scale in zip(params, scales, strict=True)
-        ]
 
     def _state_bytes(self, param: Tensor, group: dict[str, Any]) -> int:
         return state_bytes(param, group, self._weights_of(group).rule, self.state.get(param))
@@ -450,11 +384,3 @@ class LearnedOptimizer(Optimizer):
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-
-
-def _options(group: dict[str, Any], rule: UpdateRule, device: torch.device, dtype: torch.dtype) -> StepOptions:
-    """Return how a group's updates are applied; a rate that is a tensor goes where the rule computes."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        lr = lr.detach().to(device, dtype, non_blocking=True).reshape(())
-    return StepOptions.of(lr, group["weight_decay"], group["maximize"], matrix_stage(group, rule))

@@ -21,8 +21,8 @@ MUTANTS = {
          "self._weights_of(group).rule_on(device, dtype)", "self._weights_of(self.param_groups[0]).rule_on(device, dtype)",
          "test_groups_may_have_weights_of_their_own"),
         ("every group steps with the first one's lr", "LearnedOptimizer._prepare",
-         "_options(group, rule, device, dtype)",
-         '_options({**group, "lr": self.param_groups[0]["lr"]}, rule, device, dtype)',
+         "options_of(group, rule, device, dtype)",
+         'options_of({**group, "lr": self.param_groups[0]["lr"]}, rule, device, dtype)',
          "test_options_are_per_group"),
     ),
     "late groups, swapped parameters": (
@@ -99,10 +99,10 @@ MUTANTS = {
     "lr": (
         ("it is ignored", "reference.step_chunk",
          "options.lr * update", "update", "test_lr_multiplies_the_update"),
-        ("a tensor keeps its shape", "optimizer._options",
+        ("a tensor keeps its shape", "work.options_of",
          "lr.detach().to(device, dtype, non_blocking=True).reshape(())", "lr.detach().to(device, dtype, non_blocking=True)",
          "test_a_tensor_lr_of_any_rank_equals_a_float_and_is_never_rebound"),
-        ("a tensor is read once and rebound", "optimizer._options",
+        ("a tensor is read once and rebound", "work.options_of",
          'lr = group["lr"]', 'lr = group["lr"] = float(group["lr"])',
          "test_a_tensor_lr_of_any_rank_equals_a_float_and_is_never_rebound"),
     ),
@@ -275,7 +275,7 @@ MUTANTS = {
         ("a momentum is cycled without effect", "LearnedOptimizer.__init__",
          "dtype_names(defaults)", '{**dtype_names(defaults), "momentum": 0.9}',
          "test_cycling_a_momentum_we_do_not_have_is_an_error_rather_than_silence"),
-        ("lr is read once", "optimizer._options",
+        ("lr is read once", "work.options_of",
          'group["lr"]', 'group.setdefault("lr_at_first", group["lr"])', "test_a_scheduler_equals_setting_lr_by_hand"),
     ),
     "torch.compile": (
@@ -311,7 +311,7 @@ MUTANTS = {
     "FSDP2": (
         ("state is whole on every rank", "sharding.zeros_like",
          "shard is like", "True", "test_two_processes_equal_one[fsdp2]"),
-        ("the scale is the shard's", "LearnedOptimizer._items",
+        ("the scale is the shard's", "work.step_items",
          "[as_real(param) for param in params]", "[local(as_real(param)) for param in params]",
          "test_two_processes_equal_one[fsdp2]"),
     ),

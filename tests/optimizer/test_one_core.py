@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer, UpdateRule
+from learned_optim.rules.orthogonal import matrix_shape
 from tests.cases import SHAPES, assert_identical, draw_gradients, make_params, memories, take_steps
 
 pytestmark = pytest.mark.usefixtures("each_backend")
@@ -19,6 +20,10 @@ def by_hand(rule: UpdateRule, start: Tensor, gradients: list[Tensor]) -> tuple[T
     for step, gradient in enumerate(gradients, 1):
         scale = rule.tensor_scale(param)
         update, memory, _ = rule(gradient.reshape(-1), memory, torch.tensor(step, dtype=start.dtype), scale)
+        if rule.matrix_stage and rule.matrix_stage.applies_to(param.shape):
+            momentum, sides = rule.raw_momentum(memory), (1, *matrix_shape(param.shape))
+            assert momentum is not None
+            update = rule.matrix_stage.shape(update.view(sides), momentum.view(sides))
         param = param + update.view_as(param)
     return param, memory
 
@@ -78,7 +83,7 @@ def test_permuting_coordinates_permutes_updates(rule: UpdateRule) -> None:
     (plain,) = make_params([(4, 6)], torch.float64)
     order = torch.randperm(24)
     shuffled = nn.Parameter(plain.detach().view(-1)[order].view(4, 6))
-    optimizer, other = LearnedOptimizer([plain], weights=rule), LearnedOptimizer([shuffled], weights=rule)
+    optimizer, other = (LearnedOptimizer([each], weights=rule, matrix=False) for each in (plain, shuffled))
     for step in range(3):
         (plain.grad,) = draw_gradients([plain], step)
         shuffled.grad = plain.grad.view(-1)[order].view(4, 6)
