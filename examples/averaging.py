@@ -1,11 +1,10 @@
-"""An average of the weights along the way (EMA), to evaluate with: it follows the optimizer and does not disturb it.
+"""An average of the weights along the way, to evaluate, save and ship: no decay to choose, no schedule and no horizon.
 
 python -m examples.averaging
 """
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from learned_optim import LearnedOptimizer
 
@@ -13,23 +12,25 @@ torch.manual_seed(0)
 inputs = torch.randn(512, 8)
 targets = torch.sin(inputs[:, :1] + inputs[:, 1:2]) * inputs[:, 2:3]
 model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
-average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.95))
-optimizer = LearnedOptimizer(model.parameters())
+optimizer = LearnedOptimizer(model.parameters(), average=True)
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module) -> float:
+def evaluate() -> float:
     """Return the loss on all data."""
-    return (net(inputs) - targets).square().mean().item()
+    return (model(inputs) - targets).square().mean().item()
 
 
-first = evaluate(model)
+first = evaluate()
 for _ in range(300):
     rows = torch.randint(512, (8,))
     loss = (model(inputs[rows]) - targets[rows]).square().mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    average.update_parameters(model)
-print(f"without averaging {evaluate(model):.3f}")
-print(f"loss {first:.3f} at the start, {evaluate(average):.3f} at the end")
+print(f"without averaging {evaluate():.3f}")
+with optimizer.averaged():  # The weights come back at the end of the block.
+    print(f"loss {first:.3f} at the start, {evaluate():.3f} at the end")
+
+shipped = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
+shipped.load_state_dict(optimizer.averaged_state_dict(model))
