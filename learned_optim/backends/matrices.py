@@ -79,7 +79,9 @@ def apply_updates(params: Sequence[Tensor], updates: Tensor, options: StepOption
         updates: ``(B, m, n)``; written, too.
         options: How updates are applied.
     """
-    moves = [move.view(param.shape) for param, move in zip(params, (updates * options.lr).unbind(), strict=True)]
+    moves = list((updates * options.lr).unbind())
+    if params[0].dim() != 2 or params[0].shape != updates.shape[1:]:
+        moves = [move.view(param.shape) for param, move in zip(params, moves, strict=True)]
     decays = isinstance(options.shrink, Tensor) or options.shrink != 1.0
     if params[0].dtype == updates.dtype:
         if decays:

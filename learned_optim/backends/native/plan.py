@@ -128,12 +128,13 @@ class _Planned:
             return
         increment_version(self._params)
         described, options = (struct_of(self._rule), packed(self._rule)), group.options
-        handed: list[Tensor | None] = [None] * len(grads) if self._batches else []
         sides = [(len(batch), *matrix_shape(batch[0].param.shape)) for batch in self._batches]
         updates = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in sides]
+        handed = [0] * len(grads) if self._batches else []
         for positions, batched in zip(self._positions, updates, strict=True):
-            for position, update in zip(positions, batched.unbind(), strict=True):
-                handed[position] = update
+            start, size = batched.data_ptr(), batched[0].nbytes
+            for at, position in enumerate(positions):
+                handed[position] = start + at * size
         self._table.run_and_count(*described, grads, options, handed)
         with torch.autocast("cpu", enabled=False):
             for batch, batched in zip(self._batches, updates, strict=True):

@@ -293,7 +293,7 @@ class Table:
         weights: Tensor,
         grads: Sequence[Tensor],
         options: StepOptions,
-        updates: Sequence[Tensor | None] = (),
+        updates: Sequence[int] = (),
     ) -> None:
         """Count a step, measure the scales and take it.
 
@@ -302,12 +302,12 @@ class Table:
             weights: From :func:`pack`.
             grads: Contiguous, in the order and of the dtypes of the parameters.
             options: How updates are applied.
-            updates: For each parameter a float32 tensor that its update is written to, and the parameter is left alone; or
-                None. Empty: all updates are applied.
+            updates: For each parameter the address of float32 numbers that its update is written to, and the parameter is
+                left alone; or 0. Empty: all updates are applied.
         """
         self.columns.grad_types = self.columns.param_types
         self.columns.count_step, self.columns.measure = True, self.scaled
-        addresses = array("Q", (0 if update is None else update.data_ptr() for update in updates))
+        addresses = array("Q", updates)
         self.columns.updates = addresses.buffer_info()[0] if updates else None
         self.call(rule, weights, grads, options)
 
