@@ -16,6 +16,7 @@ from meta_train.files import read_text
 from meta_train.tasks import TaskRecipe
 from meta_train.tasks.held_out import HeldOut
 from meta_train.tasks.task import Count, NotNegative, Positive
+from meta_train.training.base import with_base
 from meta_train.training.parts import AnyRule, Parts, first, part_of
 
 if sys.version_info >= (3, 11):
@@ -204,7 +205,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One meta-training run.
 
     Args:
-        rule: ``family`` and the fields of its configuration.
+        rule: ``family`` and the fields of its configuration; or ``base``, bundled weights whose recipe gives all of it,
+            ``use`` and ``start``, and the fields that differ.
         task: What optimizees are drawn from.
         inner: How an episode runs.
         outer: How meta-parameters are trained.
@@ -317,7 +319,7 @@ def _converted(text: str) -> Recipe:
     try:
         values = tomllib.loads(text)
         _check_finite(values, "$")
-        return msgspec.convert(values, Recipe)
+        return msgspec.convert(with_base(values), Recipe)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"the recipe is not valid TOML: {error}") from error
     except msgspec.ValidationError as error:

@@ -61,6 +61,9 @@ def test_every_committed_recipe_parses(path: Path) -> None:
         ('family = "paper"', 'family = "papers"', "unknown rule family 'papers'"),
         ('family = "paper"', "", "names no family"),
         ("hidden_size = 3", "hidden = 3", "has no option hidden"),
+        ('family = "paper"', 'base = "dafault"', r"one of .*default.*'dafault'"),
+        ('family = "paper"', 'base = ["default"]', r"one of .*default"),
+        ('family = "paper"', 'base = "default"', "has no option output_scale"),
         ("horizon = [6, 12]", "horizon = [12, 6]", "shortest, longest"),
         ("horizon = 8", "horizon = 8\n[[stages]]\nsteps = 1\nlr = 0.1\nhorizon = [9, 3]", "shortest, longest"),
         ("[outer]", "[outer", "not valid TOML"),
@@ -122,3 +125,14 @@ def test_long_episodes_had_a_say_in_which_weights_are_the_default() -> None:
     validation = parse_recipe(weights.recipe).validation
     assert validation.final_horizon == (600, 4000)
     assert float(weights.metadata["final_validation"]) < float(weights.metadata["validation"]), "longer is lower"
+
+
+def test_a_base_gives_rule_use_and_start_and_the_recipe_has_the_last_word() -> None:
+    rest = "[task]" + TINY.split("[task]")[1]
+    source = read_recipe(WEIGHTS / "default.toml")
+    recipe = parse_recipe('[rule]\nbase = "default"\n' + rest)
+    assert (recipe.rule, recipe.use, recipe.start) == (source.rule, source.use, "default")
+    own = parse_recipe('start = "default-v1"\n[rule]\nbase = "default"\nstep_size = 0.5\n[use]\nmin_scale = 0.25\n' + rest)
+    assert own.rule == source.rule | {"step_size": 0.5}
+    assert own.use == source.use | {"min_scale": 0.25}
+    assert own.start == "default-v1"
