@@ -37,6 +37,8 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "Adam": Adam,
     "Adam, fused": lambda params: Adam(params, fused=True),
     "LearnedOptimizer": LearnedOptimizer,
+    "LearnedOptimizer, average=True": lambda params: LearnedOptimizer(params, average=True),
+    "LearnedOptimizer, matrix=False": lambda params: LearnedOptimizer(params, matrix=False),
 }
 
 
@@ -66,7 +68,7 @@ def main() -> None:
         seconds = side_by_side({name: run for name, (run, _) in steps.items()}, repeats=20)
         for name, value in seconds.items():
             ratio, size = value / seconds["Adam"], steps[name][1]
-            print(f"{model:<46}{name:<18}{ratio:>6.2f} x Adam")
+            print(f"{model:<46}{name:<32}{ratio:>6.2f} x Adam")
             rows.append({"model": model, "parameters": size, "optimizer": name, "times_adam": f"{ratio:.3f}"})
     write_table("training_step", rows)
 

@@ -45,6 +45,7 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
             "outlier_bound": 1.5,
         },
     ),
+    "1x4-matrix": ("adam-modulation", {"hidden_size": 4, "matrix_blend": 0.8, "matrix_momentum": 0.4}),
     "1x1": ("adam-modulation", {"hidden_size": 1}),
     "raw-1x5": ("paper", {"hidden_size": 5, "num_layers": 1, "input_scale": 3.0, "output_scale": 0.1}),
     "log-3x2": ("paper", {"hidden_size": 2, "num_layers": 3, "inputs": "log_and_sign", "output_scale": 0.1}),
