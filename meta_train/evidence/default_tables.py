@@ -37,6 +37,42 @@ def opponents(results: Path = RESULTS / "judge") -> str:
     return "\n".join(lines)
 
 
+STRONGEST = ("Adam, tuned", "AdamW+cosine, tuned", "Muon, tuned", "Muon+cosine, tuned", "ScheduleFree(0.0025)")
+"""Whom the weights that a run ships are set against in the README."""
+
+
+def shipped(results: Path = RESULTS / "judge-200") -> str:
+    """Return how the weights that ``default`` and ``default-v1`` ship do against the strongest opponents, as Markdown.
+
+    Args:
+        results: Directory written by ``python -m meta_train evaluate default default-v1 --suite judge``.
+
+    Returns:
+        A table and a line of where it comes from.
+    """
+    rows = read_rows(results / "shipped_summary.csv")
+    found = {(row["rule"], row["weights"], row["against"], row["against_weights"]): row for row in rows}
+    ours = [("LSTM (default)", "last"), ("LSTM (default)", "averaged"), ("LSTM (default-v1)", "last")]
+    lines = ["| training loss against | `default` | `default`, averaged | `default-v1` |", "|---|---|---|---|"]
+    opponents = [(name, "last") for name in STRONGEST] + [("Adam, tuned", "averaged"), ("Muon, tuned", "averaged")]
+    for name, weights in opponents:
+        cells = []
+        for rule in ours:
+            row = found[(*rule, name, weights)]
+            better = f"better on {row['wins']} of {row['tasks']}"
+            bold = "**" if float(row["ratio"]) < 1 else ""
+            cells.append(f"{bold}{float(row['ratio']):.2f} x{bold} ({float(row['held_out_ratio']):.2f} x), {better}")
+        lines.append(f"| {name}{' and averaged' if weights == 'averaged' else ''} | {' | '.join(cells)} |")
+    row = found[("LSTM (default)", "last", "Adam, tuned", "last")]
+    about = json.loads((results / "environment.json").read_text())
+    note = (
+        f"Geometric means over {row['tasks']} tasks at the final weights after {row['horizon']} steps, on 64 fresh minibatches; in "
+        f"brackets held-out loss. n = {row['n']} seeds. Worst: {row['worst_task']}, {float(row['worst']):.2f} x tuned Adam. The highest "
+        f"loss of the second half is {float(row['spike']):.1f} x its median, tuned Adam's {float(row['against_spike']):.1f} x. "
+    )
+    return "\n".join([*lines, "", note + where(about)])
+
+
 def suite(results: Path = RESULTS / "judge") -> str:
     """Return the judgement of the default rule as Markdown.
 
