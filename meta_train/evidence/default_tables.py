@@ -58,7 +58,7 @@ def shipped(results: Path = RESULTS / "judge-200") -> str:
     for name, weights in opponents:
         cells = []
         for rule in ours:
-            row = found[(*rule, name, weights)]
+            row = found[rule[0], rule[1], name, weights]
             better = f"better on {row['wins']} of {row['tasks']}"
             bold = "**" if float(row["ratio"]) < 1 else ""
             cells.append(f"{bold}{float(row['ratio']):.2f} x{bold} ({float(row['held_out_ratio']):.2f} x), {better}")
@@ -66,9 +66,10 @@ def shipped(results: Path = RESULTS / "judge-200") -> str:
     row = found[("LSTM (default)", "last", "Adam, tuned", "last")]
     about = json.loads((results / "environment.json").read_text())
     note = (
-        f"Geometric means over {row['tasks']} tasks at the final weights after {row['horizon']} steps, on 64 fresh minibatches; in "
-        f"brackets held-out loss. n = {row['n']} seeds. Worst: {row['worst_task']}, {float(row['worst']):.2f} x tuned Adam. The highest "
-        f"loss of the second half is {float(row['spike']):.1f} x its median, tuned Adam's {float(row['against_spike']):.1f} x. "
+        f"Geometric means over {row['tasks']} tasks at the final weights after {row['horizon']} steps, on 64 fresh "
+        f"minibatches; in brackets held-out loss. n = {row['n']} seeds. Worst: {row['worst_task']}, "
+        f"{float(row['worst']):.2f} x tuned Adam. The highest loss of the second half is {float(row['spike']):.1f} x its median, tuned Adam's "
+        f"{float(row['against_spike']):.1f} x. "
     )
     return "\n".join([*lines, "", note + where(about)])
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from meta_train.evidence.cards import RESULTS, cell, comparison, read_evaluation, where
-from meta_train.evidence.default_tables import exploration, opponents, seeds, shipped, step_sizes, stress, suite
+from meta_train.evidence.default_tables import exploration, seeds, shipped, step_sizes, stress, suite
 from meta_train.files import write_atomically
 from meta_train.rows import LEARNED, read_rows
 
@@ -180,7 +180,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "mnist-modulated": functools.partial(mnist, RESULTS / "mnist-modulated"),
     "cifar": cifar,
     "neural-art": neural_art,
-    "opponents": opponents,
     "shipped": shipped,
     "judge": suite,
     "judge-long": functools.partial(suite, RESULTS / "judge-long"),
