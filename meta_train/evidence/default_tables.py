@@ -68,8 +68,8 @@ def shipped(results: Path = RESULTS / "judge-200") -> str:
     note = (
         f"Geometric means over {row['tasks']} tasks at the final weights after {row['horizon']} steps, on 64 fresh "
         f"minibatches; in brackets held-out loss. n = {row['n']} seeds. Worst: {row['worst_task']}, "
-        f"{float(row['worst']):.2f} x tuned Adam. The highest loss of the second half is {float(row['spike']):.1f} x its median, tuned Adam's "
-        f"{float(row['against_spike']):.1f} x. "
+        f"{float(row['worst']):.2f} x tuned Adam. The highest loss of the second half is "
+        f"{float(row['spike']):.1f} x its median, tuned Adam's {float(row['against_spike']):.1f} x. "
     )
     return "\n".join([*lines, "", note + where(about)])
 
