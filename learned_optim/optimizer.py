@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from os import PathLike
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -143,7 +143,7 @@ class LearnedOptimizer(Averaging, Optimizer):
         cache_dir: str | PathLike[str] | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
-        **unknown: Any,
+        **unknown: NoReturn,
     ) -> None:
         refuse_unknown(unknown)
         if fused:
