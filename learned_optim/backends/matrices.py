@@ -21,6 +21,15 @@ Step = Callable[[UpdateRule, Sequence[StepItem], StepOptions], None]
 """What steps items coordinate by coordinate: the ``apply_step`` of a backend."""
 
 
+def split(items: Iterable[StepItem], options: StepOptions) -> tuple[list[StepItem], list[StepItem]]:
+    """Return the items that are stepped coordinate by coordinate, and those whose updates are shaped."""
+    plain: list[StepItem] = []
+    shaped: list[StepItem] = []
+    for item in items:
+        (plain if options.matrix is None or item.matrix is None else shaped).append(item)
+    return plain, shaped
+
+
 def step_matrices(step: Step, rule: UpdateRule, items: Sequence[StepItem], options: StepOptions) -> None:
     """Apply one inner step to matrices, in place.
 
@@ -33,7 +42,8 @@ def step_matrices(step: Step, rule: UpdateRule, items: Sequence[StepItem], optio
     dtype = rule.readout.weight.dtype
     for batches in loads(items, dtype.itemsize):
         updates = [
-            torch.zeros(len(batch), *_local_sides(batch[0]), dtype=dtype, device=batch[0].param.device) for batch in batches
+            torch.zeros(len(batch), *matrix_shape(batch[0].param.shape), dtype=dtype, device=batch[0].param.device)
+            for batch in batches
         ]
         handed = [
             StepItem(update.view(item.param.shape), item.grad, item.memory, item.step, item.scale)
@@ -76,7 +86,7 @@ def apply_updates(params: Sequence[Tensor], updates: Tensor, options: StepOption
 
     Args:
         params: B tensors of one shape; written.
-        updates: ``(B, m, n)``; written, too.
+        updates: ``(B, m, n)``.
         options: How updates are applied.
     """
     moves = list((updates * options.lr).unbind())
@@ -91,12 +101,6 @@ def apply_updates(params: Sequence[Tensor], updates: Tensor, options: StepOption
     for param, move in zip(params, moves, strict=True):
         wide = param.to(updates.dtype)
         param.copy_((wide * options.shrink if decays else wide) + move)
-
-
-def _local_sides(item: StepItem) -> tuple[int, int]:
-    """Return the sides of this rank's part of a matrix; where it is none of the rows, the columns are those of the whole."""
-    assert item.matrix is not None
-    return matrix_shape(item.param.shape) if item.param.dim() >= 2 else matrix_shape(item.matrix.shape)
 
 
 def loads(items: Sequence[StepItem], element_size: int) -> Iterator[list[list[StepItem]]]:
@@ -152,12 +156,3 @@ def _own_parts(items: Sequence[StepItem], wholes: Tensor, like: Tensor) -> Tenso
         everywhere = DTensor.from_local(whole.reshape(matrix.shape), matrix.device_mesh, replicated, run_check=False)
         parts.append(everywhere.redistribute(placements=matrix.placements).to_local().reshape(like.shape[1:]))
     return torch.stack(parts)
-
-
-def split(items: Iterable[StepItem], options: StepOptions) -> tuple[list[StepItem], list[StepItem]]:
-    """Return the items that are stepped coordinate by coordinate, and those whose updates are shaped."""
-    plain: list[StepItem] = []
-    shaped: list[StepItem] = []
-    for item in items:
-        (plain if options.matrix is None or item.matrix is None else shaped).append(item)
-    return plain, shaped
