@@ -125,7 +125,7 @@ def _info(options: argparse.Namespace) -> list[str]:
         "licence": license_of(weights),
         "meta-parameters": f"{sum(parameter.numel() for parameter in rule.parameters()):,}",
         "memory": _costs(weights),
-        **training_facts(weights.recipe),
+        **training_facts(weights.recipe, weights.metadata.get("task", "")),
     }
     return [
         weights.name,

@@ -35,7 +35,8 @@ from meta_train.provenance import read_environment
 from meta_train.rows import is_learned, read_rows, write_rows
 from meta_train.screen import SCREEN, say
 from meta_train.training.publish import publish
-from meta_train.training.recipe import read_recipe, with_seed
+from meta_train.training.recipe import read_recipe
+from meta_train.training.recipe_text import with_seed
 from meta_train.training.run_dir import RunDir, training_table
 from meta_train.workers import Each, Workers
 
@@ -128,7 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     judge.add_argument("--out", type=_directory, required=True, help="directory for the tables")
     what = judge.add_mutually_exclusive_group()
-    what.add_argument("--task", choices=ARENAS, default="quadratic", help="default: %(default)s")
+    what.add_argument(
+        "--task",
+        default="",
+        help=f"{', '.join(ARENAS)}; or your own as package.module:Class, or a recipe's file: naming one imports its code. "
+        "Default: the task in the recipe of the first weights",
+    )
     what.add_argument("--suite", choices=SUITES, help="judge on whole models instead: synthetic kinds, or real data")
     judge.add_argument("--data", type=Path, help="directory of the real data, for what needs it (docs/judging.md)")
     judge.add_argument(
@@ -165,6 +171,11 @@ def _parser() -> argparse.ArgumentParser:
 
     validate = verbs.add_parser("validate", help="repeat the validation that chose weights, by the recipe inside them")
     validate.add_argument("weights", help="bundled name, file or Hub id; all parts of a model joined by +")
+    validate.add_argument(
+        "--task",
+        default="",
+        help="the recipe's own task, as package.module:Class or a recipe's file: naming one imports its code",
+    )
     validate.add_argument("--data", type=Path, help="directory of the real data, for tasks that need it")
     validate.add_argument("--workers", type=int, default=0, help=WORKERS)
     validate.set_defaults(verb=_validate)
@@ -344,7 +355,7 @@ def _validate(options: argparse.Namespace) -> int:
     (weights,) = load_contestants([options.weights])
     agrees = True
     with _each(options.workers) as each:
-        for figure in repeat_validation(weights, options.data, each):
+        for figure in repeat_validation(weights, options.data, each, options.task):
             agrees &= figure.agrees
             name = figure.name.replace("_", " ")
             print(f"{name:<16}  kept {figure.kept}, now {figure.now:.6g}: {figure.verdict}", flush=True)

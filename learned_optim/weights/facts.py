@@ -41,11 +41,12 @@ def bytes_per_parameter(
     return sum(math.prod(entry.trailing) * entry.dtype.itemsize for entry in entries)
 
 
-def training_facts(recipe: str) -> dict[str, str]:
+def training_facts(recipe: str, given: str = "") -> dict[str, str]:
     """Return what a recipe says of the tasks and horizon of meta-training, in printable words.
 
     Args:
         recipe: TOML; may be empty, or of another version.
+        given: The task, where the provenance says that it is another than the recipe's.
 
     Returns:
         Fact by name. A fact that the recipe does not state is missing; Python 3.10 reads no TOML, so all are missing there.
@@ -53,7 +54,9 @@ def training_facts(recipe: str) -> dict[str, str]:
     tables = _parsed(recipe)
     task, inner, outer = (_table(tables, name) for name in ("task", "inner", "outer"))
     facts: dict[str, str] = {}
-    if "name" in task:
+    if given:
+        facts["task distribution"] = one_line(given)
+    elif "name" in task:
         settings = ", ".join(f"{key} = {one_line(value)}" for key, value in task.items() if key != "name")
         facts["task distribution"] = f"{one_line(task['name'])} ({settings})" if settings else one_line(task["name"])
     if horizon := inner.get("horizon"):

@@ -29,7 +29,7 @@ def model_card(weights: Described, repo_id: str, license: str, results: str = ""
     rule = weights.rule
     size = sum(parameter.numel() for parameter in rule.parameters())
     moments, memory = len(rule.moment_names), 2 * rule.memory_width
-    training = training_facts(weights.recipe)
+    training = training_facts(weights.recipe, weights.metadata.get("task", ""))
     recipe = "\n".join(visible(line) for line in weights.recipe.strip().splitlines()) or "# Not recorded."
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", recipe))])
     return f"""---

@@ -81,7 +81,7 @@ def _of_task(name: str, rows: Sequence[Mapping[str, str]], about: Mapping[str, A
         f"Mean ± standard error over n = {count} fresh samples of the task; in brackets the ratio to the best baseline of "
         f"the column. Baselines are tuned on other samples.{f' Meta-trained to {horizon:,} steps.' if horizon else ''}"
     )
-    return _section(about["task"], comparison(shown, ARENAS[about["task"]].last), note, about)
+    return _section(about["task"], comparison(shown, about.get("last") or ARENAS[about["task"]].last), note, about)
 
 
 def _of_suite(name: str, rows: Sequence[Mapping[str, str]], about: Mapping[str, Any]) -> str:

@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from meta_train.judging.arena_choice import choose_arena
 from meta_train.judging.arenas import ARENAS, Arena
 from meta_train.judging.baselines import Setting
 from meta_train.judging.contestants import Contestant, Learned
 from meta_train.judging.request import Request
-from meta_train.judging.runner import OptimizeeTrials, Run, Runner, refuse_edge, stacked, tune
+from meta_train.judging.runner import OptimizeeTrials, Run, Runner, extend_edge, refuse_edge, stacked, tune
 from meta_train.judging.trial import measure
 from meta_train.provenance import read_environment
 from meta_train.rows import Row, Rows, is_learned, read_rows, rounded, write_judgement
@@ -116,9 +117,8 @@ def judge(
         ValueError: If a best setting lies at the edge of its grid, or ``baselines`` lack a criterion or horizon.
     """
     runs, judgement = ArenaRuns(arena, runner or Runner()), Judgement()
-    settings = [] if baselines else list(dict.fromkeys(arena.sweep))
+    settings = [] if baselines else _settings(runs)
     untuned = [] if baselines else arena.untuned
-    runs.runner.complete(run for one in settings for end in arena.horizons for run in runs.runs_of(one, end, "tuning"))
     judgement.sweep.extend(baselines.sweep if baselines else (_sweep_row(runs, setting) for setting in settings))
     judgement.fixed.extend(_of_horizons(baselines.fixed, arena.horizons) if baselines else ())
     for end in arena.horizons:
@@ -168,12 +168,15 @@ def evaluate(request: Request, out: Path) -> Iterator[str]:
         Lines for the screen.
 
     Raises:
-        ValueError: If the arena has no such task, or no horizon that is short enough.
+        ValueError: If there is no such arena, or it has no such task, or no horizon that is short enough.
     """
-    arena = ARENAS[request.name].on(request.data)
+    name, arena = choose_arena(request.name, request.rules)
+    request, arena = replace(request, name=name), arena.on(request.data)
     if unknown := [name for name in request.tasks if name != request.name]:
         raise ValueError(f"the arena {request.name} has no task {unknown[0]!r}; it has {request.name}")
-    if request.horizon is not None:
+    if request.horizon is not None and arena.grids_grow:
+        arena = replace(arena, horizons=(request.horizon,), last=max(request.horizon // 10, 1))
+    elif request.horizon is not None:
         horizons = [end for end in arena.horizons if end <= request.horizon]
         if not horizons:
             least = min(arena.horizons)
@@ -189,6 +192,7 @@ def evaluate(request: Request, out: Path) -> Iterator[str]:
     about = {
         "trained_to": parse_recipe(recipe).inner.horizon[1] if recipe else None,
         "optimizees": {"tuning": arena.tuning, "evaluation": arena.fresh, "seed": 0},
+        "last": arena.last,
     }
     write_judgement(judgement, out, {**request.about(runner.used), **about})
     for row in judgement.summary:
@@ -209,11 +213,34 @@ def _sweep_row(runs: ArenaRuns, setting: Setting) -> Row:
     return {"optimizer": setting.optimizer, **hyperparameters, **scores, "n": runs.arena.tuning}
 
 
+def _settings(runs: ArenaRuns) -> list[Setting]:
+    """Run every setting of every baseline on the optimizees for tuning, and more of them where grids grow."""
+    arena = runs.arena
+    settings, missing = [], list(dict.fromkeys(arena.sweep))
+    looks = [(criterion, end) for end in arena.horizons for criterion in arena.criteria]
+    while missing:
+        runs.runner.complete(run for one in missing for end in arena.horizons for run in runs.runs_of(one, end, "tuning"))
+        settings += missing
+        missing = []
+        for group in _groups(settings) if arena.grids_grow else ():
+            missing += tune(group, looks, runs.tuning_score, extend_edge)[1]
+    return sorted(settings, key=lambda one: (one.optimizer, one.momentum, one.lr)) if arena.grids_grow else settings
+
+
+def _groups(settings: Sequence[Setting]) -> Iterator[list[Setting]]:
+    for optimizer in dict.fromkeys(setting.optimizer for setting in settings):
+        yield [setting for setting in settings if setting.optimizer == optimizer]
+
+
 def _tuned(runs: ArenaRuns, settings: Sequence[Setting], look: Look) -> dict[str, Setting]:
     chosen = {}
-    for optimizer in dict.fromkeys(setting.optimizer for setting in settings):
-        group = [setting for setting in settings if setting.optimizer == optimizer]
-        chosen[optimizer] = tune(group, [look], runs.tuning_score, refuse_edge, runs.stays)[0][look]
+    for group in _groups(settings):
+        if runs.arena.grids_grow:  # They have grown, and a loss of any kind may rise without a divergence.
+            ranked = sorted(group, key=lambda one: runs.tuning_score(one, look))
+            kept = (one for one in ranked if runs.score(one, *look).isfinite().all())
+            chosen[group[0].optimizer] = next(kept, ranked[0])
+        else:
+            chosen[group[0].optimizer] = tune(group, [look], runs.tuning_score, refuse_edge, runs.stays)[0][look]
     return chosen
 
 

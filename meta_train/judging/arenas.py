@@ -40,6 +40,7 @@ class Arena:
         horizons: Inner steps to report at; curves are drawn of baselines as tuned for the first.
         tuning_task: Where the optimizees to tune on come from; by default the same task.
         criteria: What to report, of :data:`CRITERIA`.
+        grids_grow: Whether a best rate at the edge of its grid extends the grid; it is an error otherwise.
     """
 
     task: Task
@@ -51,6 +52,7 @@ class Arena:
     horizons: Sequence[int] = HORIZONS
     tuning_task: Task | None = None
     criteria: Sequence[str] = CRITERIA
+    grids_grow: bool = False
 
     def on(self, data: Path | None) -> Arena:
         """Return the arena with the real data of a directory, where its tasks need any."""

@@ -185,6 +185,15 @@ CLASSIFICATION = [
 ]
 """The sweep for small classifiers, in half-decades; the cosine decays to zero at the horizon."""
 
+ANY = [
+    *settings("SGD", rates(1e-3, 10.0)),
+    *settings("NAG", rates(1e-3, 1.0), (0.9, 0.98)),
+    *settings("RMSprop", rates(1e-4, 0.1)),
+    *settings("Adam", rates(1e-4, 1.0)),
+    *settings("AdamW+cosine", rates(1e-4, 1.0)),
+]
+"""The first sweep for a task that nobody has looked at, in half-decades; grids grow where the best rate is at an edge."""
+
 MNIST = [
     *settings("SGD", rates(1e-3, 100.0)),
     *settings("NAG", rates(0.0316, 10.0), (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)),

@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from learned_optim.weights import available_weights
+from learned_optim.weights import Weights, available_weights
 from meta_train.judging.arenas import ARENAS
 from meta_train.judging.contestants import Learned
 from meta_train.judging.trial import curves, measure
 from meta_train.provenance import read_environment
 from meta_train.rows import is_learned, read_rows
+from meta_train.tasks import OwnTask, Task
+from meta_train.tasks.own import NotNamedError, is_path
 from meta_train.training.outer_loop import MetaTraining
 from meta_train.training.parts import Parts, members
-from meta_train.training.recipe import parse_recipe
+from meta_train.training.recipe import Recipe, parse_recipe, read_recipe
 from meta_train.workers import Each
 
 HONESTY = """\
@@ -53,13 +55,16 @@ class Repeated:
         return f"{'agrees within' if self.agrees else 'DIFFERS by more than'} {TOLERANCE:.0%}"
 
 
-def repeat_validation(weights: Learned, data: Path | None = None, each: Each = map) -> Iterator[Repeated]:
+def repeat_validation(weights: Learned, data: Path | None = None, each: Each = map, own: str = "") -> Iterator[Repeated]:
     """Validate weights as their run did, over each set of horizons of which they carry a figure.
+
+    Nothing that a weight file names is imported, unless ``own`` names it too.
 
     Args:
         weights: Published weights, or those of all parts of a model.
         data: Directory of real data, for tasks that need it.
         each: Goes over episodes, as :class:`MetaTraining` says.
+        own: ``package.module:Class`` of the task in the weights' recipe, or a recipe file that names it.
 
     Yields:
         Each figure, as soon as it is known.
@@ -72,7 +77,7 @@ def repeat_validation(weights: Learned, data: Path | None = None, each: Each = m
         raise ValueError(
             f"{weights.name} does not say how it was validated: only what `publish` wrote holds recipe and figure"
         )
-    run = MetaTraining(parse_recipe(one.recipe), data=data, each=each)
+    run = MetaTraining(*_recipe_and_task(one, own), data, each)
     rules = {part.metadata.get("part", ""): part.rule for part in weights.weights.values()}
     parts = members(run.rule)
     if missing := [part for part in parts if part not in rules]:
@@ -81,6 +86,22 @@ def repeat_validation(weights: Learned, data: Path | None = None, each: Each = m
     for name in ("validation", "final_validation"):
         if name in one.metadata:
             yield Repeated(name, one.metadata[name], run.validation_figure(rule, final=name == "final_validation"))
+
+
+def _recipe_and_task(weights: Weights, own: str) -> tuple[Recipe, Task | None]:
+    """Return the recipe in weights with what may be imported of it; and the task, where the recipe's is not the true one."""
+    recipe = parse_recipe(weights.recipe)
+    named = read_recipe(own).own_tasks if own.endswith(".toml") else (own,) if own else ()
+    if given := weights.metadata.get("task"):
+        if not is_path(own):
+            raise ValueError(f"the task of {weights.name} was {given}; name it: --task package.module:Class")
+        return recipe, OwnTask(own).imported()
+    if foreign := [path for path in named if path not in recipe.own_tasks]:
+        theirs = ", ".join(recipe.own_tasks) or "one of meta_train's, which needs no --task"
+        raise ValueError(f"{weights.name} was not validated on {foreign[0]}; its task is {theirs}")
+    if unnamed := [path for path in recipe.own_tasks if path not in named]:
+        raise NotNamedError(unnamed[0])
+    return recipe.importing(named), None
 
 
 def verify(name: str, weights: Learned, results: Path, data: Path | None = None) -> Iterator[tuple[str, bool]]:

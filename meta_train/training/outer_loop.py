@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from learned_optim.weights import resolve_weights
-from meta_train.tasks import Task, derive_seed, with_data
+from learned_optim.weights import Weights
+from meta_train.tasks import ImportedTask, Task, derive_seed, with_data
+from meta_train.training.base import start_weights
 from meta_train.training.episodes import Episode, GradientEstimate, antithetic_pair, truncation, whole_episode
 from meta_train.training.parts import AnyRule, members
 from meta_train.training.recipe import Horizons, Phase, Recipe
@@ -75,6 +76,7 @@ class MetaTraining:
 
     def __init__(self, recipe: Recipe, task: Task | None = None, data: Path | None = None, each: Each = map) -> None:
         self.recipe, self.each = recipe, each
+        self.given = task
         self.phases = recipe.phases
         self.teacher = recipe.imitation.build_teacher() if recipe.imitation else None
         self.task: Task = with_data(recipe.task if task is None else task, data)
@@ -82,7 +84,7 @@ class MetaTraining:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(recipe.seed, "meta-parameters"))
             self.rule = recipe.build_rule()
-        start = resolve_weights(recipe.start).rule.state_dict() if recipe.start else None
+        start = start_weights(recipe.start).rule.state_dict() if recipe.start else None
         for rule in members(self.rule).values():
             if start is not None:
                 rule.load_state_dict(start)
@@ -235,6 +237,32 @@ class MetaTraining:
         self.step = state["step"]
         self.episodes_started = state["episodes_started"]
         self.episodes = [saved and Episode.from_state(self.task, saved) for saved in state["episodes"]]
+
+    def provenance(self) -> dict[str, str]:
+        """Say what a weight file of this run must say of its task and its start, beside the recipe."""
+        about: dict[str, str] = {}
+        if self.given is not None:
+            kind = type(self.given)
+            about["task"] = f"{kind.__module__}:{kind.__qualname__}, given in Python and not by the recipe"
+        elif isinstance(self.task, ImportedTask) and self.task.code:
+            about["task_code"] = self.task.code
+        if self.recipe.start:
+            about["start"] = start_weights(self.recipe.start).fingerprint
+        return about
+
+    def weights(self, name: str, recipe_text: str = "") -> Weights:
+        """Return the best rule so far as weights whose provenance is true.
+
+        Args:
+            name: What they are called.
+            recipe_text: TOML of this run's recipe, to be kept with them.
+
+        Returns:
+            The weights, to be used or saved.
+        """
+        about = {"torch": torch.__version__, "outer_steps": str(self.best.step), "validation": f"{self.best.validation:.6g}"}
+        (rule,) = members(self.best.rule).values()
+        return Weights(rule, name, recipe_text, {**about, **self.provenance()})
 
     def _packed(self, best: Best) -> dict[str, Any]:
         return vars(best) | {"rule": best.rule.state_dict()}

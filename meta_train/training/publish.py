@@ -21,7 +21,7 @@ def publish(run: str | Path, name: str, to: str | Path = WEIGHTS_DIR) -> list[Pa
     Args:
         run: A run directory.
         name: What the weights are called from now on.
-        to: Where to put them; by default among those bundled with the package.
+        to: Where to put them, a directory that is made if missing; by default among those bundled with the package.
 
     Returns:
         The weight files.
@@ -32,8 +32,6 @@ def publish(run: str | Path, name: str, to: str | Path = WEIGHTS_DIR) -> list[Pa
     run, to = Path(run), Path(to)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise ValueError(f"{name!r} cannot name weights: use letters, digits, '-', '_' and '.', and no path (that is --to)")
-    if not to.is_dir():
-        raise ValueError(f"{to} is no directory; make it first")
     best = [run / BEST] if (run / BEST).exists() else sorted(run.glob(of_part(BEST, "*")))
     if not best:
         raise ValueError(f"{run} holds no {BEST}; train it first, or wait for its first checkpoint")
@@ -42,6 +40,7 @@ def publish(run: str | Path, name: str, to: str | Path = WEIGHTS_DIR) -> list[Pa
     kept = {"processor": environment["processor"], "threads": str(environment["threads"])}
     kept |= {name: f"{value:.4g}" for name, value in costs(run / COST).items()}
     targets = []
+    to.mkdir(parents=True, exist_ok=True)
     for weights in map(read_weights, best):
         target = to / of_part(f"{name}.safetensors", weights.metadata.get("part", ""))
         write_weights(target, Weights(weights.rule, target.stem, recipe, {**weights.metadata, **kept}))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -13,11 +13,12 @@ import msgspec
 from learned_optim.rules import UpdateRule, build_rule, plain_adam
 from learned_optim.weights import resolve_weights
 from meta_train.files import read_text
-from meta_train.tasks import TaskRecipe
+from meta_train.tasks import OwnTask, TaskRecipe
 from meta_train.tasks.held_out import HeldOut
 from meta_train.tasks.task import Count, NotNegative, Positive
-from meta_train.training.base import with_base
+from meta_train.training.base import start_weights, with_base
 from meta_train.training.parts import AnyRule, Parts, first, part_of
+from meta_train.training.recipe_tasks import with_task_names
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -207,12 +208,12 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Args:
         rule: ``family`` and the fields of its configuration; or ``base``, bundled weights whose recipe gives all of it,
             ``use`` and ``start``, and the fields that differ.
-        task: What optimizees are drawn from.
+        task: What optimizees are drawn from: ``name`` and its options. A task of your own is ``"package.module:Class"``.
         inner: How an episode runs.
         outer: How meta-parameters are trained.
         validation: How the best are chosen.
-        start: Bundled weights of the same shape that this run goes on from; without, meta-parameters are drawn. What the run
-            makes carries their fingerprint.
+        start: Bundled weights of the same shape that this run goes on from, as ``"default"`` or pinned as
+            ``"default@<fingerprint>"``; without, meta-parameters are drawn. A run pins it, and ``base``, when it begins.
         imitation: What comes first, if anything.
         stages: What follows, one after another.
         use: Options of the rule that differ in use from meta-training: rules are validated, kept and published with them.
@@ -257,6 +258,28 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def steps(self) -> int:
         """Outer steps of the whole run."""
         return sum(phase.outer.steps for phase in self.phases)
+
+    @property
+    def own_tasks(self) -> tuple[str, ...]:
+        """Paths of the tasks of a user's own code that have not been imported."""
+        tasks = (self.task, self.validation.task)
+        return tuple(dict.fromkeys(task.path for task in tasks if isinstance(task, OwnTask)))
+
+    def importing(self, paths: Collection[str]) -> Recipe:
+        """Return the recipe with own tasks imported; call it for paths that the user named, or of the user's own file.
+
+        Args:
+            paths: Of :attr:`own_tasks`; those of others stay as they are, and cannot be sampled.
+
+        Returns:
+            The recipe.
+        """
+
+        def imported(task: Any) -> Any:
+            return task.imported() if isinstance(task, OwnTask) and task.path in paths else task
+
+        validation = msgspec.structs.replace(self.validation, task=imported(self.validation.task))
+        return msgspec.structs.replace(self, task=imported(self.task), validation=validation)
 
     def build_rule(self, **options: Any) -> AnyRule:
         """Build the untrained rule, or the rules of all parts; the caller seeds torch's generator.
@@ -319,7 +342,7 @@ def _converted(text: str) -> Recipe:
     try:
         values = tomllib.loads(text)
         _check_finite(values, "$")
-        return msgspec.convert(with_base(values), Recipe)
+        return msgspec.convert(with_task_names(with_base(values)), Recipe)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"the recipe is not valid TOML: {error}") from error
     except msgspec.ValidationError as error:
@@ -342,7 +365,7 @@ def _check_finite(value: Any, place: str) -> None:
 
 
 def _check_start(recipe: Recipe, start: str) -> None:
-    source, rule = resolve_weights(start).rule, first(recipe.build_rule())
+    source, rule = start_weights(start).rule, first(recipe.build_rule())
     shapes = [{name: tuple(value.shape) for name, value in one.state_dict().items()} for one in (source, rule)]
     if source.family != rule.family or shapes[0] != shapes[1]:
         raise ValueError(
@@ -368,25 +391,3 @@ def read_recipe(path: str | Path) -> Recipe:
         return parse_recipe(text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def with_seed(text: str, seed: int) -> str:
-    """Return the text of a recipe with another seed; comments and everything else stay.
-
-    Args:
-        text: TOML. A seed is replaced where it stands above the first table, and put first where there is none.
-        seed: The new one.
-
-    Returns:
-        TOML.
-
-    Raises:
-        ValueError: If the text then says anything but the new seed and what it said before.
-    """
-    start = re.search(r"(?m)^\s*\[", text)
-    head, rest = (text[: start.start()], text[start.start() :]) if start else (text, "")
-    head, count = re.subn(r"(?m)^seed\s*=\s*[^\s#]+", f"seed = {seed}", head)
-    changed = (head if count else f"seed = {seed}\n{head}") + rest
-    if tomllib.loads(changed) != {**tomllib.loads(text), "seed": seed}:
-        raise ValueError("the recipe's seed cannot be replaced where it stands; write `seed = 0` on a line of its own")
-    return changed

@@ -22,12 +22,14 @@ from typing import Any
 
 import torch
 
-from learned_optim.weights import Weights, resolve_weights, write_weights
+from learned_optim.weights import Weights, write_weights
 from meta_train.files import lock, read_text, remove_leftovers, unlock, write_atomically
 from meta_train.provenance import WHERE, environment, read_environment
+from meta_train.tasks import Task
 from meta_train.training.outer_loop import MetaTraining, OuterStep
 from meta_train.training.parts import AnyRule, members
 from meta_train.training.recipe import Recipe, parse_recipe
+from meta_train.training.recipe_text import pinned
 from meta_train.workers import Each
 
 RECIPE, ENVIRONMENT, METRICS, CHECKPOINT = "recipe.toml", "environment.json", "metrics.jsonl", "checkpoint.pt"
@@ -52,41 +54,55 @@ class RunDir:
         recipe_text: TOML of the recipe. Comments may differ from those of a run that is resumed, values may not.
         data: Directory of real data, for tasks that need it.
         each: Goes over episodes, as :class:`MetaTraining` says.
+        task: Draw optimizees from here instead of from the recipe's task; the weights then say so. Without it, an own task
+            that the recipe names is imported.
 
     Raises:
         ValueError: If another process has the run, or the directory holds one of another recipe, or its files cannot be
             read or do not belong together.
     """
 
-    def __init__(self, path: str | Path, recipe_text: str, data: Path | None = None, each: Each = map) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        recipe_text: str,
+        data: Path | None = None,
+        each: Each = map,
+        task: Task | None = None,
+    ) -> None:
         self.path = Path(path)
-        recipe = parse_recipe(recipe_text)
+        recipe_text = pinned(recipe_text) if parse_recipe(recipe_text).start else recipe_text
         self.path.mkdir(parents=True, exist_ok=True)
         lock(self.path)
         self._release = weakref.finalize(self, unlock, self.path)
         try:
-            self._open(recipe, recipe_text, data, each)
+            recipe = parse_recipe(recipe_text)
+            self.run = MetaTraining(recipe if task else recipe.importing(recipe.own_tasks), task, data, each)
+            self._keep_recipe(recipe, recipe_text)
+            if (self.path / CHECKPOINT).exists():
+                self._go_on_from(self.path / CHECKPOINT)
+            self._validations = self._keep_metrics_up_to(self.run.step)
+            self._clock = time.perf_counter()
         except BaseException:
             self._release()
             raise
 
-    def _open(self, recipe: Recipe, recipe_text: str, data: Path | None, each: Each) -> None:
+    def _keep_recipe(self, recipe: Recipe, recipe_text: str) -> None:
+        """Keep recipe and environment, or compare with those of a run that is resumed."""
         kept = self.path / RECIPE
         self.recipe_text = read_text(kept) if kept.exists() else recipe_text
-        if parse_recipe(self.recipe_text) != recipe:
+        if parse_recipe(pinned(self.recipe_text) if recipe.start else self.recipe_text) != recipe:
             raise ValueError(f"{self.path} holds a run of another recipe; choose another --out or remove it")
         # The recipe comes last: where it stands, everything before it does too.
         if not (self.path / ENVIRONMENT).exists():
-            write_atomically(self.path / ENVIRONMENT, (json.dumps(environment(), indent=2) + "\n").encode())
+            write_atomically(self.path / ENVIRONMENT, (json.dumps(self._environment(), indent=2) + "\n").encode())
         if not kept.exists():
             write_atomically(kept, recipe_text.encode())
         remove_leftovers(self.path, _is_own)
         read_environment(self.path / ENVIRONMENT, *WHERE, "threads")
-        self.run = MetaTraining(recipe, data=data, each=each)
-        if (self.path / CHECKPOINT).exists():
-            self._go_on_from(self.path / CHECKPOINT)
-        self._validations = self._keep_metrics_up_to(self.run.step)
-        self._clock = time.perf_counter()
+
+    def _environment(self) -> dict[str, Any]:
+        return environment() | self.run.provenance()
 
     def train(self, checkpoint_every: int = 100) -> Iterator[OuterStep]:
         """Run to the end of the recipe, keeping metrics, checkpoints and the best weights.
@@ -116,9 +132,11 @@ class RunDir:
         return [self.path / of_part(BEST, part) for part in members(self.run.rule)]
 
     def changes_since_start(self) -> list[str]:
-        """List what differs from where this run was started and may change the last bits: torch, processor, threads."""
-        before, now = read_environment(self.path / ENVIRONMENT), environment()
-        return [f"{k} {before[k]} -> {now[k]}" for k in ("torch", "processor", "threads") if before[k] != now[k]]
+        """List what differs from where this run was started and may change bits: torch, processor, threads, own code."""
+        before, now = read_environment(self.path / ENVIRONMENT), self._environment()
+        asked = [name for name in ("torch", "processor", "threads", "task", "task_code") if name in before | now]
+        differs = [name for name in asked if before.get(name) != now.get(name)]
+        return [f"{name} {before.get(name)} -> {now.get(name)}" for name in differs]
 
     def _write(self, file: str, rule: AnyRule, name: str, step: int, validation: float, final: float | None = None) -> None:
         """Write a rule of this run, or each of its parts, with recipe and provenance."""
@@ -127,8 +145,7 @@ class RunDir:
         provenance["validation"] = f"{validation:.6g}"
         if final is not None:
             provenance["final_validation"] = f"{final:.6g}"
-        if start := self.run.recipe.start:
-            provenance["start"] = resolve_weights(start).fingerprint
+        provenance |= self.run.provenance()
         for part, one in members(rule).items():
             about = {**provenance, "part": part} if part else provenance
             write_weights(self.path / of_part(file, part), Weights(one, name, self.recipe_text, about))

@@ -19,7 +19,8 @@ from meta_train.judging.baselines import Setting, settings
 from meta_train.rows import read_rows, write_rows
 from meta_train.tasks import Quadratic
 from meta_train.training.publish import publish
-from meta_train.training.recipe import parse_recipe, with_seed
+from meta_train.training.recipe import parse_recipe
+from meta_train.training.recipe_text import with_seed
 from meta_train.training.run_dir import RunDir, training_table
 from tests.cases import small_rule
 from tests.meta_train.test_recipe import TINY
@@ -43,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ARENAS, "quadratic", ARENA)
         names = [str(place / f"tiny-{seed}.safetensors") for seed in (0, 1)]
-        assert main(["evaluate", *names, "--out", str(place / "results")]) == 0
+        assert main(["evaluate", *names, "--task", "quadratic", "--out", str(place / "results")]) == 0
     return place
 
 
@@ -180,7 +181,7 @@ def test_mistakes_are_explained_in_a_line(place: Path, tmp_path: Path, capsys: p
         ("figures", str(tmp_path / "none")): "No such file",
         ("figures", str(place / "results"), "--runs", str(tmp_path)): "no run directory",
         ("publish", str(tmp_path), "--name", "x", "--to", str(tmp_path)): "holds no best.safetensors",
-        ("publish", str(place / "run-0"), "--name", "x", "--to", str(tmp_path / "none")): "no directory",
+        ("publish", str(place / "run-0"), "--name", "x", "--to", tiny): "File exists",
     }
     for arguments, message in cases.items():
         assert main(arguments) == 2, arguments
@@ -212,7 +213,8 @@ def test_an_interrupted_run_says_how_to_go_on(
 def test_an_interrupted_judgement_says_what_is_kept_and_goes_on_with_it(
     number: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["evaluate", str(place / "tiny-0.safetensors"), "--out", str(tmp_path / "out"), "--cache", str(tmp_path)]
+    command = ["evaluate", str(place / "tiny-0.safetensors"), "--task", "quadratic"]
+    command += ["--out", str(tmp_path / "out"), "--cache", str(tmp_path)]
     made: list[runner.Run] = []
 
     def stop_at(count: int) -> None:

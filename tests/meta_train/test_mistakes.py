@@ -13,7 +13,8 @@ from meta_train.judging import arena_report as evaluate
 from meta_train.judging.runner import Runner
 from meta_train.judging.suites import SUITES, SuiteRunner
 from meta_train.rows import Rows, write_rows
-from meta_train.training.recipe import parse_recipe, with_seed
+from meta_train.training.recipe import parse_recipe
+from meta_train.training.recipe_text import with_seed
 from meta_train.training.run_dir import ENVIRONMENT, METRICS, RunDir
 from tests.cases import small_rule
 from tests.meta_train.test_judging import TINY as SUITE
