@@ -2,9 +2,17 @@
 
     python -m meta_train train examples/own_task.toml --out runs/sines
 
+The same from Python, with as many outer steps as you say:
+
+    python -m examples.own_task 60
+
 A task is any object with `sample(seed)`; the same seed must give the same problem. Here: small nets that learn a sine of
 random frequency from noisy points.
 """
+
+import math
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -38,3 +46,23 @@ class Sines:
             seed,
             num_problems=self.problems,
         )
+
+
+def main(steps: int) -> None:
+    """Meta-train by the recipe in the file beside this one."""
+    from meta_train.training.outer_loop import MetaTraining
+    from meta_train.training.recipe import read_recipe
+
+    recipe = read_recipe(Path(__file__).with_suffix(".toml"))
+    run = MetaTraining(recipe.importing(recipe.own_tasks))
+    before = run.validation_figure(run.rule)
+    for record in run:
+        if record.step == steps:
+            break
+    after = run.validation_figure(run.average)
+    share = "of what nets start with, after 100 steps on validation problems"
+    print(f"loss {math.exp(before):.4f} at the start, which is `default`, {math.exp(after):.4f} at the end: {share}")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 60)
