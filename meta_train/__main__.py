@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +22,7 @@ from learned_optim.weights import resolve_weights
 from learned_optim.weights.text import visible
 from meta_train.evidence import figures
 from meta_train.evidence.cards import RESULTS, evidence
+from meta_train.evidence.drawing import draw
 from meta_train.evidence.responses import probe, responses
 from meta_train.files import read_text
 from meta_train.interrupts import Interrupted, StopRequest, signals_interrupt
@@ -31,13 +32,14 @@ from meta_train.judging.contestants import load_contestants
 from meta_train.judging.repeat import repeat_validation, verify
 from meta_train.judging.request import Request
 from meta_train.judging.suites import SUITES
-from meta_train.provenance import read_environment
-from meta_train.rows import is_learned, read_rows, write_rows
+from meta_train.rows import read_rows, write_rows
 from meta_train.screen import SCREEN, say
+from meta_train.training.outer_loop import OuterStep
 from meta_train.training.publish import publish
 from meta_train.training.recipe import read_recipe
 from meta_train.training.recipe_text import with_seed
-from meta_train.training.run_dir import RunDir, training_table
+from meta_train.training.run_dir import RunDir
+from meta_train.training.tensorboard import TensorBoardLog
 from meta_train.workers import Each, Workers
 
 WORKERS = "processes of one thread each; default: 0, this one alone"
@@ -119,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--data", type=Path, help="directory of the real data, for tasks that need it")
     train.add_argument("--seed", type=int, help="replace the recipe's seed")
     train.add_argument("--workers", type=int, default=0, help=f"{WORKERS}; no more than outer.episodes have work")
+    train.add_argument("--log", choices=("tensorboard",), help="write events to OUT/tensorboard too")
     train.set_defaults(verb=_train)
 
     judge = verbs.add_parser("evaluate", help="compare weights with tuned baselines on fresh optimizees")
@@ -229,9 +232,13 @@ def _train(options: argparse.Namespace) -> int:
         if run.run.step and (changes := run.changes_since_start()):
             say(f"resuming elsewhere than it started, so not bit for bit: {', '.join(changes)}")
         total = run.run.recipe.steps
-        with tqdm(total=total, initial=run.run.step, unit="step", smoothing=0.05, dynamic_ncols=True, file=SCREEN) as bar:
+        with (
+            _log(options, run) as log,
+            tqdm(total=total, initial=run.run.step, unit="step", smoothing=0.05, dynamic_ncols=True, file=SCREEN) as bar,
+        ):
             validation = "none yet"
             for record in run.train():
+                log(record)
                 if record.validation is not None:
                     validation = f"{record.validation:.4g} (best {run.run.best.validation:.4g})"
                 bar.set_postfix_str(f"meta-loss {record.meta_loss:.4g}, validation {validation}", refresh=False)
@@ -245,6 +252,19 @@ def _train(options: argparse.Namespace) -> int:
         raise ValueError(f"no validation of {run.path} was finite: there are no weights worth keeping; lower outer.lr")
     print(f"best weights: {', '.join(map(str, run.best_files))} (validation {run.run.best.validation:.4g})")
     return 0
+
+
+@contextmanager
+def _log(options: argparse.Namespace, run: RunDir) -> Iterator[Callable[[OuterStep], object]]:
+    """Give what takes every outer step beside the run's own files."""
+    if options.log is None:
+        yield lambda record: None
+        return
+    log = TensorBoardLog(run.path, run.run.step)
+    try:
+        yield log.add
+    finally:
+        log.close()
 
 
 @contextmanager
@@ -283,36 +303,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _drawn(results: Path) -> list[dict[str, str]]:
-    """Read the curves that are drawn: of several weights the first, and the default."""
-    rows = read_rows(results / "curves.csv")
-    if "task" in rows[0]:
-        return rows
-    ours = list(dict.fromkeys(row["optimizer"] for row in rows if is_learned(row)))
-    return [row for row in rows if row["optimizer"] not in ours[1:] or row["optimizer"] == figures.DEFAULT]
-
-
 def _figures(options: argparse.Namespace) -> int:
-    training = options.results / "training.csv"
-    if options.runs:
-        rows = training_table(options.runs)
-        options.results.mkdir(parents=True, exist_ok=True)
-        write_rows(training, rows)
-    if training.exists():
-        figures.training_process(read_rows(training), training.with_suffix(".svg"))
-    if training.exists() and not (options.results / "curves.csv").exists():
-        return 0
-    drawn = _drawn(options.results)
-    if "task" in drawn[0]:
-        figures.suite_curves(drawn, options.results / "curves.svg")
-        return 0
-    probe = read_rows(options.results / "probe.csv")
-    about = {"task": "", "trained_to": None, **read_environment(options.results / "environment.json")}
-    longest = max(int(row["inner_step"]) for row in drawn)
-    trained_to = about["trained_to"] if about["trained_to"] and about["trained_to"] < longest else None
-    figures.learning_curves(drawn, options.results / "curves.svg", trained_to=trained_to, title=about["task"])
-    figures.update_probe(probe, options.results / "probe.svg")
-    _figures_of_variants(options.results)
+    for path in draw(options.results, options.runs):
+        print(f"wrote {visible(str(path))}", flush=True)
     return 0
 
 
@@ -325,21 +318,8 @@ def _explain(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     write_rows(options.out / "responses.csv", rows)
     figures.rule_responses(read_rows(options.out / "responses.csv"), options.out / "responses.svg")
+    print(f"wrote responses.csv and responses.svg to {visible(str(options.out))}")
     return 0
-
-
-def _figures_of_variants(results: Path) -> None:
-    """Draw what evaluations in subdirectories say of other optimizees; any below those go into the grid of sizes alone."""
-    variants = [path.parent for path in sorted(results.glob("*/curves.csv"))]
-    if not variants:
-        return
-    curves = {path.name: _drawn(path) for path in variants}
-    grid = arena_report.size_table(path.parent for path in sorted(results.rglob("curves.csv")))
-    if grid:
-        write_rows(results / "grid.csv", grid)
-    figures.variant_curves(curves, results / "variants.svg")
-    if grid:
-        figures.size_grid(read_rows(results / "grid.csv"), results / "grid.svg")
 
 
 def _verify(options: argparse.Namespace) -> int:

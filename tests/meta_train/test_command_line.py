@@ -85,9 +85,15 @@ def test_figures_come_from_tables_alone(place: Path) -> None:
     assert "date" not in svg
 
 
-def test_a_run_is_drawn_before_anything_was_evaluated(place: Path, tmp_path: Path) -> None:
+def test_a_run_is_drawn_before_anything_was_evaluated(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
     assert main(["figures", str(tmp_path / "new"), "--runs", str(place / "run-0")]) == 0
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"training.csv", "training.svg"}
+    assert capsys.readouterr().out == "".join(
+        f"wrote {tmp_path / 'new' / name}\n" for name in ("training.csv", "training.svg")
+    )
 
 
 def test_the_training_table_is_the_metrics(place: Path) -> None:
