@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import os
 import re
@@ -14,15 +15,16 @@ from typing import NoReturn
 
 import torch
 
+from learned_optim import __version__
 from learned_optim.weights import Weights, WeightsError, available_weights, read_sonnet, resolve_weights, write_weights
 from learned_optim.weights.facts import ADAM_BYTES, bytes_per_parameter, training_facts
 from learned_optim.weights.file_format import FILE, from_bytes, read_bytes
 from learned_optim.weights.hub import download
-from learned_optim.weights.registry import HUB_ID
+from learned_optim.weights.registry import HUB_ID, PURPOSES
 from learned_optim.weights.text import one_line, visible
 from learned_optim.weights.weights import license_of
 
-PROGRAM = "python -m learned_optim"
+PROGRAM = "learned-optim" if Path(sys.argv[0]).stem == "learned-optim" else "python -m learned_optim"
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 LARGEST_MODEL = 1e18
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -44,7 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 2 for a mistake in the request or weights that cannot be had, 130 if interrupted.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.verb is None:
+        parser.print_help()
+        return 0
     # Its own warnings and progress would hide the one line that matters; read when it is imported, which is later.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -67,6 +73,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def meta_train() -> int:
+    """Run the script ``meta-train``, which works where this package is that of a clone.
+
+    Returns:
+        Exit status, as ``python -m meta_train`` gives it; 2 where ``meta_train`` or a package that it needs is missing.
+    """
+    try:
+        found = importlib.import_module("meta_train.__main__")
+    except ModuleNotFoundError as error:
+        _complain("meta-train", f'{error.name} is missing; work in a clone of learned-optim, after pip install -e ".[meta]"')
+        return 2
+    return int(found.main())
+
+
 def _complain(program: str, message: str) -> None:
     """Say what is wrong, if there is a stderr that takes it."""
     if sys.stderr is not None:
@@ -76,9 +96,11 @@ def _complain(program: str, message: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=PROGRAM, description="Look at, fetch and convert the weights of learned update rules.")
-    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
+    parser.add_argument("--version", action="version", version=f"learned-optim {__version__}")
+    parser.set_defaults(verb=None)
+    verbs = parser.add_subparsers(metavar="VERB", parser_class=_Parser)
 
-    show = verbs.add_parser("list", help="the weights that come with the package")
+    show = verbs.add_parser("list", help="the weights that come with the package, and what each is for")
     show.set_defaults(verb=_list)
 
     info = verbs.add_parser("info", help="everything that weights say of themselves")
@@ -112,8 +134,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _list(_: argparse.Namespace) -> list[str]:
     loaded = [resolve_weights(name) for name in available_weights()]
-    width = max(len(weights.name) for weights in loaded)
-    return [f"{weights.name:<{width}}  {weights.rule.family:<15}  {_costs(weights)}" for weights in loaded]
+    rows = [(one.name, f"{bytes_per_parameter(one.rule)} bytes/parameter", PURPOSES.get(one.name, "")) for one in loaded]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _info(options: argparse.Namespace) -> list[str]:

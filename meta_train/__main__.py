@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from learned_optim import __version__
 from learned_optim.rules import AdamModulationConfig
 from learned_optim.weights import resolve_weights
 from learned_optim.weights.text import visible
 from meta_train.evidence import figures
-from meta_train.evidence.cards import RESULTS, evidence
+from meta_train.evidence.cards import RESULTS, evidence, evidence_figures
 from meta_train.evidence.drawing import draw
 from meta_train.evidence.responses import probe, responses
 from meta_train.files import read_text
@@ -33,9 +34,9 @@ from meta_train.judging.repeat import repeat_validation, verify
 from meta_train.judging.request import Request
 from meta_train.judging.suites import SUITES
 from meta_train.rows import read_rows, write_rows
-from meta_train.screen import SCREEN, say
+from meta_train.screen import SCREEN, Parser, say
 from meta_train.training.outer_loop import OuterStep
-from meta_train.training.publish import publish
+from meta_train.training.publish import publish, with_licence_and_title
 from meta_train.training.recipe import read_recipe
 from meta_train.training.recipe_text import with_seed
 from meta_train.training.run_dir import RunDir
@@ -55,7 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 where ``verify`` or ``validate`` disagrees, 2 for a mistake in the request, 130 if interrupted, 143
         by SIGTERM, 141 if whatever read the output has left.
     """
-    options, threads = _parser().parse_args(arguments), torch.get_num_threads()
+    parser, threads = _parser(), torch.get_num_threads()
+    options = parser.parse_args(arguments)
+    if options.verb is None:
+        parser.print_help()
+        return 0
     if isinstance(sys.stdout, io.TextIOWrapper):  # What an encoding lacks is escaped.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -112,8 +117,11 @@ def _remains(options: argparse.Namespace) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m meta_train", description="Make, judge and publish update rules.")
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    program = "meta-train" if Path(sys.argv[0]).stem == "meta-train" else "python -m meta_train"
+    parser = Parser(prog=program, description="Make, judge and publish update rules.")
+    parser.add_argument("--version", action="version", version=f"learned-optim {__version__}")
+    parser.set_defaults(verb=None)
+    verbs = parser.add_subparsers(metavar="VERB", parser_class=Parser)
 
     train = verbs.add_parser("train", help="meta-train a recipe; run again to resume")
     train.add_argument("recipe", type=Path)
@@ -187,6 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     to_package.add_argument("run", type=Path)
     to_package.add_argument("--name", required=True)
     to_package.add_argument("--to", type=Path, help="directory; by default the package's bundled weights")
+    _add_licence_and_title(to_package)
     to_package.add_argument("--to-hub", "--hub", dest="hub", metavar="OWNER/REPO", help="upload there too, as `upload` does")
     to_package.add_argument("--results", type=Path, default=RESULTS, help="tables for the model card; default: docs/results")
     to_package.set_defaults(verb=_publish)
@@ -194,9 +203,21 @@ def _parser() -> argparse.ArgumentParser:
     to_hub = verbs.add_parser("upload", help="put weights on the Hub, with a card that shows what was measured of them")
     to_hub.add_argument("weights", help="a bundled name or a file")
     to_hub.add_argument("hub", metavar="OWNER/REPO")
+    _add_licence_and_title(to_hub)
     to_hub.add_argument("--results", type=Path, default=RESULTS, help="tables for the model card; default: docs/results")
     to_hub.set_defaults(verb=_upload)
     return parser
+
+
+def _add_licence_and_title(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--license", type=_licence, help="of the weights, an SPDX identifier such as mit or cc-by-4.0")
+    parser.add_argument("--title", help="how the weights are called on their card; default: their name")
+
+
+def _licence(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no SPDX identifier; write one such as mit, apache-2.0 or cc-by-4.0")
+    return text.lower()
 
 
 def _directory(text: str) -> Path:
@@ -343,7 +364,8 @@ def _validate(options: argparse.Namespace) -> int:
 
 
 def _publish(options: argparse.Namespace) -> int:
-    paths = publish(options.run, options.name, *([options.to] if options.to else []))
+    to = [options.to] if options.to else []
+    paths = publish(options.run, options.name, *to, license=options.license, title=options.title)
     print(f"wrote {', '.join(path.name for path in paths)} and {options.name}.toml to {paths[0].parent}")
     if options.hub and len(paths) > 1:
         raise ValueError("the parts of a model go to repositories of their own: use `upload` for each")
@@ -353,16 +375,16 @@ def _publish(options: argparse.Namespace) -> int:
 
 
 def _upload(options: argparse.Namespace) -> int:
-    _push(options.weights, options.hub, options.results)
+    _push(options.weights, options.hub, options.results, options.license, options.title)
     return 0
 
 
-def _push(name: str | Path, repo_id: str, tables: Path) -> None:
-    weights = resolve_weights(name)
-    results = evidence(weights, tables)
+def _push(name: str | Path, repo_id: str, tables: Path, license: str | None = None, title: str | None = None) -> None:
+    weights = with_licence_and_title(resolve_weights(name), license, title)
+    results, pictures = evidence(weights, tables), evidence_figures(weights, tables)
     if not results:
         say(f"no tables in {tables} are of these weights: their card will show no results")
-    print(weights.push_to_hub(repo_id, results=results))
+    print(weights.push_to_hub(repo_id, results=results, pictures=pictures))
 
 
 if __name__ == "__main__":

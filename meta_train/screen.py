@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 from learned_optim.weights.text import one_line
 
@@ -38,3 +39,12 @@ def say(text: object) -> None:
     """Say something in one line of its own."""
     SCREEN.write(f"meta_train: {one_line(text)}\n")
     SCREEN.flush()
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of arguments that says a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say it, and end with status 2."""
+        say(f"{message}; see {self.prog} --help")
+        sys.exit(2)

@@ -163,7 +163,7 @@ def check_wheel(wheel: Path) -> None:
     code = {name for name in held if ".dist-info/" not in name} - kernels
     assert code == expected, f"missing {sorted(expected - code)}, surplus {sorted(code - expected)}"
     assert len(kernels) == 1, kernels
-    assert about == {"METADATA", "RECORD", "WHEEL", "top_level.txt", "licenses/LICENSE"}, about
+    assert about == {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}, about
 
 
 def make_environment(folder: Path) -> Path:

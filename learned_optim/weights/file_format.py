@@ -259,7 +259,7 @@ def _checked_header(header: dict[str, str], source: str) -> dict[str, str]:
     if version != str(FORMAT_VERSION):
         raise WeightsError(
             f"{source} has format {one_line(version, 40)!r}, and this version of learned-optim reads "
-            f"{str(FORMAT_VERSION)!r}; upgrade learned-optim (pip install -U learned-optim)"
+            f"{str(FORMAT_VERSION)!r}; upgrade learned-optim (in its clone: git pull, then pip install .)"
         )
     if missing := sorted(set(REQUIRED) - set(header)):
         raise WeightsError(f"{source}: the header lacks {', '.join(missing)}; write the file again with Weights.save")

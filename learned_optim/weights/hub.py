@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from inspect import signature
 from os import PathLike
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from learned_optim.weights.container import check_size
 from learned_optim.weights.errors import WeightsError, WeightsNotFoundError
@@ -15,6 +16,9 @@ from learned_optim.weights.file_format import FILE
 from learned_optim.weights.text import one_line
 
 LIBRARY = "learned-optim"
+PATIENCE = 4.0
+"""Seconds that the Hub has to answer before a download."""
+
 BUNDLED_HINT = "or use weights that come with the package: learned_optim.available_weights()"
 
 
@@ -50,7 +54,8 @@ def download(
     if local_files_only and force_download:
         raise WeightsError(f"{repo_id}: force_download=True needs the network that local_files_only=True forbids; drop one")
     if not local_files_only:
-        size = _size_to_fetch(repo_id, revision, token, cache_dir, force_download)
+        with _explained(repo_id, revision):
+            size = _size_to_fetch(repo_id, revision, token, cache_dir, force_download)
         check_size(size, f"{FILE} of {repo_id}@{revision or 'main'}")
     with _explained(repo_id, revision, local_files_only=local_files_only):
         path = Path(
@@ -63,6 +68,7 @@ def download(
                 cache_dir=None if cache_dir is None else Path(cache_dir),
                 local_files_only=local_files_only,
                 force_download=force_download,
+                etag_timeout=PATIENCE,
             )
         )
     found = path.parent.name  # The cache keeps a file in a directory named by its commit.
@@ -74,15 +80,34 @@ def download(
 def _size_to_fetch(
     repo_id: str, revision: str | None, token: str | bool | None, cache_dir: str | PathLike[str] | None, force: bool
 ) -> int:
-    """Ask how large a file is that is not cached; 0 if the Hub does not say, for the download will say why."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    """Ask how large a file is that is not cached; 0 if the Hub does not say, for the download will say why.
 
-    with suppress(Exception):
-        cache = None if cache_dir is None else Path(cache_dir)
-        if force or not isinstance(try_to_load_from_cache(repo_id, FILE, cache, revision), str):
-            url = hf_hub_url(repo_id, FILE, revision=revision)
-            return get_hf_file_metadata(url, token=token, library_name=LIBRARY).size or 0
-    return 0
+    The question is asked once and waits :data:`PATIENCE`, where a download would try again for half a minute.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        LocalEntryNotFoundError: If nothing answers.
+    """
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    cache = None if cache_dir is None else Path(cache_dir)
+    once: dict[str, Any] = {"retry_on_errors": False}
+    if "retry_on_errors" not in signature(get_hf_file_metadata).parameters:
+        once = {}
+    answered = (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalTokenNotFoundError, errors.OfflineModeIsEnabled)
+    try:
+        if not force and isinstance(try_to_load_from_cache(repo_id, FILE, cache, revision), str):
+            return 0
+        url = hf_hub_url(repo_id, FILE, revision=revision)
+        return get_hf_file_metadata(url, token=token, library_name=LIBRARY, timeout=PATIENCE, **once).size or 0
+    except answered:
+        return 0
+    except Exception as error:  # The transport's own, by version.
+        if force:
+            raise
+        raise errors.LocalEntryNotFoundError(str(error)) from error
 
 
 def create_repository(

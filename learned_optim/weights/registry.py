@@ -17,6 +17,19 @@ BUNDLED = Path(__file__).parent
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@\s]+))?", re.ASCII)
 
 
+PURPOSES = {
+    "default": "models of many kinds, small and of middle size: start here",
+    "default-v1": "checkpoints made with the first default, which sees no matrices",
+    "cifar-conv": "convolutions of small nets on CIFAR-10, with their batch norm",
+    "cifar-dense": "dense layers of small nets on CIFAR-10, with their batch norm",
+    "mnist-mlp": "nets of one sigmoid layer on MNIST, as the 2016 paper has them",
+    "mnist-modulated": "nets of one or two small layers on MNIST",
+    "neural-art": "pictures under the loss of the 2016 paper's Neural Art",
+    "quadratic": "the 2016 paper's quadratics",
+}
+"""What each of the bundled weights is for, in a few words."""
+
+
 class LocalFile(NamedTuple):
     """Weights on this machine."""
 

@@ -138,6 +138,7 @@ class Weights:
         revision: str | None = None,
         commit_message: str | None = None,
         results: str = "",
+        pictures: Mapping[str, bytes] | None = None,
     ) -> str:
         """Publish on the Hugging Face Hub, with a model card, in one commit.
 
@@ -151,6 +152,7 @@ class Weights:
             revision: Branch to commit to.
             commit_message: By default names the weights.
             results: Markdown for the card, the measured results.
+            pictures: Files that it shows, by the names that it has for them.
 
         Returns:
             ``"owner/repo@commit"``, which is what ``weights=`` takes: these very weights, whatever is pushed later.
@@ -163,6 +165,7 @@ class Weights:
         repo_id = hub.create_repository(repo_id, private=private, token=token, revision=revision)
         config = {"format_version": FORMAT_VERSION, "family": self.rule.family, **self.rule.config.to_dict()}
         files = {
+            **(pictures or {}),
             FILE: data,
             "config.json": (json.dumps(config, indent=2) + "\n").encode(),
             "README.md": model_card(self, repo_id, license_of(self), results).encode(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,39 @@ def evidence(weights: Weights, results: str | Path = RESULTS) -> str:
         Markdown, one section for each evaluation; empty if there is none.
     """
     sections = []
+    for place, label, about in _evaluations(weights, results):
+        name, rows = f"{LEARNED} ({label})", read_rows(place / "summary.csv")
+        section = _of_suite(name, rows, about) if "suite" in about else _of_task(name, rows, about)
+        picture = f"\n\n![Loss over inner steps, learned and tuned by hand]({_picture(place)})"
+        sections.append(section + (picture if (place / "curves.svg").exists() else ""))
+    return "\n\n".join(sections)
+
+
+def evidence_figures(weights: Weights, results: str | Path = RESULTS) -> dict[str, bytes]:
+    """Collect the figures that :func:`evidence` shows.
+
+    Args:
+        weights: What was evaluated.
+        results: As for :func:`evidence`.
+
+    Returns:
+        Each picture by the name that the Markdown has for it.
+    """
+    places = [place for place, _, _ in _evaluations(weights, results)]
+    return {_picture(place): (place / "curves.svg").read_bytes() for place in places if (place / "curves.svg").exists()}
+
+
+def _picture(place: Path) -> str:
+    return f"{place.resolve().name}.svg"
+
+
+def _evaluations(weights: Weights, results: str | Path) -> Iterator[tuple[Path, str, dict[str, Any]]]:
+    """Find the evaluations of weights: each folder, the name that its tables have for them, and its environment."""
     for path in sorted([*Path(results).glob("environment.json"), *Path(results).glob("*/environment.json")]):
         about = json.loads(path.read_text())
         for label, fingerprint in about.get("fingerprints", {}).items():
             if weights.fingerprint in fingerprint.split("+") and {"suite", "task"} & set(about):
-                name, rows = f"{LEARNED} ({label})", read_rows(path.with_name("summary.csv"))
-                sections.append(_of_suite(name, rows, about) if "suite" in about else _of_task(name, rows, about))
-    return "\n\n".join(sections)
+                yield path.parent, label, about
 
 
 def comparison(rows: Sequence[Mapping[str, str]], last: int = 1) -> list[str]:

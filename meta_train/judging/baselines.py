@@ -77,7 +77,7 @@ class Setting:
 
 
 def _missing(optimizer: str, error: ImportError) -> ValueError:
-    return ValueError(f"the baseline {optimizer} needs {error.name}: pip install 'learned-optim[judge]'")
+    return ValueError(f"the baseline {optimizer} needs {error.name}: pip install -e '.[judge]' in the clone")
 
 
 def _prodigy(params: ParamsT, lr: float) -> Optimizer:

@@ -51,7 +51,7 @@ def read_images(
         from datasets import load_dataset
         from PIL import Image
     except ImportError as error:
-        raise ValueError(f"reading {images.hub_id} needs {error.name}: pip install 'learned-optim[judge]'") from error
+        raise ValueError(f"reading {images.hub_id} needs {error.name}: pip install -e '.[judge]' in the clone") from error
 
     local = data / images.hub_id if data else None
     rows: Any = load_dataset(str(local) if local and local.exists() else images.hub_id, split=split)

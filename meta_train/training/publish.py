@@ -13,7 +13,9 @@ from meta_train.training.run_dir import BEST, COST, ENVIRONMENT, RECIPE, costs, 
 WEIGHTS_DIR = Path(__file__).parents[2] / "learned_optim" / "weights"
 
 
-def publish(run: str | Path, name: str, to: str | Path = WEIGHTS_DIR) -> list[Path]:
+def publish(
+    run: str | Path, name: str, to: str | Path = WEIGHTS_DIR, *, license: str | None = None, title: str | None = None
+) -> list[Path]:
     """Write the best weights of a run as ``name.safetensors`` beside their recipe ``name.toml``.
 
     Of a run whose recipe names ``parts``, each part's weights become ``name-PART.safetensors`` beside the one recipe.
@@ -22,6 +24,8 @@ def publish(run: str | Path, name: str, to: str | Path = WEIGHTS_DIR) -> list[Pa
         run: A run directory.
         name: What the weights are called from now on.
         to: Where to put them, a directory that is made if missing; by default among those bundled with the package.
+        license: SPDX identifier of their licence; by default none is stated.
+        title: How their card calls them; by default by their name.
 
     Returns:
         The weight files.
@@ -43,7 +47,23 @@ def publish(run: str | Path, name: str, to: str | Path = WEIGHTS_DIR) -> list[Pa
     to.mkdir(parents=True, exist_ok=True)
     for weights in map(read_weights, best):
         target = to / of_part(f"{name}.safetensors", weights.metadata.get("part", ""))
-        write_weights(target, Weights(weights.rule, target.stem, recipe, {**weights.metadata, **kept}))
+        published = Weights(weights.rule, target.stem, recipe, {**weights.metadata, **kept})
+        write_weights(target, with_licence_and_title(published, license, title))
         targets.append(target)
     write_atomically(to / f"{name}.toml", recipe.encode())
     return targets
+
+
+def with_licence_and_title(weights: Weights, license: str | None, title: str | None) -> Weights:
+    """Return weights that state a licence and a title.
+
+    Args:
+        weights: Any.
+        license: SPDX identifier; None leaves what they state.
+        title: How their card calls them; None leaves it.
+
+    Returns:
+        The weights, with the same numerics.
+    """
+    metadata = {**weights.metadata, "license": license} if license else weights.metadata
+    return Weights(weights.rule, title or weights.title, weights.recipe, metadata)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from learned_optim import Weights, available_weights
+from learned_optim import Weights, __version__, available_weights
 from learned_optim.weights import write_weights
 from meta_train import __main__ as command_line
 from meta_train import interrupts
@@ -294,3 +294,38 @@ def test_a_signal_ends_training_at_a_checkpoint(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert RunDir(out, TINY).run.step == 2
     assert main(train) == 0
+
+
+def test_a_bare_call_shows_help_and_a_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("usage: python -m meta_train")
+    assert "evaluate" in said.out
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"learned-optim {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["burn"], "invalid choice: 'burn' (choose from"),
+        (["train"], "required: recipe, --out; see python -m meta_train train --help"),
+        (["evaluate", "default", "--suite", "nope", "--out", "x"], "invalid choice: 'nope' (choose from"),
+        (
+            ["evaluate", "default", "--task", "nope", "--out", "x"],
+            "there is no task 'nope'; choose one of quadratic, quartic",
+        ),
+    ],
+)
+def test_an_error_of_usage_is_one_line_with_the_choices(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status: object = main(arguments)
+    except SystemExit as exit:
+        status = exit.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert message in error
+    assert error.count("\n") == 1

@@ -9,7 +9,7 @@ import pytest
 
 from learned_optim import Weights
 from meta_train.__main__ import main
-from meta_train.evidence.cards import RESULTS, evidence
+from meta_train.evidence.cards import RESULTS, evidence, evidence_figures
 from meta_train.rows import write_rows
 from meta_train.training.run_dir import RunDir
 from tests.cases import small_rule
@@ -44,6 +44,8 @@ def test_bundled_weights_go_up_with_their_results(hub: Hub, capsys: pytest.Captu
         (row,) = [line for line in shown.splitlines() if line.startswith(f"| {name}, ")]
         assert row in page
     assert "quadratic-1)" not in shown
+    assert "![Loss over inner steps, learned and tuned by hand](quadratic.svg)" in shown
+    assert hub.files["quadratic.svg"] == (RESULTS / "quadratic" / "curves.svg").read_bytes()
     assert "Meta-trained to 100 steps" in shown
     assert "Command: `python -m meta_train evaluate quadratic" in shown
     assert section(hub.files["README.md"], "Licence") == "MIT."
@@ -57,6 +59,24 @@ def test_weights_are_known_by_their_fingerprint_and_not_by_their_name(
     assert main(["upload", str(tmp_path / "quadratic.safetensors"), REPO]) == 0
     assert section(hub.files["README.md"], "Results") == "None were published with these weights."
     assert "no tables in" in capsys.readouterr().err
+
+
+def test_a_licence_and_a_title_reach_file_and_card(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(RunDir(tmp_path / "run", TINY).train())
+    about = ["--license", "CC-BY-4.0", "--title", "My rule"]
+    place = str(tmp_path / "new" / "folder")
+    assert main(["publish", str(tmp_path / "run"), "--name", "mine", "--to", place, *about]) == 0
+    mine = Weights.from_pretrained(tmp_path / "new" / "folder" / "mine.safetensors")
+    assert (mine.title, mine.metadata["license"]) == ("My rule", "cc-by-4.0")
+    about = ["--license", "apache-2.0", "--title", "Another"]
+    assert main(["upload", str(tmp_path / "new" / "folder" / "mine.safetensors"), REPO, *about]) == 0
+    card = hub.files["README.md"].decode()
+    assert "\nlicense: apache-2.0\n" in card
+    assert "# Another: a learned update rule" in card
+    assert Weights.from_pretrained(REPO, token="secret").fingerprint == mine.fingerprint
+    with pytest.raises(SystemExit, match="2"):
+        main(["upload", "quadratic", REPO, "--license", "see below"])
+    assert "'see below' is no SPDX identifier; write one such as mit" in capsys.readouterr().err
 
 
 def test_a_run_is_published_with_its_recipe(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,7 +94,10 @@ def test_a_directory_of_one_evaluation_or_of_many(tmp_path: Path) -> None:
     assert one.startswith("### quadratic\n\n| | sum of 100 losses |")
     for name in ("a", "b"):
         shutil.copytree(RESULTS / "quadratic", tmp_path / name)
-    assert evidence(quadratic, tmp_path) == f"{one}\n\n{one}"
+    both = (one.replace("(quadratic.svg)", f"({name}.svg)") for name in ("a", "b"))
+    assert evidence(quadratic, tmp_path) == "\n\n".join(both)
+    picture = (RESULTS / "quadratic" / "curves.svg").read_bytes()
+    assert evidence_figures(quadratic, tmp_path) == {"a.svg": picture, "b.svg": picture}
     assert evidence(quadratic, tmp_path / "none") == ""
 
 

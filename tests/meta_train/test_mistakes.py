@@ -201,7 +201,7 @@ def test_a_baseline_that_is_not_installed_is_missed_before_any_tuning(
     monkeypatch.setattr(SuiteRunner, "tune", lambda self: pytest.fail("baselines were tuned"))
     place = ["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--workers", "0"]
     error = refused(["evaluate", "default", "--suite", "judge", *place], capsys)
-    assert f"the baseline {baseline} needs {package}: pip install 'learned-optim[judge]'" in error
+    assert f"the baseline {baseline} needs {package}: pip install -e '.[judge]' in the clone" in error
 
 
 @pytest.mark.parametrize("seed", ["1_000", "0x1F", "-1", "+5", "1_000  # a seed"])

@@ -11,10 +11,11 @@ import pytest
 
 import learned_optim
 from learned_optim import Weights, available_weights
-from learned_optim.__main__ import main
+from learned_optim.__main__ import main, meta_train
 from learned_optim.weights import read_sonnet, read_weights
 from learned_optim.weights.facts import bytes_per_parameter
 from learned_optim.weights.file_format import to_bytes
+from learned_optim.weights.registry import PURPOSES
 from tests.cases import small_rule
 from tests.hub_stand_in import OLD, REPO, Hub, close_session, redirect, serve
 from tests.sonnet_files import as_safetensors, by_dill, changed, sonnet_variables, zeros
@@ -55,9 +56,26 @@ def test_list_has_a_line_for_each_bundled_file(capsys: Output) -> None:
     lines = printed(capsys, "list").splitlines()
     assert [line.split()[0] for line in lines] == list(available_weights())
     for line in lines:
-        name, family, size = line.split()[:3]
-        rule = Weights.from_pretrained(name).rule
-        assert (family, int(size)) == (rule.family, bytes_per_parameter(rule))
+        name, size, unit, purpose = line.split(maxsplit=3)
+        assert (int(size), unit) == (bytes_per_parameter(Weights.from_pretrained(name).rule), "bytes/parameter")
+        assert purpose == PURPOSES[name]
+
+
+def test_a_bare_call_shows_help_and_a_version_is_said(capsys: Output) -> None:
+    assert "list" in printed(capsys)
+    assert "usage: python -m learned_optim" in printed(capsys)
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"learned-optim {learned_optim.__version__}\n"
+
+
+def test_the_script_of_meta_train_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+    monkeypatch.setattr(sys, "argv", ["meta-train"])
+    assert meta_train() == 0
+    assert "usage: meta-train" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "meta_train.__main__", None)
+    assert meta_train() == 2
+    assert 'work in a clone of learned-optim, after pip install -e ".[meta]"' in capsys.readouterr().err
 
 
 def test_info_says_everything_the_file_does(capsys: Output) -> None:
@@ -175,7 +193,6 @@ def test_bytes_of_one_rule_are_those_the_optimizer_holds(capsys: Output) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: VERB; see python -m learned_optim --help"),
         (["burn"], "invalid choice: 'burn'"),
         (["info"], "required: weights; see python -m learned_optim info --help"),
         (["info", "quadratics"], "did you mean 'quadratic'"),
