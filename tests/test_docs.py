@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import learned_optim
-from meta_train.evidence import tables
+from meta_train.evidence import recipe_page, tables
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -84,6 +84,10 @@ def test_tables_are_those_of_the_committed_results(page: Path, docs: str) -> Non
     text = page.read_text()
     assert tables.updated(text, docs) == text
     assert re.search(r"<!-- results:(\S+) -->\n\|.+<!-- /results:\1 -->", text, re.DOTALL), "no table was compared"
+
+
+def test_the_recipe_reference_is_that_of_the_code() -> None:
+    assert recipe_page.PAGE.read_text() == recipe_page.page(), "run python -m meta_train.evidence.recipe_page"
 
 
 def test_every_table_stands_on_a_page_and_every_mark_has_a_table() -> None:

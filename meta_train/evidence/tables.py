@@ -161,6 +161,25 @@ def neural_art(results: Path = RESULTS / "neural-art") -> str:
     return "\n".join([*lines, "", note])
 
 
+def own_task(results: Path = RESULTS / "own-task") -> str:
+    """Return the comparison on the example of an own task as Markdown.
+
+    Args:
+        results: Directory written by ``python -m meta_train evaluate``.
+
+    Returns:
+        A table and a line of where it comes from.
+    """
+    rows, about = read_evaluation(results)
+    note = (
+        f"Mean ± standard error over n = {rows[0]['n']} fresh nets and sines; the loss at a step is the mean of the ten "
+        "minibatches up to it. In brackets the ratio to the best baseline of the column. `sines`, `sines-1` and `sines-2` "
+        "are three seeds of the recipe. Baselines are tuned on other nets, in half-decades. "
+        f"{where(about)}. Commands: those below, for seeds 0, 1 and 2."
+    )
+    return "\n".join([*comparison(rows, about["last"]), "", note])
+
+
 def demo(results: Path = RESULTS / "demo") -> str:
     """Return what the demo prints, as a block.
 
@@ -187,11 +206,15 @@ TABLES: dict[str, Callable[[], str]] = {
     "stress": stress,
     "lr": step_sizes,
     "exploration": exploration,
+    "own-task": own_task,
     "demo": demo,
 }
 
 
-PAGES = {ROOT / "README.md": "docs/", ROOT / "docs" / "results.md": "", ROOT / "docs" / "judging.md": ""}
+PAGES = {
+    ROOT / "README.md": "docs/",
+    **{ROOT / "docs" / f"{page}.md": "" for page in ("results", "judging", "own-task")},
+}
 """Documents with tables, and the way from each to docs/."""
 
 
