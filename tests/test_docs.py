@@ -57,7 +57,12 @@ def test_every_test_that_a_page_names_exists(page: str) -> None:
 def test_the_integrations_page_shows_every_example_of_one() -> None:
     page = (ROOT / "docs" / "integrations.md").read_text()
     shown = set(re.findall(r"\(\.\./examples/(\w+)\.py\)", page))
-    assert shown == {path.stem for path in (ROOT / "examples").glob("*.py")} - {"digits", "neural_art", "own_task"}
+    assert shown == {path.stem for path in (ROOT / "examples").glob("*.py")} - {
+        "digits",
+        "fine_tuning",
+        "neural_art",
+        "own_task",
+    }
 
 
 def test_the_integrations_page_names_the_pinned_versions() -> None:

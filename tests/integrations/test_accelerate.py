@@ -10,7 +10,17 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tests.cases import assert_identical
-from tests.integrations.training import Run, end_of, loss_of, make_batches, make_model, make_optimizer, plain_run
+from tests.integrations.training import (
+    Run,
+    averages_of,
+    end_of,
+    loss_of,
+    make_batches,
+    make_model,
+    make_optimizer,
+    plain_averages,
+    plain_run,
+)
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -27,10 +37,10 @@ def fresh_accelerator() -> Iterator[None]:
     accelerate.state.GradientState._reset_state()
 
 
-def prepared(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, ...]:
+def prepared(dtype: torch.dtype = torch.float32, average: bool = False, **options: Any) -> tuple[Any, ...]:
     accelerator = accelerate.Accelerator(cpu=True, **options)
     model = make_model(dtype)
-    optimizer = make_optimizer(model)
+    optimizer = make_optimizer(model, average=average)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     loader = DataLoader(make_batches(4), batch_size=None)
     return accelerator, *accelerator.prepare(model, optimizer, loader, scheduler)
@@ -84,3 +94,19 @@ def test_saved_state_resumes_to_the_last_bit(dtype: torch.dtype, precision: str,
     nn.init.zeros_(others[0][0].weight)
     again.load_state(tmp_path)
     assert_identical(train(again, *others), expected)
+
+
+def test_averaged_weights_are_those_of_a_plain_loop_and_survive_saved_state(tmp_path: Path) -> None:
+    def run(accelerator: Any, model: nn.Module, optimizer: Any, loader: Any, _: Any) -> list[torch.Tensor]:
+        for batch in loader:
+            accelerator.backward(loss_of(model, batch))
+            optimizer.step()
+            optimizer.zero_grad()
+        return averages_of(accelerator.unwrap_model(model), optimizer.optimizer)
+
+    first = prepared(average=True)
+    assert_identical(run(*first), plain_averages(make_batches(4)))
+    first[0].save_state(tmp_path)
+    second = prepared(average=True)
+    second[0].load_state(tmp_path)
+    assert_identical(run(*second), plain_averages(make_batches(4) * 2))

@@ -9,7 +9,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tests.cases import assert_identical
-from tests.integrations.training import Batch, end_of, loss_of, make_batches, make_model, make_optimizer, plain_run
+from tests.integrations.training import (
+    Batch,
+    averages_of,
+    end_of,
+    loss_of,
+    make_batches,
+    make_model,
+    make_optimizer,
+    plain_averages,
+    plain_run,
+)
 
 lightning = pytest.importorskip("lightning.pytorch")
 
@@ -19,11 +29,11 @@ EPOCH = 4
 
 
 class Regression(lightning.LightningModule):
-    def __init__(self, automatic: bool = True, schedule: bool = False) -> None:
+    def __init__(self, automatic: bool = True, schedule: bool = False, average: bool = False) -> None:
         super().__init__()
         self.model = make_model()
         self.automatic_optimization = automatic
-        self.schedule = schedule
+        self.schedule, self.average = schedule, average
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         loss = loss_of(self.model, batch)
@@ -35,7 +45,7 @@ class Regression(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        optimizer = make_optimizer(self)
+        optimizer = make_optimizer(self, average=self.average)
         if not self.schedule:
             return optimizer
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
@@ -96,3 +106,15 @@ def test_a_checkpoint_resumes_to_the_last_bit(automatic: bool, precision: Any, t
     assert expected.params[0].dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
     assert expected.memory[0]["step"] == 2 * EPOCH
     assert_identical(run_of(second, trainer), expected)
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_averaged_weights_are_those_of_a_plain_loop_and_survive_a_checkpoint(automatic: bool, tmp_path: Path) -> None:
+    first = Regression(automatic, average=True)
+    trainer = fit(first)
+    (optimizer,) = trainer.optimizers
+    assert_identical(averages_of(first.model, optimizer), plain_averages(make_batches(EPOCH)))
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    second = Regression(automatic, average=True)
+    trainer = fit(second, epochs=2, checkpoint=tmp_path / "half.ckpt")
+    assert_identical(averages_of(second.model, trainer.optimizers[0]), plain_averages(make_batches(EPOCH) * 2))

@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 
 from learned_optim import LearnedOptimizer
 from tests.cases import assert_identical, small_rule
-from tests.integrations.training import Run, end_of
+from tests.integrations.training import Run, averages_of, end_of
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -44,11 +44,11 @@ def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
     return transformers.LlamaForCausalLM(config).to(dtype)
 
 
-def make_trainer(model: nn.Module, folder: Path, by_class: bool, **arguments: Any) -> Any:
+def make_trainer(model: nn.Module, folder: Path, by_class: bool, average: bool = False, **arguments: Any) -> Any:
     if by_class:
-        way_in = {"optimizer_cls_and_kwargs": (LearnedOptimizer, {"weights": small_rule()})}
+        way_in = {"optimizer_cls_and_kwargs": (LearnedOptimizer, {"weights": small_rule(), "average": average})}
     else:
-        optimizer = LearnedOptimizer(model.parameters(), weights=small_rule())
+        optimizer = LearnedOptimizer(model.parameters(), weights=small_rule(), average=average)
         way_in = {"optimizers": (optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS))}
     settings = transformers.TrainingArguments(
         output_dir=str(folder),
@@ -104,3 +104,15 @@ def test_a_checkpoint_resumes_to_the_last_bit(by_class: bool, dtype: torch.dtype
     resumed = make_trainer(model, tmp_path, by_class)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS // 2}"))
     assert_identical(run_of(resumed), expected)
+
+
+@pytest.mark.parametrize("by_class", [False, True])
+def test_averaged_weights_survive_a_checkpoint(by_class: bool, tmp_path: Path) -> None:
+    def averages(trainer: Any) -> list[Tensor]:
+        return averages_of(trainer.model, trainer.optimizer.optimizer)
+
+    whole = make_trainer(make_model(), tmp_path, by_class, average=True, save_strategy="steps", save_steps=STEPS // 2)
+    whole.train()
+    resumed = make_trainer(make_model(), tmp_path, by_class, average=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS // 2}"))
+    assert_identical(averages(resumed), averages(whole))

@@ -27,9 +27,22 @@ def make_batches(count: int) -> list[Batch]:
     return [(x, x.sum(-1, keepdim=True).sin()) for x in inputs]
 
 
-def make_optimizer(model: nn.Module, lr: float = 1.0) -> LearnedOptimizer:
+def make_optimizer(model: nn.Module, lr: float = 1.0, average: bool = False) -> LearnedOptimizer:
     """Build the optimizer under test."""
-    return LearnedOptimizer(model.parameters(), lr=lr, weights=small_rule())
+    return LearnedOptimizer(model.parameters(), lr=lr, weights=small_rule(), average=average)
+
+
+def averages_of(model: nn.Module, optimizer: LearnedOptimizer) -> list[Tensor]:
+    """Copy the averaged weights, and see that the model keeps its own."""
+    before = copies(model.parameters())
+    averaged = optimizer.averaged_state_dict(model)
+    with optimizer.averaged():
+        inside = copies(model.parameters())
+    for raw, now, average, name in zip(before, model.parameters(), inside, dict(model.named_parameters()), strict=True):
+        assert torch.equal(raw, now)
+        assert not torch.equal(raw, average)
+        assert torch.equal(average, averaged[name])
+    return inside
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -67,3 +80,14 @@ def plain_run(
             before_step(model, optimizer)
         optimizer.step()
     return end_of(model, optimizer)
+
+
+def plain_averages(batches: Iterable[Batch], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Train with a loop of one's own; return the averaged weights."""
+    model = make_model(dtype)
+    optimizer = make_optimizer(model, average=True)
+    for batch in batches:
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+    return averages_of(model, optimizer)
