@@ -55,7 +55,8 @@ def lstm_steppers(rule: UpdateRule, count: int) -> dict[str, Callable[[], object
 
     @torch.no_grad()
     def whole() -> None:
-        update, state["memory"], _ = rule(grad, state["memory"], torch.tensor(1.0), rule.tensor_scale(param), advance)
+        scale = rule.tensor_scale(param, state["memory"], torch.tensor(0.0))
+        update, state["memory"], _ = rule(grad, state["memory"], torch.tensor(1.0), scale, advance)
         param.add_(update)
 
     @torch.no_grad()

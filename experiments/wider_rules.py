@@ -131,7 +131,8 @@ class WiderOptimizer(torch.optim.Optimizer):
             noted = self.rule.note(param.flatten(), state["memory"], state["step"], _mean)
             state["step"] += 1
             memory = {**state["memory"], "noted": noted}
-            step, scale = torch.tensor(float(state["step"])), self.rule.tensor_scale(param)
+            step = torch.tensor(float(state["step"]))
+            scale = self.rule.tensor_scale(param, memory, step - 1)
             update, state["memory"], _ = self.rule(param.grad.flatten(), memory, step, scale)
             param.add_(update.view_as(param))
 

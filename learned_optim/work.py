@@ -29,7 +29,9 @@ def step_items(
     Returns:
         One item for each parameter.
     """
-    scales = rule.tensor_scales([as_real(param) for param in params])
+    memories = [{name: state[param][name] for name in rule.agreement_names} for param in params]
+    done = [state[param]["step"] for param in params]
+    scales = rule.tensor_scales([as_real(param) for param in params], memories, done)
     return [
         StepItem(
             param=local(as_real(param)),

@@ -6,6 +6,7 @@ nothing. The output is bounded, so no state of the LSTM can make a step explode;
 a step relative to the tensor.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -43,6 +44,10 @@ class AdamModulationConfig(RuleConfig):
         matrix_momentum: Share of the raw momentum, ``-(m + n)``, in the direction that is orthogonalised.
         matrix_gain: Length of the orthogonal update, relative to the update that the LSTM made.
         matrix_smallest_side: Fewest rows and columns of a matrix that takes part.
+        agreement_gain: How much longer the steps of a tensor are where its gradients agree; 0: no longer. See
+            :meth:`AdamModulationRule.agreement_factor`.
+        agreement_floor: Agreement up to which they are no longer; noise has 1.
+        agreement_limit: How many times as long they can be.
     """
 
     hidden_size: int = 8
@@ -64,6 +69,14 @@ class AdamModulationConfig(RuleConfig):
     matrix_momentum: float = 0.0
     matrix_gain: float = 1.0
     matrix_smallest_side: int = 2
+    agreement_gain: float = 0.0
+    agreement_floor: float = 1.1
+    agreement_limit: float = 8.0
+
+    @property
+    def noise_share(self) -> float:
+        """Share of its second moment that noise leaves in the mean square of the slow momentum."""
+        return (1 - self.slow_decay) / (1 + self.slow_decay)
 
     def __post_init__(self) -> None:
         """Refuse values with no meaning.
@@ -71,7 +84,8 @@ class AdamModulationConfig(RuleConfig):
         Raises:
             ValueError: If a size is no integer or below 1, or another number is not finite, or a decay lies outside
                 [0, 1), or a scale, step size or gain is not positive, or ``outlier_bound``, ``small_min_scale``,
-                ``anneal_power`` or ``anneal_start`` is negative, or a share of the matrix stage lies outside [0, 1].
+                ``anneal_power``, ``anneal_start``, ``agreement_gain`` or ``agreement_floor`` is negative, or
+                ``agreement_limit`` is below 1, or a share of the matrix stage lies outside [0, 1].
         """
         super().__post_init__()
         object.__setattr__(self, "time_scales", tuple(finite("time_scales", scale) for scale in self.time_scales))
@@ -83,10 +97,15 @@ class AdamModulationConfig(RuleConfig):
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if type(self.matrix_smallest_side) is not int or self.matrix_smallest_side < 2:
             raise ValueError(f"matrix_smallest_side must be an integer from 2 on, got {self.matrix_smallest_side!r}")
+        if not self.agreement_limit >= 1:
+            raise ValueError(f"agreement_limit must be at least 1, got {self.agreement_limit}")
         for name in ("step_size", "min_scale", "max_scale", "anneal_steps", "log_gain", "matrix_gain"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("outlier_bound", "small_min_scale", "anneal_power", "anneal_start"):
+        for name in (
+            *("outlier_bound", "small_min_scale", "anneal_power", "anneal_start"),
+            *("agreement_gain", "agreement_floor"),
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if any(not scale > 0 for scale in self.time_scales):
@@ -149,6 +168,37 @@ class AdamModulationRule(UpdateRule):
         config = self.config
         floor = max(config.min_scale, min(config.small_min_scale, 0.5 * numel**-0.25))
         return min(floor, config.max_scale), config.max_scale
+
+    @property
+    def agreement_names(self) -> tuple[str, ...]:
+        """The slow momentum and the second moment, where the configuration has an ``agreement_gain``."""
+        return ("exp_avg_slow", "exp_avg_sq") if self.config.agreement_gain else ()
+
+    def agreement_factor(self, momentum_squares: Tensor, second_moments: Tensor, done: Tensor) -> Tensor:
+        """Return how many times as long a tensor's steps are because its gradients agree.
+
+        A slow momentum ``n`` of decay d sums gradients. Of noise with second moment ``v`` its mean square is
+        ``v (1 - d) / (1 + d)`` at most, and of gradients that agree it rises to ``v``. So the agreement is ::
+
+            a      = sqrt(sum(n^2) / sum(v) * (1 + d) / (1 - d))
+            factor = min(exp(agreement_gain * max(a - agreement_floor, 0)), agreement_limit)
+
+        It is 1 for noise. Neither gradients that are rare nor those that shrink raise it. ``n`` is not corrected for its bias,
+        so the first steps are never long; ``v`` is.
+
+        Args:
+            momentum_squares: Sum of ``n^2`` over the tensor before this step, float64.
+            second_moments: Sum of ``v`` over the tensor before this step, not corrected for its bias.
+            done: Inner steps taken so far.
+
+        Returns:
+            The factor; 1 where nothing is known yet.
+        """
+        config = self.config
+        corrected = second_moments / (1 - config.second_moment_decay ** done.double())
+        agreement = (momentum_squares / (corrected * config.noise_share)).sqrt().nan_to_num(0.0, 0.0, 0.0)
+        longer = (config.agreement_gain * (agreement - config.agreement_floor)).clamp(0.0, math.log(config.agreement_limit))
+        return torch.exp(longer)
 
     def anneal(self, step: Tensor) -> Tensor:
         """Return the share of the nominal step size that is left.

@@ -176,53 +176,78 @@ class UpdateRule(nn.Module, ABC):
         memory["cell"] = like.new_zeros(num_coordinates, self.memory_width)
         return memory
 
-    def tensor_scale(self, param: Tensor, batch_dims: int = 0) -> Tensor | None:
-        """Return the one statistic a rule may take over a whole tensor, or None where it takes none.
+    def tensor_scale(self, param: Tensor, memory: Memory | None = None, done: Tensor | None = None) -> Tensor | None:
+        """Return the one number that a rule may take from a whole tensor, or None where it takes none.
 
-        It is computed before a tensor is cut into chunks or shards, so neither changes the update; the sum is taken in
-        float64, so that its order cannot either. A tensor with a NaN counts as one of zeros: the others go on.
+        It is the root mean square of the parameter, within :meth:`scale_bounds`, times :meth:`agreement_factor`. It is
+        computed before a tensor is cut into chunks or shards, so neither changes the update; sums are taken in float64, so
+        their order cannot either. A tensor with a NaN counts as one of zeros: the others go on.
 
         Args:
             param: A parameter tensor.
-            batch_dims: Leading dimensions that index independent optimizees, each with a scale of its own.
+            memory: The memory before the step, in the shape of ``param``; None: it has no say.
+            done: Inner steps taken so far, 0-dim.
 
         Returns:
-            A tensor of shape ``param.shape[:batch_dims]`` and the rule's dtype, or None.
+            A 0-dim tensor of the rule's dtype, or None.
         """
         if not self.uses_scale:
             return None
-        dims = tuple(range(batch_dims, param.dim()))
-        param = param.detach()
-        if batch_dims == 0 and param.numel() > PIECE and type(param) is Tensor and not torch.compiler.is_compiling():
-            flat = param.view(-1) if param.is_contiguous() else param
-            pieces = flat.split(max(PIECE * len(flat) // flat.numel(), 1))
-            wide = torch.empty_like(pieces[0], dtype=torch.float64)
-            norms = [torch.linalg.vector_norm(wide[: len(piece)].copy_(piece)) for piece in pieces]
-            norm = torch.linalg.vector_norm(torch.stack(norms))
-        else:
-            norm = torch.linalg.vector_norm(param, dim=dims, dtype=torch.float64) if dims else param.abs().double()
-        numel = max(param.shape[batch_dims:].numel(), 1)
-        return (norm / numel**0.5).nan_to_num(0.0).clamp(*self.scale_bounds(numel)).to(self.readout.weight.dtype)
+        numel = max(param.numel(), 1)
+        scale = (_norm(param.detach(), 2) / numel**0.5).nan_to_num(0.0).clamp(*self.scale_bounds(numel))
+        if memory is not None and done is not None and self.agreement_names:
+            momentum, second_moment = (memory[name] for name in self.agreement_names)
+            squares, sizes = _norm(momentum, 2).square(), _norm(second_moment, 1)
+            scale = scale * self.agreement_factor(squares, sizes, done)
+        return scale.to(self.readout.weight.dtype)
 
-    def tensor_scales(self, params: Sequence[Tensor]) -> list[Tensor | None]:
+    def tensor_scales(
+        self, params: Sequence[Tensor], memories: Sequence[Memory], done: Sequence[Tensor]
+    ) -> list[Tensor | None]:
         """Return :meth:`tensor_scale` of many tensors; on a GPU in a few launches, however many tensors there are.
 
         Args:
             params: Parameter tensors with at least one entry, all on one device.
+            memories: The memory of each.
+            done: Inner steps of each so far.
 
         Returns:
             A 0-dim tensor or None each.
         """
         together = self.uses_scale and all(param.is_cuda and type(param) in (Tensor, nn.Parameter) for param in params)
         if not together or torch.compiler.is_compiling():
-            return [self.tensor_scale(param) for param in params]
+            return [self.tensor_scale(*each) for each in zip(params, memories, done, strict=True)]
         norms = torch._foreach_norm([param.detach() for param in params], 2, dtype=torch.float64)
         norms = torch.stack(norms).nan_to_num(0.0).unbind()
         torch._foreach_div_(norms, [param.numel() ** 0.5 for param in params])
         floors, ceilings = zip(*(self.scale_bounds(param.numel()) for param in params), strict=True)
         torch._foreach_clamp_min_(norms, floors)
         torch._foreach_clamp_max_(norms, ceilings)
-        return list(torch.stack(norms).to(self.readout.weight.dtype).unbind())
+        scales = torch.stack(norms)
+        if self.agreement_names:
+            momenta, second_moments = ([memory[name] for memory in memories] for name in self.agreement_names)
+            squares = torch.stack(torch._foreach_norm(momenta, 2, dtype=torch.float64)).square()
+            sizes = torch.stack(torch._foreach_norm(second_moments, 1, dtype=torch.float64))
+            scales = scales * self.agreement_factor(squares, sizes, torch.stack(list(done)).to(scales.device))
+        return list(scales.to(self.readout.weight.dtype).unbind())
+
+    @property
+    def agreement_names(self) -> tuple[str, ...]:
+        """The momentum and the second moment that :meth:`agreement_factor` compares; empty where a rule does not."""
+        return ()
+
+    def agreement_factor(self, momentum_squares: Tensor, second_moments: Tensor, done: Tensor) -> Tensor:
+        """Return how many times as long a tensor's steps are because its gradients agree.
+
+        Args:
+            momentum_squares: Sum of the squares of a momentum over the tensor, float64.
+            second_moments: Sum of the second moment over the tensor, in the same shape.
+            done: Inner steps taken so far, broadcast against both.
+
+        Returns:
+            The factor, float64.
+        """
+        return torch.ones_like(momentum_squares)
 
     def scale_bounds(self, numel: int) -> tuple[float, float]:
         """Return the floor and the ceiling of :meth:`tensor_scale`, which is a root mean square.
@@ -354,3 +379,15 @@ class UpdateRule(nn.Module, ABC):
         hidden, (kept_hidden, kept_cell) = advance(encoded.inputs, (memory["hidden"], memory["cell"]), encoded.active)
         update = self.decode(hidden, encoded.context)
         return update, {**encoded.moments, "hidden": kept_hidden, "cell": kept_cell}, encoded
+
+
+def _norm(tensor: Tensor, order: int) -> Tensor:
+    """Return a norm of a whole tensor in float64; of a large one piece by piece, to save memory."""
+    if tensor.numel() > PIECE and type(tensor) is Tensor and not torch.compiler.is_compiling():
+        flat = tensor.view(-1) if tensor.is_contiguous() else tensor
+        pieces = flat.split(max(PIECE * len(flat) // flat.numel(), 1))
+        wide = torch.empty_like(pieces[0], dtype=torch.float64)
+        norms = [torch.linalg.vector_norm(wide[: len(piece)].copy_(piece), order) for piece in pieces]
+        return torch.linalg.vector_norm(torch.stack(norms), order)
+    norm = torch.linalg.vector_norm(tensor, order, dtype=torch.float64)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -28,7 +28,7 @@ class InnerSteps(Protocol):
     raw: tuple[Tensor, Tensor | None] | None
 
     def take(self, grad: Tensor, step: int, scales: Tensor | None) -> None:
-        """Take inner step number ``step`` with the gradient ``(P, D)`` and :func:`tensor_scales` at ``params``."""
+        """Take inner step number ``step`` with the gradient ``(P, D)`` and :class:`TensorScales` at ``params``."""
         ...
 
 
@@ -47,21 +47,47 @@ def inner_steps(rule: AnyRule, optimizee: Optimizee, params: Tensor, memory: Mem
     return (CompiledSteps if native.supports(first(rule)) else PlainSteps)(rule, optimizee, params, memory)
 
 
-def scale_bounds(rule: AnyRule, optimizee: Optimizee) -> tuple[Tensor, Tensor] | None:
-    """Return the rule's bounds of each tensor of a problem, two of ``(tensors,)``, or None where it takes no scale."""
-    one = first(rule)
-    if not one.uses_scale:
-        return None
-    bounds = [one.scale_bounds(value[0].numel()) for value in optimizee.params.values()]
-    floors, ceilings = one.readout.weight.new_tensor(bounds).unbind(1)
-    return floors, ceilings
+class TensorScales:
+    """The rule's ``tensor_scale`` of each tensor of each problem: constants of the meta-gradient.
 
+    Args:
+        rule: Parts share all that a scale depends on.
+        optimizee: Says which coordinates share a tensor.
+    """
 
-def tensor_scales(bounds: tuple[Tensor, Tensor] | None, optimizee: Optimizee, params: Tensor) -> Tensor | None:
-    """Return the rule's ``tensor_scale`` of each tensor of each problem, ``(P, tensors)``, within :func:`scale_bounds`."""
-    if bounds is None:
-        return None
-    return (params.detach().square() @ optimizee.tensor_means.to(params)).sqrt().clamp(*bounds)
+    def __init__(self, rule: AnyRule, optimizee: Optimizee) -> None:
+        self._rule, self._optimizee = first(rule), optimizee
+        bounds = [self._rule.scale_bounds(value[0].numel()) for value in optimizee.params.values()]
+        self._floors, self._ceilings = self._rule.readout.weight.new_tensor(bounds).unbind(1)
+
+    def __bool__(self) -> bool:
+        """Return whether the rule takes a scale."""
+        return self._rule.uses_scale
+
+    def __call__(self, params: Tensor, memory: Memory, done: int) -> Tensor | None:
+        """Return the scales before a step.
+
+        Args:
+            params: ``(P, D)``.
+            memory: Before the step, for all P * D coordinates.
+            done: Inner steps taken so far.
+
+        Returns:
+            ``(P, tensors)``, or None where the rule takes none.
+        """
+        if not self:
+            return None
+        scales = self._means(params.detach().square()).sqrt().clamp(self._floors, self._ceilings)
+        if not self._rule.agreement_names:
+            return scales
+        momentum, second_moment = (memory[name].detach().view_as(params) for name in self._rule.agreement_names)
+        squares, sizes = self._means(momentum.double().square()), self._means(second_moment.double())
+        factor = self._rule.agreement_factor(squares, sizes, torch.tensor(float(done), device=params.device))
+        return (scales * factor).to(scales.dtype)
+
+    def _means(self, values: Tensor) -> Tensor:
+        """Return the mean over each tensor."""
+        return values @ self._optimizee.tensor_means.to(values)
 
 
 def plain_step(
@@ -75,7 +101,7 @@ def plain_step(
         grad: ``(P, D)``.
         memory: For all P * D coordinates. Not modified.
         step: Inner steps including this one.
-        scales: From :func:`tensor_scales`.
+        scales: From :class:`TensorScales`.
 
     Returns:
         The update ``(P, D)`` and the new memory, with a graph where the rule's meta-parameters want one.
@@ -226,7 +252,7 @@ class Lesson:
     ) -> None:
         self.pupil = inner_steps(rule, optimizee, params, memory)
         self.teacher = inner_steps(teacher, optimizee, params, teacher_memory)
-        self.optimizee, self.bounds = optimizee, scale_bounds(teacher, optimizee)
+        self._scales = TensorScales(teacher, optimizee)
         self.updates: list[Tensor] = []
         self.taught: list[Tensor] = []
 
@@ -246,7 +272,7 @@ class Lesson:
 
     def take(self, grad: Tensor, step: int, scales: Tensor | None) -> None:
         """Take an inner step, and note the update ``(P, D)`` of each."""
-        of_teacher = tensor_scales(self.bounds, self.optimizee, self.params)
+        of_teacher = self._scales(self.params, self.teacher.memory, step - 1)
         for steps, own_scales, noted in ((self.pupil, scales, self.updates), (self.teacher, of_teacher, self.taught)):
             before = steps.params.clone()
             steps.take(grad, step, own_scales)

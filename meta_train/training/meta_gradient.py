@@ -26,7 +26,7 @@ from torch import Tensor
 from learned_optim.backends.native.sequence import native_sequence, native_supports
 from learned_optim.rules import UpdateRule
 from meta_train.tasks.task import Optimizee
-from meta_train.training.inner_steps import plain_step, scale_bounds, tensor_scales
+from meta_train.training.inner_steps import TensorScales, plain_step
 from meta_train.training.parts import AnyRule, members
 from meta_train.training.roll_out import Carry, RollOut
 
@@ -161,10 +161,9 @@ def unroll(
         Losses ``(K, P)`` and the carry after the last step.
     """
     params, memory = carry.params.detach(), carry.memory
-    grad, losses, bounds = carry.grad, [], scale_bounds(rule, optimizee)
+    grad, losses, scales_at = carry.grad, [], TensorScales(rule, optimizee)
     for step in range(carry.step + 1, carry.step + truncation + 1):
-        scales = tensor_scales(bounds, optimizee, params)
-        update, memory = plain_step(rule, optimizee, grad, memory, step, scales)
+        update, memory = plain_step(rule, optimizee, grad, memory, step, scales_at(params, memory, step - 1))
         params = params + update
         loss = optimizee.losses(optimizee.unflatten(params))
         losses.append(loss)

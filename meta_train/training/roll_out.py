@@ -10,7 +10,7 @@ from torch import Tensor
 
 from learned_optim.rules import Memory, UpdateRule
 from meta_train.tasks.task import Optimizee
-from meta_train.training.inner_steps import Lesson, inner_steps, scale_bounds, tensor_scales
+from meta_train.training.inner_steps import Lesson, TensorScales, inner_steps
 from meta_train.training.matrices import Matrices
 from meta_train.training.parts import AnyRule, first, parts_of
 
@@ -230,12 +230,12 @@ def roll_out(
     size = carry.params.shape[1]
     chosen, share = every_coordinate(carry) if coordinates is None else coordinates
     problem, tensor = chosen // size, optimizee.tensor_index[chosen % size]
-    shared, bounds = first(rule), scale_bounds(rule, optimizee)
+    shared, scales_at = first(rule), TensorScales(rule, optimizee)
     # One piece of memory for all inner steps: what each of them kept would lie between blocks of the size of activations,
     # which the allocator could not join again, and megabytes would be lost in every step.
     losses = loss.new_empty(truncation, *loss.shape)
     grads = grad.new_empty(truncation + 1, chosen.numel())
-    scale = None if bounds is None else grads.new_empty(truncation, chosen.numel())
+    scale = grads.new_empty(truncation, chosen.numel()) if scales_at else None
     memory = {
         name: values.new_empty(truncation, chosen.numel(), *values.shape[1:])
         for name, values in shared.read_by_encode(inner.memory).items()
@@ -245,7 +245,7 @@ def roll_out(
     for k in range(truncation):
         for name, values in shared.read_by_encode(inner.memory).items():
             memory[name][k] = values[chosen]
-        scales = tensor_scales(bounds, optimizee, inner.params)
+        scales = scales_at(inner.params, inner.memory, carry.step + k)
         if scale is not None and scales is not None:
             scale[k] = scales[problem, tensor]
         inner.take(grad, carry.step + k + 1, scales)

@@ -11,7 +11,7 @@ from learned_optim.backends.native import step as native_backend
 from learned_optim.rules import plain_adam
 from meta_train.tasks import Optimizee, Quadratic, Quartic, module_optimizee, seeded
 from meta_train.training import meta_gradient
-from meta_train.training.inner_steps import CompiledSteps, PlainSteps, plain_step, scale_bounds, tensor_scales
+from meta_train.training.inner_steps import CompiledSteps, PlainSteps, TensorScales, plain_step
 from meta_train.training.meta_gradient import backpropagate, imitate, unroll
 from meta_train.training.roll_out import (
     Carry,
@@ -119,7 +119,7 @@ def test_imitation_is_the_derivative_of_the_distance_from_the_teacher(
     once, again = waking(1), waking(1)
     carry, twin = start_episode(rule, once, teacher=teacher), start_episode(teacher, again)
     memory = carry.memory
-    bounds, teacher_bounds = scale_bounds(rule, again), scale_bounds(teacher, again)
+    scales_of, scales_of_teacher = TensorScales(rule, again), TensorScales(teacher, again)
     for first in (0, 6):  # The second truncation starts from memories that are not at rest.
         rule.zero_grad()
         record, carry = roll_out(rule, once, carry, 6, teacher=teacher)
@@ -128,8 +128,8 @@ def test_imitation_is_the_derivative_of_the_distance_from_the_teacher(
         rule.zero_grad()
         updates, taught, params, grad = [], [], twin.params, twin.grad
         for step in range(first + 1, first + 7):
-            update, memory = plain_step(rule, again, grad, memory, step, tensor_scales(bounds, again, params))
-            scales = tensor_scales(teacher_bounds, again, params)
+            scales = scales_of_teacher(params, twin.memory, step - 1)
+            update, memory = plain_step(rule, again, grad, memory, step, scales_of(params, memory, step - 1))
             with torch.no_grad():
                 lesson, twin.memory = plain_step(teacher, again, grad, twin.memory, step, scales)
             params = params + lesson
@@ -288,7 +288,7 @@ def test_compiled_inner_steps_are_the_plain_ones(case: str, name: str) -> None:
     for step in range(1, 31):
         grad = torch.randn_like(start.params) * (torch.rand_like(start.params) > 0.1)
         for way in ways:
-            way.take(grad, step, tensor_scales(scale_bounds(rule, optimizee), optimizee, way.params))
+            way.take(grad, step, TensorScales(rule, optimizee)(way.params, way.memory, step - 1))
     torch.testing.assert_close(ways[1].params, ways[0].params, rtol=1e-5, atol=1e-6)
     for name, values in ways[0].memory.items():
         torch.testing.assert_close(ways[1].memory[name], values, rtol=1e-4, atol=1e-5)

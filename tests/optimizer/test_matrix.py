@@ -55,7 +55,7 @@ def by_hand(rule: UpdateRule, params: list[nn.Parameter], steps: int, lr: float,
             grad = torch.randn(param.shape, generator=generator)
             if param.dim() > 1:
                 grad[0] = 0.0
-            scale = rule.tensor_scale(param)
+            scale = rule.tensor_scale(param, memories[at], torch.tensor(float(step)))
             update, memories[at], _ = rule(grad.flatten(), memories[at], torch.tensor(step + 1.0), scale)
             if param.dim() > 1 and min(matrix_shape(param.shape)) >= 2:
                 momentum = rule.raw_momentum(memories[at])

@@ -18,7 +18,7 @@ def by_hand(rule: UpdateRule, start: Tensor, gradients: list[Tensor]) -> tuple[T
     rule = rule.to(start.dtype)
     param, memory = start.clone(), rule.initial_memory(start.numel(), start)
     for step, gradient in enumerate(gradients, 1):
-        scale = rule.tensor_scale(param)
+        scale = rule.tensor_scale(param, memory, torch.tensor(step - 1.0))
         update, memory, _ = rule(gradient.reshape(-1), memory, torch.tensor(step, dtype=start.dtype), scale)
         if rule.matrix_stage and rule.matrix_stage.applies_to(param.shape):
             momentum, sides = rule.raw_momentum(memory), (1, *matrix_shape(param.shape))

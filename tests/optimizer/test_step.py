@@ -411,7 +411,7 @@ def test_float64_parameters_compute_in_float64(rule: UpdateRule) -> None:
         double[0].grad = gradient
         optimizer.step()
         time = torch.tensor(step + 1, dtype=torch.float64)
-        update, memory, _ = exact(gradient, memory, time, exact.tensor_scale(start))
+        update, memory, _ = exact(gradient, memory, time, exact.tensor_scale(start, memory, time - 1))
         start = start + update
     torch.testing.assert_close(double[0].detach(), start, rtol=1e-14, atol=1e-14)
 

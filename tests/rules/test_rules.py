@@ -348,20 +348,58 @@ def test_the_scale_of_a_small_tensor_has_a_higher_floor(numel: int, floor: float
 def test_the_scales_of_many_tensors_at_once_are_those_of_each(
     shapes: tuple[tuple[int, ...], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rule = build_rule("adam-modulation", min_scale=0.1, small_min_scale=0.3, max_scale=0.5)
+    rule = build_rule("adam-modulation", min_scale=0.1, small_min_scale=0.3, max_scale=0.5, agreement_gain=0.5)
     params = [start * torch.ones(shape) for shape in shapes for start in (0.0, 0.4, 2.0)]
-    expected = [rule.tensor_scale(param) for param in params]
+    memories = [{"exp_avg_slow": param / 10, "exp_avg_sq": param.square()} for param in params]
+    done = [torch.tensor(float(step)) for step in range(len(params))]
+    expected = [rule.tensor_scale(*each) for each in zip(params, memories, done, strict=True)]
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: True))
     with mock.patch.object(rule, "tensor_scale", side_effect=AssertionError("one by one")):
-        torch.testing.assert_close(rule.tensor_scales(params), expected)
+        torch.testing.assert_close(rule.tensor_scales(params, memories, done), expected)
 
 
-@pytest.mark.parametrize("case", ADAM_CASES)
-def test_the_tensor_scale_of_a_batch_is_that_of_each_member(case: str) -> None:
-    rule = small_rule(case)
-    batch = torch.randn(5, 3, 2) * torch.linspace(0.1, 0.9, 5).view(5, 1, 1)
-    expected = torch.stack([rule.tensor_scale(member) for member in batch])
-    torch.testing.assert_close(rule.tensor_scale(batch, batch_dims=1), expected)
+# Agreement
+AGREEING = {"slow_decay": 0.98, "second_moment_decay": 0.995, "agreement_gain": 6.0, "agreement_limit": 8.0}
+
+
+def factor_after(gradients: Tensor, **config: float) -> float:
+    """The factor after as many steps as there are rows."""
+    rule = build_rule("adam-modulation", **AGREEING | config)
+    memory = rule.initial_memory(gradients.shape[1], gradients)
+    for step, gradient in enumerate(gradients, 1):
+        memory |= rule.encode(gradient, memory, torch.tensor(float(step)), torch.tensor(1.0)).moments
+    scales = [rule.tensor_scale(torch.ones(3), known, torch.tensor(float(len(gradients)))) for known in (memory, None)]
+    return float(scales[0] / scales[1])
+
+
+def test_steps_are_longer_where_gradients_agree() -> None:
+    noise = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
+    assert factor_after(noise) == 1.0
+    assert factor_after(noise + 1.0) == pytest.approx(8.0)
+    assert factor_after(noise + 1.0, agreement_limit=3.0) == pytest.approx(3.0)
+    assert factor_after(noise + 1.0, agreement_gain=0.0) == 1.0
+    weak = factor_after(noise + 0.1, agreement_gain=1.0, agreement_floor=1.0)
+    # Mean square of the momentum over noise of variance 1: noise alone, and the mean.
+    share = 0.02 / 1.98
+    expected = math.exp(((share + 0.01) / (1.01 * share)) ** 0.5 - 1.0)
+    assert weak == pytest.approx(expected, rel=0.05)
+
+
+def test_neither_rare_nor_shrinking_gradients_count_as_agreement() -> None:
+    noise = torch.randn(300, 2000, generator=torch.Generator().manual_seed(0))
+    rare = noise * (torch.rand(noise.shape, generator=torch.Generator().manual_seed(1)) < 0.01)
+    assert factor_after(rare) == 1.0
+    assert factor_after(noise * torch.logspace(0, -6, 300).unsqueeze(1)) == 1.0
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1e18, math.nan, math.inf])
+def test_agreement_stays_within_its_limit_whatever_the_memory(value: float) -> None:
+    rule = build_rule("adam-modulation", **AGREEING)
+    memory = {"exp_avg_slow": torch.full((3,), value), "exp_avg_sq": torch.full((3,), value)}
+    for done in (0.0, 1.0, 1e6):
+        scale = rule.tensor_scale(torch.ones(3), memory, torch.tensor(done))
+        assert scale is not None
+        assert 1.0 <= float(scale) <= 8.0
 
 
 @pytest.mark.parametrize("case", PAPER_CASES)

@@ -3,6 +3,7 @@
  * Plain C with a plain ABI, loaded by ctypes: no torch headers, no build-time dependency but a compiler. The kernel is
  * compiled once for each instruction set and chosen at run time; see step_kernel.h for how it works.
  */
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -19,6 +20,7 @@ struct rule {
   int32_t family, layers, hidden, log_and_sign, num_times;
   float fast_decay, slow_decay, second_moment_decay, outlier_bound, step_size, log_gain;
   float anneal_power, anneal_steps, anneal_start, min_scale, small_min_scale, max_scale;
+  double agreement_gain, agreement_floor, agreement_limit, agreement_noise, agreement_decay;
   float input_scale, output_scale, preprocess_p, threshold;
   float time_scales[16];
 };
@@ -111,13 +113,28 @@ static void prepare_item(struct item *item, const struct rule *rule, const struc
   item->corrections[2] = 1.0f / (1.0f - powf(rule->second_moment_decay, item->step));
 }
 
-/* The rule's tensor_scale, from the mean of the squares. */
-HELPER float scale_of(const struct rule *rule, double mean_square, int64_t size) {
-  double root = sqrt(mean_square), small = 0.5 / sqrt(sqrt((double)size));
+/* What is summed over a tensor for its scale. */
+struct sums {
+  double params, momenta, second_moments; /* of squares, of squares, as they are */
+};
+
+/* The rule's agreement_factor. `done` inner steps came before. */
+HELPER double agreement_factor(const struct rule *rule, struct sums sums, double done) {
+  const double corrected = sums.second_moments / (1.0 - pow(rule->agreement_decay, done));
+  const double agreement = sqrt(sums.momenta / (corrected * rule->agreement_noise));
+  if (!(agreement <= DBL_MAX)) return 1.0;
+  const double factor = exp(rule->agreement_gain * (agreement - rule->agreement_floor));
+  return factor < 1.0 ? 1.0 : factor > rule->agreement_limit ? rule->agreement_limit : factor;
+}
+
+/* The rule's tensor_scale. */
+HELPER float scale_of(const struct rule *rule, struct sums sums, int64_t size, double done) {
+  double root = sqrt(sums.params / (double)size), small = 0.5 / sqrt(sqrt((double)size));
   if (small > rule->small_min_scale) small = rule->small_min_scale;
   double floor = small < rule->min_scale ? rule->min_scale : small;
   root = root > floor ? root : floor; /* of NaN too */
-  return (float)(root > rule->max_scale ? rule->max_scale : root);
+  root = root > rule->max_scale ? rule->max_scale : root;
+  return (float)(rule->agreement_gain ? root * agreement_factor(rule, sums, done) : root);
 }
 
 /* Whether a tensor is so small that one thread takes all of it, and counts its step and measures its scale just before:
@@ -201,7 +218,7 @@ static int measure_scales(const struct rule *rule, const struct columns *columns
   for (int64_t i = 0; i < columns->count; i++)
     if (!taken_whole(sizes[i])) pieces += (sizes[i] + PIECE - 1) / PIECE, coordinates += sizes[i];
   if (!pieces) return 0;
-  double *sums = malloc(sizeof(double) * (size_t)pieces);
+  struct sums *sums = malloc(sizeof(struct sums) * (size_t)pieces);
   if (!sums) return 1;
   threads = useful_threads(threads, coordinates / 16);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static, 1)
@@ -211,14 +228,18 @@ static int measure_scales(const struct rule *rule, const struct columns *columns
       for (int64_t start = 0; start < sizes[i] && !taken_whole(sizes[i]); start += PIECE, piece++)
         if (piece >= first && piece < last) {
           int64_t size = sizes[i] - start < PIECE ? sizes[i] - start : PIECE;
-          sums[piece] = DISPATCH(sum_of_squares, columns->params[i], columns->param_types[i], start, size);
+          sums[piece] = DISPATCH(sums_of, rule, columns, i, start, size);
         }
   }
   for (int64_t i = 0, piece = 0; i < columns->count; i++) {
     if (taken_whole(sizes[i])) continue;
-    double total = 0.0;
-    for (int64_t start = 0; start < sizes[i]; start += PIECE) total += sums[piece++];
-    *columns->scales[i] = scale_of(rule, total / (double)sizes[i], sizes[i]);
+    struct sums total = {0.0, 0.0, 0.0};
+    for (int64_t start = 0; start < sizes[i]; start += PIECE, piece++) {
+      total.params += sums[piece].params;
+      total.momenta += sums[piece].momenta;
+      total.second_moments += sums[piece].second_moments;
+    }
+    *columns->scales[i] = scale_of(rule, total, sizes[i], *columns->steps[i]);
   }
   free(sums);
   return 0;

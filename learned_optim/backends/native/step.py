@@ -53,6 +53,8 @@ class _Rule(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("step_size", "log_gain")),
         *((name, ctypes.c_float) for name in ("anneal_power", "anneal_steps", "anneal_start")),
         *((name, ctypes.c_float) for name in ("min_scale", "small_min_scale", "max_scale")),
+        *((name, ctypes.c_double) for name in ("agreement_gain", "agreement_floor", "agreement_limit")),
+        *((name, ctypes.c_double) for name in ("agreement_noise", "agreement_decay")),
         *((name, ctypes.c_float) for name in ("input_scale", "output_scale", "preprocess_p", "threshold")),
         ("time_scales", ctypes.c_float * MAX_TIME_SCALES),
     )
@@ -162,8 +164,11 @@ def describe(rule: UpdateRule) -> dict[str, float]:
         same = (
             *("fast_decay", "slow_decay", "second_moment_decay", "outlier_bound", "step_size", "log_gain"),
             *("anneal_power", "anneal_steps", "anneal_start", "min_scale", "small_min_scale", "max_scale"),
+            *("agreement_gain", "agreement_floor", "agreement_limit"),
         )
         fields = {name: float(getattr(config, name)) for name in same}
+        # Once more, in float64: in float32 little is left of the digits of 1 - 0.98.
+        fields |= {"agreement_noise": config.noise_share, "agreement_decay": config.second_moment_decay}
         return {"family": 1.0, **sizes, "num_times": float(len(config.time_scales)), **fields}
     assert isinstance(config, PaperRuleConfig)
     fields = {name: float(getattr(config, name)) for name in ("input_scale", "output_scale", "preprocess_p")}

@@ -44,6 +44,8 @@
 #define step_items NAME(step_items)
 #define step_all NAME(step_all)
 #define sum_of_squares NAME(sum_of_squares)
+#define sum_of NAME(sum_of)
+#define sums_of NAME(sums_of)
 #define count_and_measure NAME(count_and_measure)
 #define evaluate NAME(evaluate)
 #define fetch NAME(fetch)
@@ -688,13 +690,33 @@ static double sum_of_squares(const void *values, int type, int64_t start, int64_
   return sums[0];
 }
 
+static double sum_of(const float *values, int64_t count) {
+  double sums[BLOCK] = {0};
+  int64_t i = 0;
+  for (; i + BLOCK <= count; i += BLOCK)
+    for (int j = 0; j < BLOCK; j++) sums[j] += (double)values[i + j];
+  for (int j = 0; i < count; i++, j++) sums[j] += (double)values[i];
+  for (int half = BLOCK / 2; half; half /= 2)
+    for (int j = 0; j < half; j++) sums[j] += sums[j + half];
+  return sums[0];
+}
+
+/* Over `count` coordinates of a tensor: what its scale is made of. */
+static struct sums sums_of(const struct rule *rule, const struct columns *columns, int64_t i, int64_t start, int64_t count) {
+  struct sums sums = {sum_of_squares(columns->params[i], columns->param_types[i], start, count), 0.0, 0.0};
+  if (rule->agreement_gain != 0.0) {
+    sums.momenta = sum_of_squares(columns->moments[1][i], columns->moment_types[1][i], start, count);
+    sums.second_moments = sum_of((const float *)columns->moments[2][i] + start, count);
+  }
+  return sums;
+}
+
 /* What comes before the step of an item that this thread takes whole. */
 static void count_and_measure(const struct rule *rule, const struct columns *columns, int64_t i) {
   const int64_t size = columns->sizes[i];
+  if (columns->measure)
+    *columns->scales[i] = scale_of(rule, sums_of(rule, columns, i, 0, size), size, *columns->steps[i]);
   if (columns->count_step) *columns->steps[i] += 1.0f;
-  if (!columns->measure) return;
-  double sum = sum_of_squares(columns->params[i], columns->param_types[i], 0, size);
-  *columns->scales[i] = scale_of(rule, sum / (double)size, size);
 }
 
 /* The blocks `first` to `last`, counted over all items in order; 1 when out of memory. */
