@@ -37,7 +37,14 @@ RULE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "adam-modulation-matrix": (
         "adam-modulation",
-        {"hidden_size": 4, "matrix_blend": 0.8, "matrix_momentum": 0.4, "matrix_gain": 1.5, "agreement_gain": 2.0, "agreement_floor": 0.05},
+        {
+            "hidden_size": 4,
+            "matrix_blend": 0.8,
+            "matrix_momentum": 0.4,
+            "matrix_gain": 1.5,
+            "agreement_gain": 2.0,
+            "agreement_floor": 0.05,
+        },
     ),
 }
 

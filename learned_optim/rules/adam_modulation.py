@@ -125,9 +125,9 @@ class AdamModulationRule(UpdateRule):
     Where the configuration has a matrix stage, :class:`~learned_optim.rules.orthogonal.MatrixStage` shapes the updates of
     whole matrices after that.
 
-    ``scale`` is the root mean square of the whole parameter tensor, clamped; ``anneal`` is a power law that the modulation
-    may bend but need not discover, so the rule goes on settling long after the longest episode it was trained on. A
-    coordinate with ``v = 0`` does not move.
+    ``scale`` is the root mean square of the whole parameter tensor, clamped, times :meth:`agreement_factor`; ``anneal`` is a
+    power law that the modulation may bend but need not discover, so the rule goes on settling long after the longest episode
+    it was trained on. A coordinate with ``v = 0`` does not move.
 
     Args:
         config: Decays, scales and bounds.
@@ -177,14 +177,14 @@ class AdamModulationRule(UpdateRule):
     def agreement_factor(self, momentum_squares: Tensor, second_moments: Tensor, done: Tensor) -> Tensor:
         """Return how many times as long a tensor's steps are because its gradients agree.
 
-        A slow momentum ``n`` of decay d sums gradients. Of noise with second moment ``v`` its mean square is
-        ``v (1 - d) / (1 + d)`` at most, and of gradients that agree it rises to ``v``. So the agreement is ::
+        The slow momentum ``n``, of decay d, sums gradients. Its mean square rises to ``v (1 - d) / (1 + d)`` where gradients
+        are noise of second moment ``v``, and to ``v`` where they agree. So the agreement is ::
 
             a      = sqrt(sum(n^2) / sum(v) * (1 + d) / (1 - d))
             factor = min(exp(agreement_gain * max(a - agreement_floor, 0)), agreement_limit)
 
-        It is 1 for noise. Neither gradients that are rare nor those that shrink raise it. ``n`` is not corrected for its bias,
-        so the first steps are never long; ``v`` is.
+        Noise has ``a = 1``. Neither rare nor shrinking gradients raise ``a``. ``v`` is corrected for its bias and ``n`` is
+        not, so the first steps are never long.
 
         Args:
             momentum_squares: Sum of ``n^2`` over the tensor before this step, float64.
