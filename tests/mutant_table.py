@@ -35,6 +35,18 @@ MUTANTS = {
         ("complex numbers count as matrices", "group_options.is_matrix",
          "not param.is_complex()", "True", "test_complex_parameters_have_no_matrix"),
     ),
+    "agreement": (
+        ("the second moment keeps its bias", "AdamModulationRule.agreement_factor",
+         "second_moments / (1 - config.second_moment_decay ** done.double())", "second_moments",
+         "test_a_few_steps_of_noise_are_not_longer"),
+        ("there is no limit", "AdamModulationRule.agreement_factor",
+         "math.log(config.agreement_limit)", "1000.0", "test_steps_are_longer_where_gradients_agree"),
+        ("noise counts as agreement", "AdamModulationRule.agreement_factor",
+         "agreement - config.agreement_floor", "agreement", "test_steps_are_longer_where_gradients_agree"),
+        ("a step knows its own gradient", "work.step_items",
+         '[state[param]["step"] for param in params]', '[state[param]["step"] + 1 for param in params]',
+         "test_ten_steps_equal_the_rule_called_by_hand"),
+    ),
     "averaged weights": (
         ("the half-life does not grow", "average.update_averages",
          "share * max(step, 1.0)", "share", "test_the_average_is_the_formula"),

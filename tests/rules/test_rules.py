@@ -385,6 +385,11 @@ def test_steps_are_longer_where_gradients_agree() -> None:
     assert weak == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5, 20])
+def test_a_few_steps_of_noise_are_not_longer(steps: int) -> None:
+    assert factor_after(torch.randn(steps, 500, generator=torch.Generator().manual_seed(0))) == 1.0
+
+
 def test_neither_rare_nor_shrinking_gradients_count_as_agreement() -> None:
     noise = torch.randn(300, 2000, generator=torch.Generator().manual_seed(0))
     rare = noise * (torch.rand(noise.shape, generator=torch.Generator().manual_seed(1)) < 0.01)
