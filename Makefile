@@ -23,7 +23,7 @@ demo: .venv/ready ## train a digit classifier with Adam and with LearnedOptimize
 test: .venv/ready ## run the tests
 	$(BIN)/python -m pytest -n 2
 
-test-integrations: .venv/ready ## install Lightning, transformers, accelerate and a factory; run what needs them
+test-integrations: .venv/ready ## install Lightning, transformers, accelerate and a factory; run what needs them, and the site in Chromium if it is there
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,integrations]"
 	$(BIN)/python -m pytest -n 2 tests/integrations
 
