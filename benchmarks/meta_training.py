@@ -27,6 +27,7 @@ from meta_train.tasks import Quadratic, seeded
 from meta_train.training.inner_steps import PlainSteps
 from meta_train.training.meta_gradient import backpropagate, unroll
 from meta_train.training.outer_loop import MetaTraining
+from meta_train.training.parts import Parts
 from meta_train.training.publish import WEIGHTS_DIR
 from meta_train.training.recipe import read_recipe
 from meta_train.training.roll_out import (
@@ -59,7 +60,8 @@ def ways_on_quadratics() -> dict[str, Callable[[], object]]:
     """Return ways to the meta-gradient, the straightforward one first."""
     rule = build_rule("paper", input_scale=128.0, output_scale=0.1)
     optimizee = Quadratic().sample(0)
-    carry = start_episode(rule, optimizee)
+    whole = Parts.whole(rule)
+    carry = start_episode(whole, optimizee)
     weights = torch.full((TRUNCATION, 1), 1 / TRUNCATION)
 
     def straightforward() -> None:
@@ -77,12 +79,12 @@ def ways_on_quadratics() -> dict[str, Callable[[], object]]:
 
     def one_pass(coordinates: int) -> None:
         chosen = sample_coordinates(optimizee, coordinates, seeded(0)) if coordinates else None
-        record, _ = roll_out(rule, optimizee, carry, TRUNCATION, chosen)
-        backpropagate(rule, record, weights)
+        record, _ = roll_out(whole, optimizee, carry, TRUNCATION, chosen)
+        backpropagate(whole, record, weights)
 
     return {
         "straightforward": straightforward,
-        "autograd unroll": lambda: unroll(rule, optimizee, carry, TRUNCATION, lambda losses, _: weights),
+        "autograd unroll": lambda: unroll(whole, optimizee, carry, TRUNCATION, lambda losses, _: weights),
         "one pass, every coordinate": lambda: one_pass(0),
         "one pass, a quarter of the coordinates": lambda: one_pass(320),
     }
@@ -93,14 +95,15 @@ class LstmSteps(PlainSteps):
 
     def take(self, grad: Tensor, step: int, scales: Tensor | None) -> None:
         """Take an inner step."""
+        rule = self.rule.shared
 
         def advance(features: Tensor, held: Carry, active: Tensor) -> tuple[Tensor, Carry]:
-            hiddens, new = self.rule.recur(features.unsqueeze(0), held, fused=True)
+            hiddens, new = rule.recur(features.unsqueeze(0), held, fused=True)
             return hiddens[0], new
 
         scale = None if scales is None else scales[:, self.optimizee.tensor_index].flatten()
         time = self.params.new_tensor(float(step))
-        update, self.memory, _ = self.rule(grad.flatten(), self.memory, time, scale, advance)
+        update, self.memory, _ = rule(grad.flatten(), self.memory, time, scale, advance)
         self.params = self.params + update.view_as(self.params)
 
 

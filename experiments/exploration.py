@@ -134,7 +134,7 @@ def main() -> None:
                     for what, by in REPLACED.get(name, {}).items():
                         replaced.enter_context(mock.patch(f"meta_train.{what}", by))
                     run = meta_train(vary(VARIATIONS[name], steps, seed), f"{name}, seed {seed}")
-                rule = evolve(run) if name == EVOLUTION else run.average
+                rule = evolve(run) if name == EVOLUTION else run.average.shared
                 losses = {task: values for task, values in tqdm(judge(rule), name, len(HELD_OUT_KINDS))}
                 about = {"variation": name, "seed": seed, "steps": options.steps, "commit": environment()["commit"]}
                 write_atomically(file, json.dumps({**about, "losses": losses}).encode())
@@ -202,7 +202,7 @@ def evolve(run: MetaTraining) -> UpdateRule:
     further.rule.load_state_dict(run.average.state_dict())
     for _ in tqdm(further, f"{EVOLUTION}, seed {run.recipe.seed}", GENERATIONS):
         pass
-    return further.rule
+    return further.rule.shared
 
 
 def judge(rule: UpdateRule) -> Iterator[tuple[str, dict[int, float]]]:

@@ -18,6 +18,7 @@ from learned_optim.weights import resolve_weights
 from meta_train.provenance import environment
 from meta_train.rows import Rows, read_rows, write_rows
 from meta_train.training.outer_loop import validate
+from meta_train.training.parts import Parts
 from meta_train.training.publish import WEIGHTS_DIR
 from meta_train.training.recipe import parse_recipe, read_recipe
 
@@ -43,7 +44,7 @@ def main() -> None:
             if (fingerprint, str(horizon)) in done:
                 continue
             validation = msgspec.structs.replace(recipe.validation, optimizees=OPTIMIZEES, horizon=horizon)
-            found = validate(weights.rule, task, msgspec.structs.replace(recipe, validation=validation))
+            found = validate(Parts.whole(weights.rule), task, msgspec.structs.replace(recipe, validation=validation))
             row = {"seed": parse_recipe(weights.recipe).seed, "horizon": horizon, "validation": f"{found:.4f}"}
             rows.append({**row, "n": OPTIMIZEES, "fingerprint": fingerprint, "commit": commit})
             write_rows(TABLE, rows)

@@ -12,6 +12,7 @@ from learned_optim.rules import AdamModulationConfig, AdamModulationRule, Memory
 from learned_optim.rules.rule import Encoded
 from meta_train.tasks import Optimizee
 from meta_train.training.inner_steps import PlainSteps
+from meta_train.training.parts import Parts
 
 Average = Callable[[Tensor], Tensor]
 """From a number for each coordinate to the mean over its tensor."""
@@ -93,9 +94,7 @@ def build_wider_rule(wider: type[WiderRule], family: str, **options: object) -> 
 class NotingSteps(PlainSteps):
     """Inner steps that note in the memory what the rule wants to read."""
 
-    rule: WiderRule
-
-    def __init__(self, rule: WiderRule, optimizee: Optimizee, params: Tensor, memory: Memory) -> None:
+    def __init__(self, rule: Parts, optimizee: Optimizee, params: Tensor, memory: Memory) -> None:
         super().__init__(rule, optimizee, params, memory)
         if not memory["noted"].any():
             self._note(0)
@@ -106,7 +105,9 @@ class NotingSteps(PlainSteps):
         self._note(step)
 
     def _note(self, step: int) -> None:
-        noted = self.rule.note(self.params.flatten(), self.memory, step, self._average)
+        rule = self.rule.shared
+        assert isinstance(rule, WiderRule)
+        noted = rule.note(self.params.flatten(), self.memory, step, self._average)
         self.memory = {**self.memory, "noted": noted}
 
     def _average(self, values: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from meta_train.rows import is_learned, read_rows
 from meta_train.tasks import OwnTask, Task
 from meta_train.tasks.own import NotNamedError, is_path
 from meta_train.training.outer_loop import MetaTraining
-from meta_train.training.parts import Parts, members
+from meta_train.training.parts import Parts
 from meta_train.training.recipe import Recipe, parse_recipe, read_recipe
 from meta_train.workers import Each
 
@@ -79,10 +79,9 @@ def repeat_validation(weights: Learned, data: Path | None = None, each: Each = m
         )
     run = MetaTraining(*_recipe_and_task(one, own), data, each)
     rules = {part.metadata.get("part", ""): part.rule for part in weights.weights.values()}
-    parts = members(run.rule)
-    if missing := [part for part in parts if part not in rules]:
+    if missing := [part for part in run.rule.names if part not in rules]:
         raise ValueError(f"{weights.name} was validated together with {', '.join(missing)}; name all parts, joined by +")
-    rule = Parts({part: rules[part] for part in parts}) if isinstance(run.rule, Parts) else one.rule
+    rule = Parts({part: rules[part] for part in run.rule.names})
     for name in ("validation", "final_validation"):
         if name in one.metadata:
             yield Repeated(name, one.metadata[name], run.validation_figure(rule, final=name == "final_validation"))

@@ -18,7 +18,7 @@ from meta_train.training.meta_gradient import (
     imitate,
     unroll,
 )
-from meta_train.training.parts import AnyRule
+from meta_train.training.parts import Parts
 from meta_train.training.recipe import Evolution, OuterLoop, Phase
 from meta_train.training.roll_out import (
     Carry,
@@ -90,7 +90,7 @@ class GradientEstimate:
     episode: Episode | None = None
 
 
-def truncation(rule: AnyRule, teacher: UpdateRule | None, phase: Phase, episode: Episode) -> GradientEstimate:
+def truncation(rule: Parts, teacher: UpdateRule | None, phase: Phase, episode: Episode) -> GradientEstimate:
     """Take the inner steps of one truncation, and differentiate them.
 
     Args:
@@ -134,7 +134,7 @@ def _coordinates(episode: Episode, carry: Carry, outer: OuterLoop) -> Sample | N
     return sample_coordinates(episode.optimizee, outer.coordinates, generator, by_tensor=outer.sampling == "tensors")
 
 
-def antithetic_pair(rule: AnyRule, outer: OuterLoop, evolution: Evolution, episode: Episode) -> GradientEstimate:
+def antithetic_pair(rule: Parts, outer: OuterLoop, evolution: Evolution, episode: Episode) -> GradientEstimate:
     """Run a whole episode with meta-parameters moved either way, and estimate the meta-gradient.
 
     Args:
@@ -166,7 +166,7 @@ def antithetic_pair(rule: AnyRule, outer: OuterLoop, evolution: Evolution, episo
     )
 
 
-def whole_episode(rule: AnyRule, optimizee: Optimizee, horizon: int, outer: OuterLoop) -> float:
+def whole_episode(rule: Parts, optimizee: Optimizee, horizon: int, outer: OuterLoop) -> float:
     """Return how good a rule is on one optimizee; lower is better.
 
     Args:

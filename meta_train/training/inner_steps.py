@@ -13,7 +13,7 @@ from learned_optim.rules import Memory, UpdateRule
 from learned_optim.rules.storage import names
 from meta_train.tasks.task import Optimizee
 from meta_train.training.matrices import Matrices
-from meta_train.training.parts import AnyRule, first, members, parts_of
+from meta_train.training.parts import Parts
 
 
 class InnerSteps(Protocol):
@@ -32,7 +32,7 @@ class InnerSteps(Protocol):
         ...
 
 
-def inner_steps(rule: AnyRule, optimizee: Optimizee, params: Tensor, memory: Memory) -> InnerSteps:
+def inner_steps(rule: Parts, optimizee: Optimizee, params: Tensor, memory: Memory) -> InnerSteps:
     """Return inner steps from a start, which is not modified.
 
     Args:
@@ -44,7 +44,7 @@ def inner_steps(rule: AnyRule, optimizee: Optimizee, params: Tensor, memory: Mem
     Returns:
         The fastest way to take them.
     """
-    return (CompiledSteps if native.supports(first(rule)) else PlainSteps)(rule, optimizee, params, memory)
+    return (CompiledSteps if native.supports(rule.shared) else PlainSteps)(rule, optimizee, params, memory)
 
 
 class TensorScales:
@@ -55,8 +55,8 @@ class TensorScales:
         optimizee: Says which coordinates share a tensor.
     """
 
-    def __init__(self, rule: AnyRule, optimizee: Optimizee) -> None:
-        self._rule, self._optimizee = first(rule), optimizee
+    def __init__(self, rule: Parts, optimizee: Optimizee) -> None:
+        self._rule, self._optimizee = rule.shared, optimizee
         bounds = [self._rule.scale_bounds(value[0].numel()) for value in optimizee.params.values()]
         self._floors, self._ceilings = self._rule.readout.weight.new_tensor(bounds).unbind(1)
 
@@ -91,7 +91,7 @@ class TensorScales:
 
 
 def plain_step(
-    rule: AnyRule, optimizee: Optimizee, grad: Tensor, memory: Memory, step: int, scales: Tensor | None
+    rule: Parts, optimizee: Optimizee, grad: Tensor, memory: Memory, step: int, scales: Tensor | None
 ) -> tuple[Tensor, Memory]:
     """Take an inner step the readable way: :meth:`UpdateRule.forward` on all coordinates of each part.
 
@@ -111,14 +111,14 @@ def plain_step(
     return matrices.shape(update, flat_momentum(rule, memory, update)) if matrices else update, memory
 
 
-def flat_momentum(rule: AnyRule, memory: Memory, like: Tensor) -> Tensor | None:
+def flat_momentum(rule: Parts, memory: Memory, like: Tensor) -> Tensor | None:
     """Return the rule's raw momentum in the shape ``(P, D)`` of ``like``; it is a constant of the meta-gradient."""
-    momentum = first(rule).raw_momentum(memory)
+    momentum = rule.shared.raw_momentum(memory)
     return None if momentum is None else momentum.detach().view_as(like)
 
 
 def coordinate_step(
-    rule: AnyRule, optimizee: Optimizee, grad: Tensor, memory: Memory, step: int, scales: Tensor | None
+    rule: Parts, optimizee: Optimizee, grad: Tensor, memory: Memory, step: int, scales: Tensor | None
 ) -> tuple[Tensor, Memory]:
     """Take the part of an inner step that moves every coordinate by itself: :func:`plain_step` without the matrix stage.
 
@@ -134,14 +134,14 @@ def coordinate_step(
         The update ``(P, D)`` and the new memory.
     """
     scale = None if scales is None else scales[:, optimizee.tensor_index].flatten()
-    count, flat, rules = grad.new_tensor(float(step)), grad.flatten(), members(rule)
-    if len(rules) == 1:
-        update, memory, _ = first(rule)(flat, memory, count, scale)
+    count, flat = grad.new_tensor(float(step)), grad.flatten()
+    if len(rule) == 1:
+        update, memory, _ = rule.shared(flat, memory, count, scale)
         return update.view_as(grad), memory
-    owner = parts_of(rule, optimizee.params)[optimizee.tensor_index].repeat(len(grad))
-    order = [(owner == part).nonzero().squeeze(1) for part in range(len(rules))]
+    owner = rule.owners(optimizee.params)[optimizee.tensor_index].repeat(len(grad))
+    order = [(owner == part).nonzero().squeeze(1) for part in range(len(rule))]
     updates, memories = [], []
-    for one, chosen in zip(rules.values(), order, strict=True):
+    for one, chosen in zip(rule, order, strict=True):
         of_part = {name: values[chosen] for name, values in memory.items()}
         update, of_part, _ = one(flat[chosen], of_part, count, None if scale is None else scale[chosen])
         updates.append(update)
@@ -161,7 +161,7 @@ class PlainSteps:
         memory: For all P * D coordinates.
     """
 
-    def __init__(self, rule: AnyRule, optimizee: Optimizee, params: Tensor, memory: Memory) -> None:
+    def __init__(self, rule: Parts, optimizee: Optimizee, params: Tensor, memory: Memory) -> None:
         self.rule, self.optimizee, self.params, self.memory = rule, optimizee, params, memory
         self.matrices = Matrices(rule, optimizee)
         self.raw: tuple[Tensor, Tensor | None] | None = None
@@ -185,25 +185,25 @@ class CompiledSteps:
         memory: For all P * D coordinates.
     """
 
-    def __init__(self, rule: AnyRule, optimizee: Optimizee, params: Tensor, memory: Memory) -> None:
+    def __init__(self, rule: Parts, optimizee: Optimizee, params: Tensor, memory: Memory) -> None:
         self.params, self.memory = params.clone(), {name: values.clone() for name, values in memory.items()}
         self.rule, self.matrices = rule, Matrices(rule, optimizee)
         self.raw: tuple[Tensor, Tensor | None] | None = None
         # Updates that are still to be shaped are handed out: they are what a step makes of zeros.
         self._moved = torch.zeros_like(self.params) if self.matrices else self.params
         self._step, self._grad = torch.zeros(()), torch.empty_like(self.params)
-        one, rules = first(rule), members(rule)
+        one = rule.shared
         lengths = [value[0].numel() for value in optimizee.params.values()] * len(params)
-        owners = parts_of(rule, optimizee.params).tolist() * len(params)
+        owners = rule.owners(optimizee.params).tolist() * len(params)
         self._scales = torch.empty(len(lengths) if one.uses_scale else 0)
-        if len(rules) == 1 and not one.uses_scale:
+        if len(rule) == 1 and not one.uses_scale:
             # Whoever takes no statistic of a tensor need not know where one ends.
             lengths, owners = [params.numel()], [0]
         grads, flat = self._grad.view(-1).split(lengths), self._moved.view(-1).split(lengths)
         kept = [self.memory[name].split(lengths) for name in names(one, memory)]
         scales = self._scales.unbind()
         self._parts = []
-        for part, member in enumerate(rules.values()):
+        for part, member in enumerate(rule):
             own = [piece for piece, owner in enumerate(owners) if owner == part]
             if own:
                 table = native.Table(
@@ -243,7 +243,7 @@ class Lesson:
 
     def __init__(
         self,
-        rule: AnyRule,
+        rule: Parts,
         teacher: UpdateRule,
         optimizee: Optimizee,
         params: Tensor,
@@ -251,8 +251,9 @@ class Lesson:
         teacher_memory: Memory,
     ) -> None:
         self.pupil = inner_steps(rule, optimizee, params, memory)
-        self.teacher = inner_steps(teacher, optimizee, params, teacher_memory)
-        self._scales = TensorScales(teacher, optimizee)
+        teaching = Parts.whole(teacher)
+        self.teacher = inner_steps(teaching, optimizee, params, teacher_memory)
+        self._scales = TensorScales(teaching, optimizee)
         self.updates: list[Tensor] = []
         self.taught: list[Tensor] = []
 

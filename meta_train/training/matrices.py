@@ -10,7 +10,7 @@ from torch import Tensor
 
 from learned_optim.rules.orthogonal import matrix_shape
 from meta_train.tasks.task import Optimizee
-from meta_train.training.parts import AnyRule, first
+from meta_train.training.parts import Parts
 
 
 class Matrices:
@@ -21,8 +21,8 @@ class Matrices:
         optimizee: Its tensors.
     """
 
-    def __init__(self, rule: AnyRule, optimizee: Optimizee) -> None:
-        self.stage = first(rule).matrix_stage
+    def __init__(self, rule: Parts, optimizee: Optimizee) -> None:
+        self.stage = rule.shared.matrix_stage
         self._places: dict[tuple[int, int], list[slice]] = defaultdict(list)
         start = 0
         for value in optimizee.params.values():

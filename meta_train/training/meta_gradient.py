@@ -27,7 +27,7 @@ from learned_optim.backends.native.sequence import native_sequence, native_suppo
 from learned_optim.rules import UpdateRule
 from meta_train.tasks.task import Optimizee
 from meta_train.training.inner_steps import TensorScales, plain_step
-from meta_train.training.parts import AnyRule, members
+from meta_train.training.parts import Parts
 from meta_train.training.roll_out import Carry, RollOut
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -35,7 +35,7 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 
 
 def backpropagate(
-    rule: AnyRule, record: RollOut, weights: Tensor, discount: float = 1.0, *, straight_through: bool = False
+    rule: Parts, record: RollOut, weights: Tensor, discount: float = 1.0, *, straight_through: bool = False
 ) -> None:
     """Add the meta-gradient of a recorded truncation to the ``.grad`` of the rule's meta-parameters.
 
@@ -56,7 +56,7 @@ def backpropagate(
     _backpropagate_updates(rule, record, _suffix_sum(weighted, discount) / record.share)
 
 
-def imitate(rule: AnyRule, record: RollOut) -> float:
+def imitate(rule: Parts, record: RollOut) -> float:
     """Add the gradient of how far a rule was from its teacher to the ``.grad`` of its meta-parameters.
 
     That is half the mean of ``(u - u*)^2 / mean(u*^2)``, with u the rule's updates, u* the teacher's, and the mean below the
@@ -84,11 +84,10 @@ def imitate(rule: AnyRule, record: RollOut) -> float:
     return float((error.square() / level).mean())
 
 
-def _backpropagate_updates(rule: AnyRule, record: RollOut, future: Tensor) -> None:
+def _backpropagate_updates(rule: Parts, record: RollOut, future: Tensor) -> None:
     """Backpropagate the derivative of anything by the updates, ``(K, M)``."""
-    rules = members(rule)
-    for part, one in enumerate(rules.values()):
-        if len(rules) == 1:
+    for part, one in enumerate(rule):
+        if len(rule) == 1:
             _replay(one, record.inputs, record.contexts, record.active, record.start, future)
         elif (own := record.part == part).any():
             start = (record.start[0][own], record.start[1][own])
@@ -136,7 +135,7 @@ def _replay_holding(rule: UpdateRule, inputs: Tensor, carry: tuple[Tensor, Tenso
 
 
 def unroll(
-    rule: AnyRule,
+    rule: Parts,
     optimizee: Optimizee,
     carry: Carry,
     truncation: int,

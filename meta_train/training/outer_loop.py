@@ -17,7 +17,7 @@ from learned_optim.weights import Weights
 from meta_train.tasks import ImportedTask, Task, derive_seed, with_data
 from meta_train.training.base import start_weights
 from meta_train.training.episodes import Episode, GradientEstimate, antithetic_pair, truncation, whole_episode
-from meta_train.training.parts import AnyRule, members
+from meta_train.training.parts import Parts
 from meta_train.training.recipe import Horizons, Phase, Recipe
 from meta_train.workers import Each
 
@@ -57,7 +57,7 @@ class Best:
         final: Its figure over the recipe's final horizons, once a phase has ended with it.
     """
 
-    rule: AnyRule
+    rule: Parts
     validation: float = math.inf
     step: int = 0
     final: float | None = None
@@ -85,14 +85,14 @@ class MetaTraining:
             torch.manual_seed(derive_seed(recipe.seed, "meta-parameters"))
             self.rule = recipe.build_rule()
         start = start_weights(recipe.start).rule.state_dict() if recipe.start else None
-        for rule in members(self.rule).values():
+        for rule in self.rule:
             if start is not None:
                 rule.load_state_dict(start)
                 continue
             for layer in range(rule.lstm.num_layers):
                 getattr(rule.lstm, f"bias_ih_l{layer}").data.view(4, -1)[1] += recipe.outer.forget_bias
             rule.readout.weight.data *= recipe.outer.readout
-        self.average: AnyRule = copy.deepcopy(self.rule)
+        self.average = copy.deepcopy(self.rule)
         self.outer_optimizer = torch.optim.AdamW(self.rule.parameters(), weight_decay=recipe.outer.weight_decay)
         self.step = 0
         self.episodes_started = 0
@@ -188,7 +188,7 @@ class MetaTraining:
             self.best = min(reversed(self.finalists), key=lambda one: math.inf if one.final is None else one.final)
         return final
 
-    def validation_figure(self, rule: AnyRule, *, final: bool = False) -> float:
+    def validation_figure(self, rule: Parts, *, final: bool = False) -> float:
         """Return the figure by which this run compares meta-parameters.
 
         Args:
@@ -203,7 +203,7 @@ class MetaTraining:
         horizon = validation.final_horizon if final else None
         return validate(used, self.validation_task, self.recipe, horizon, self.each)
 
-    def in_use(self, rule: AnyRule, **options: Any) -> AnyRule:
+    def in_use(self, rule: Parts, **options: Any) -> Parts:
         """Return a copy of a rule of this run as it will be used: with the recipe's ``use``, and these options over it."""
         with torch.random.fork_rng(devices=[]):
             used = self.recipe.build_rule(**(self.recipe.use | options))
@@ -261,7 +261,7 @@ class MetaTraining:
             The weights, to be used or saved.
         """
         about = {"torch": torch.__version__, "outer_steps": str(self.best.step), "validation": f"{self.best.validation:.6g}"}
-        (rule,) = members(self.best.rule).values()
+        (rule,) = self.best.rule
         return Weights(rule, name, recipe_text, {**about, **self.provenance()})
 
     def _packed(self, best: Best) -> dict[str, Any]:
@@ -273,7 +273,7 @@ class MetaTraining:
         return Best(**(saved | {"rule": rule}))
 
 
-def validate(rule: AnyRule, task: Task, recipe: Recipe, horizon: Horizons | None = None, each: Each = map) -> float:
+def validate(rule: Parts, task: Task, recipe: Recipe, horizon: Horizons | None = None, each: Each = map) -> float:
     """Return the recipe's validation figure over whole episodes of fixed optimizees.
 
     Args:
@@ -294,7 +294,7 @@ def validate(rule: AnyRule, task: Task, recipe: Recipe, horizon: Horizons | None
     return total / recipe.validation.optimizees if math.isfinite(total) else math.inf
 
 
-def _validated(rule: AnyRule, task: Task, recipe: Recipe, horizons: tuple[int, ...], index: int) -> float:
+def _validated(rule: Parts, task: Task, recipe: Recipe, horizons: tuple[int, ...], index: int) -> float:
     """Return the figure of one optimizee; they take the horizons in turns."""
     optimizee = task.sample(derive_seed(0, "validation", index))
     return whole_episode(rule, optimizee, horizons[index % len(horizons)], recipe.outer)

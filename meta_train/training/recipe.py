@@ -17,7 +17,7 @@ from meta_train.tasks import OwnTask, TaskRecipe
 from meta_train.tasks.held_out import HeldOut
 from meta_train.tasks.task import Count, NotNegative, Positive
 from meta_train.training.base import start_weights, with_base
-from meta_train.training.parts import AnyRule, Parts, first, part_of
+from meta_train.training.parts import Parts, part_of
 from meta_train.training.recipe_tasks import with_task_names
 
 if sys.version_info >= (3, 11):
@@ -281,14 +281,14 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         validation = msgspec.structs.replace(self.validation, task=imported(self.validation.task))
         return msgspec.structs.replace(self, task=imported(self.task), validation=validation)
 
-    def build_rule(self, **options: Any) -> AnyRule:
-        """Build the untrained rule, or the rules of all parts; the caller seeds torch's generator.
+    def build_rule(self, **options: Any) -> Parts:
+        """Build the untrained rules of all parts, or of the whole model; the caller seeds torch's generator.
 
         Args:
             **options: In place of those of meta-training; for use, those of ``use``.
 
         Returns:
-            The rule, or :class:`~meta_train.training.parts.Parts`.
+            The rules; without parts in the recipe there is one, of the part ``""``.
 
         Raises:
             ValueError: If the rule's family or an option is unknown, or a value has no meaning.
@@ -298,9 +298,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError('the recipe\'s [rule] names no family; write, for example, family = "paper"')
         family = options.pop("family")
         try:
-            if self.parts:
-                return Parts({part: build_rule(family, **options) for part in self.parts})
-            return build_rule(family, **options)
+            return Parts({part: build_rule(family, **options) for part in self.parts or ("",)})
         except TypeError as error:
             raise ValueError(f"[rule] has a value of a type that its option does not take: {error}, in {options}") from error
 
@@ -318,9 +316,9 @@ def parse_recipe(text: str) -> Recipe:
         ValueError: If it is not TOML, or a key or value does not fit; the message names the place.
     """
     recipe = _converted(text)
-    trained = recipe.build_rule().state_dict()
+    trained = recipe.build_rule().shared.state_dict()
     for options in (recipe.use, recipe.use | recipe.validation.use):
-        used = recipe.build_rule(**options).state_dict()
+        used = recipe.build_rule(**options).shared.state_dict()
         if {name: value.shape for name, value in trained.items()} != {name: value.shape for name, value in used.items()}:
             raise ValueError(f"use must not change the shape of the meta-parameters, got {options}")
     for part in recipe.parts:
@@ -365,7 +363,7 @@ def _check_finite(value: Any, place: str) -> None:
 
 
 def _check_start(recipe: Recipe, start: str) -> None:
-    source, rule = start_weights(start).rule, first(recipe.build_rule())
+    source, rule = start_weights(start).rule, recipe.build_rule().shared
     shapes = [{name: tuple(value.shape) for name, value in one.state_dict().items()} for one in (source, rule)]
     if source.family != rule.family or shapes[0] != shapes[1]:
         raise ValueError(

@@ -12,7 +12,7 @@ from learned_optim.rules import Memory, UpdateRule
 from meta_train.tasks.task import Optimizee
 from meta_train.training.inner_steps import Lesson, TensorScales, inner_steps
 from meta_train.training.matrices import Matrices
-from meta_train.training.parts import AnyRule, first, parts_of
+from meta_train.training.parts import Parts
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Wholes:
 
 
 def start_episode(
-    rule: AnyRule, optimizee: Optimizee, params: Tensor | None = None, teacher: UpdateRule | None = None
+    rule: Parts, optimizee: Optimizee, params: Tensor | None = None, teacher: UpdateRule | None = None
 ) -> Carry:
     """Return the carry of a fresh optimizee: memory at rest, first loss and gradient evaluated.
 
@@ -106,7 +106,7 @@ def start_episode(
     Returns:
         The carry at inner step 0.
     """
-    one = first(rule)
+    one = rule.shared
     like = one.readout.weight.detach()
     params = (optimizee.flat_params() if params is None else params).to(like)
     loss, grad = loss_and_grad(optimizee, params)
@@ -193,7 +193,7 @@ def sample_coordinates(optimizee: Optimizee, wanted: int, generator: torch.Gener
 
 @torch.no_grad()
 def roll_out(
-    rule: AnyRule,
+    rule: Parts,
     optimizee: Optimizee,
     carry: Carry,
     truncation: int,
@@ -203,7 +203,7 @@ def roll_out(
     """Take K inner steps without a graph.
 
     Args:
-        rule: What is meta-trained: a rule, or several that share the model.
+        rule: What is meta-trained.
         optimizee: Its minibatches advance.
         carry: Where to start.
         truncation: Inner steps, K.
@@ -218,7 +218,7 @@ def roll_out(
     """
     lesson = None
     if teacher is not None:
-        if first(rule).matrix_stage is not None:
+        if rule.shared.matrix_stage is not None:
             raise ValueError(
                 "a rule with a matrix stage cannot imitate a teacher; set matrix_blend only in [use] or a start"
             )
@@ -230,7 +230,7 @@ def roll_out(
     size = carry.params.shape[1]
     chosen, share = every_coordinate(carry) if coordinates is None else coordinates
     problem, tensor = chosen // size, optimizee.tensor_index[chosen % size]
-    shared, scales_at = first(rule), TensorScales(rule, optimizee)
+    shared, scales_at = rule.shared, TensorScales(rule, optimizee)
     # One piece of memory for all inner steps: what each of them kept would lie between blocks of the size of activations,
     # which the allocator could not join again, and megabytes would be lost in every step.
     losses = loss.new_empty(truncation, *loss.shape)
@@ -265,7 +265,7 @@ def roll_out(
         active=seen.active.unflatten(0, (truncation, chosen.numel())),
         start=(carry.memory["hidden"][chosen], carry.memory["cell"][chosen]),
         problem=problem,
-        part=parts_of(rule, optimizee.params)[tensor],
+        part=rule.owners(optimizee.params)[tensor],
         share=share.to(grad),
         tensor=problem * len(optimizee.params) + tensor,
         updates=torch.stack([update.flatten()[chosen] for update in lesson.updates]) if lesson else None,

@@ -27,7 +27,7 @@ from meta_train.files import lock, read_text, remove_leftovers, unlock, write_at
 from meta_train.provenance import WHERE, environment, read_environment
 from meta_train.tasks import Task
 from meta_train.training.outer_loop import MetaTraining, OuterStep
-from meta_train.training.parts import AnyRule, members
+from meta_train.training.parts import Parts
 from meta_train.training.recipe import Recipe, parse_recipe
 from meta_train.training.recipe_text import pinned
 from meta_train.workers import Each
@@ -121,7 +121,7 @@ class RunDir:
             if record.step % checkpoint_every == 0 or record.step == self.run.recipe.steps:
                 self.checkpoint()
             yield record
-        last = [self.path / of_part(LAST, part) for part in members(self.run.rule)]
+        last = [self.path / of_part(LAST, part) for part in self.run.rule.names]
         best = self.best_files if math.isfinite(self.run.best.validation) else []
         if not all(map(_holds_something, [*last, *best])):  # Somebody removed or emptied one: the checkpoint has it.
             self.checkpoint()
@@ -129,7 +129,7 @@ class RunDir:
     @property
     def best_files(self) -> list[Path]:
         """Where the best weights are kept: one file, or one for each part of a model."""
-        return [self.path / of_part(BEST, part) for part in members(self.run.rule)]
+        return [self.path / of_part(BEST, part) for part in self.run.rule.names]
 
     def changes_since_start(self) -> list[str]:
         """List what differs from where this run was started and may change bits: torch, processor, threads, own code."""
@@ -138,7 +138,7 @@ class RunDir:
         differs = [name for name in asked if before.get(name) != now.get(name)]
         return [f"{name} {before.get(name)} -> {now.get(name)}" for name in differs]
 
-    def _write(self, file: str, rule: AnyRule, name: str, step: int, validation: float, final: float | None = None) -> None:
+    def _write(self, file: str, rule: Parts, name: str, step: int, validation: float, final: float | None = None) -> None:
         """Write a rule of this run, or each of its parts, with recipe and provenance."""
         kept = read_environment(self.path / ENVIRONMENT)
         provenance = {"commit": kept["commit"], "torch": kept["torch"], "outer_steps": str(step)}
@@ -146,7 +146,7 @@ class RunDir:
         if final is not None:
             provenance["final_validation"] = f"{final:.6g}"
         provenance |= self.run.provenance()
-        for part, one in members(rule).items():
+        for part, one in rule.items():
             about = {**provenance, "part": part} if part else provenance
             write_weights(self.path / of_part(file, part), Weights(one, name, self.recipe_text, about))
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from learned_optim import LearnedOptimizer, UpdateRule
+from learned_optim import LearnedOptimizer
 from learned_optim.backends.native import step as native_backend
 from learned_optim.rules import plain_adam
 from meta_train.tasks import Optimizee, Quadratic, Quartic, module_optimizee, seeded
 from meta_train.training import meta_gradient
 from meta_train.training.inner_steps import CompiledSteps, PlainSteps, TensorScales, plain_step
 from meta_train.training.meta_gradient import backpropagate, imitate, unroll
+from meta_train.training.parts import Parts
 from meta_train.training.roll_out import (
     Carry,
     Sample,
@@ -62,11 +63,15 @@ OPTIMIZEES = {
 }
 
 
+def whole(case: str = "adam-modulation") -> Parts:
+    return Parts.whole(small_rule(case))
+
+
 def objective(losses: Tensor, initial: Tensor) -> Tensor:
     return 1 / (losses.detach().abs() + 1) / losses.numel()
 
 
-def gradients(rule: UpdateRule) -> list[Tensor]:
+def gradients(rule: Parts) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in rule.parameters()]
 
 
@@ -90,7 +95,7 @@ def test_one_pass_equals_the_unroll(
     if not native:
         monkeypatch.setattr(meta_gradient, "native_supports", lambda lstm: False)
         monkeypatch.setattr(native_backend, "supports", lambda rule: False)
-    rule = small_rule(case).to(dtype)
+    rule = whole(case).to(dtype)
     once, again = OPTIMIZEES[name](1), OPTIMIZEES[name](1)
     if dtype == torch.float64:
         once, again = in_float64(once), in_float64(again)
@@ -115,11 +120,11 @@ def test_imitation_is_the_derivative_of_the_distance_from_the_teacher(
     if not native:
         monkeypatch.setattr(meta_gradient, "native_supports", lambda lstm: False)
         monkeypatch.setattr(native_backend, "supports", lambda rule: False)
-    rule, teacher = small_rule(case), plain_adam(0.05) if teacher_case == "adam" else small_rule(teacher_case, 1)
-    once, again = waking(1), waking(1)
-    carry, twin = start_episode(rule, once, teacher=teacher), start_episode(teacher, again)
+    rule, teacher = whole(case), plain_adam(0.05) if teacher_case == "adam" else small_rule(teacher_case, 1)
+    teaching, once, again = Parts.whole(teacher), waking(1), waking(1)
+    carry, twin = start_episode(rule, once, teacher=teacher), start_episode(teaching, again)
     memory = carry.memory
-    scales_of, scales_of_teacher = TensorScales(rule, again), TensorScales(teacher, again)
+    scales_of, scales_of_teacher = TensorScales(rule, again), TensorScales(teaching, again)
     for first in (0, 6):  # The second truncation starts from memories that are not at rest.
         rule.zero_grad()
         record, carry = roll_out(rule, once, carry, 6, teacher=teacher)
@@ -131,7 +136,7 @@ def test_imitation_is_the_derivative_of_the_distance_from_the_teacher(
             scales = scales_of_teacher(params, twin.memory, step - 1)
             update, memory = plain_step(rule, again, grad, memory, step, scales_of(params, memory, step - 1))
             with torch.no_grad():
-                lesson, twin.memory = plain_step(teacher, again, grad, twin.memory, step, scales)
+                lesson, twin.memory = plain_step(teaching, again, grad, twin.memory, step, scales)
             params = params + lesson
             _, grad = loss_and_grad(again, params)
             updates.append(update)
@@ -150,7 +155,7 @@ def test_imitation_is_the_derivative_of_the_distance_from_the_teacher(
 
 
 def test_there_is_nothing_to_imitate_without_a_teacher() -> None:
-    rule, optimizee = small_rule(), OPTIMIZEES["quadratic"](0)
+    rule, optimizee = whole(), OPTIMIZEES["quadratic"](0)
     record, _ = roll_out(rule, optimizee, start_episode(rule, optimizee), 3)
     with pytest.raises(ValueError, match="give roll_out a teacher"):
         imitate(rule, record)
@@ -160,7 +165,7 @@ def test_there_is_nothing_to_imitate_without_a_teacher() -> None:
 
 @pytest.mark.parametrize("case", RULE_CASES)
 def test_a_random_part_of_the_coordinates_is_unbiased(case: str) -> None:
-    rule, total = small_rule(case), []
+    rule, total = whole(case), []
     parts = [Sample(index, torch.full((6,), 6 / 24)) for index in torch.randperm(24, generator=seeded(0)).split(6)]
     for part in (None, *parts):
         optimizee = OPTIMIZEES["quadratic"](3)
@@ -201,7 +206,7 @@ def test_discount_is_the_geometric_suffix_sum() -> None:
 
 @pytest.mark.parametrize("case", ["paper-raw", "adam-modulation"])
 def test_second_derivatives_are_those_of_the_true_meta_loss(case: str) -> None:
-    rule = small_rule(case).double()
+    rule = whole(case).double()
 
     def meta_loss() -> Tensor:
         optimizee = in_float64(OPTIMIZEES["quadratic"](5))
@@ -228,11 +233,11 @@ def test_second_derivatives_are_those_of_the_true_meta_loss(case: str) -> None:
 
 @pytest.mark.parametrize("case", RULE_CASES)
 def test_a_roll_out_is_what_the_optimizer_does(case: str) -> None:
-    rule, optimizee = small_rule(case), Quadratic(dimension=3, functions=4).sample(2)
+    rule, optimizee = whole(case), Quadratic(dimension=3, functions=4).sample(2)
     _, carry = roll_out(rule, optimizee, start_episode(rule, optimizee), 12)
     twin = Quadratic(dimension=3, functions=4).sample(2)
     param = nn.Parameter(twin.params["theta"][0].clone())
-    optimizer = LearnedOptimizer([param], weights=rule)
+    optimizer = LearnedOptimizer([param], weights=rule.shared)
     for _ in range(12):
         optimizer.zero_grad()
         twin.losses({"theta": param.unsqueeze(0)}).sum().backward()
@@ -243,10 +248,10 @@ def test_a_roll_out_is_what_the_optimizer_does(case: str) -> None:
 
 @pytest.mark.parametrize("case", ["adam-modulation-time", "adam-modulation-matrix"])
 def test_a_roll_out_of_a_net_is_what_the_optimizer_does(case: str) -> None:
-    rule, optimizee, twin = small_rule(case), net(2), net(2)
+    rule, optimizee, twin = whole(case), net(2), net(2)
     _, carry = roll_out(rule, optimizee, start_episode(rule, optimizee), 12)
     problems = [{name: nn.Parameter(value[p].clone()) for name, value in twin.params.items()} for p in range(2)]
-    optimizers = [LearnedOptimizer(params.values(), weights=rule) for params in problems]
+    optimizers = [LearnedOptimizer(params.values(), weights=rule.shared) for params in problems]
     for _ in range(12):
         twin.losses({name: torch.stack([params[name] for params in problems]) for name in twin.params}).sum().backward()
         for optimizer in optimizers:
@@ -257,7 +262,7 @@ def test_a_roll_out_of_a_net_is_what_the_optimizer_does(case: str) -> None:
 
 
 def test_a_straight_through_meta_gradient_takes_the_stage_for_the_identity() -> None:
-    rule, optimizee = small_rule("adam-modulation-matrix"), net(1)
+    rule, optimizee = whole("adam-modulation-matrix"), net(1)
     carry = start_episode(rule, optimizee)
     record, _ = roll_out(rule, optimizee, carry, 5)
     weights, found = objective(record.losses, carry.initial_loss), []
@@ -273,7 +278,7 @@ def test_a_straight_through_meta_gradient_takes_the_stage_for_the_identity() -> 
 
 
 def test_a_rule_with_a_matrix_stage_imitates_nobody() -> None:
-    rule, teacher, optimizee = small_rule("adam-modulation-matrix"), plain_adam(0.1), net(0)
+    rule, teacher, optimizee = whole("adam-modulation-matrix"), plain_adam(0.1), net(0)
     with pytest.raises(ValueError, match="cannot imitate"):
         roll_out(rule, optimizee, start_episode(rule, optimizee, teacher=teacher), 3, teacher=teacher)
 
@@ -282,7 +287,7 @@ def test_a_rule_with_a_matrix_stage_imitates_nobody() -> None:
 @pytest.mark.parametrize("case", RULE_CASES)
 @pytest.mark.parametrize("name", ["waking", "net"])
 def test_compiled_inner_steps_are_the_plain_ones(case: str, name: str) -> None:
-    rule, optimizee = small_rule(case), OPTIMIZEES[name](3)
+    rule, optimizee = whole(case), OPTIMIZEES[name](3)
     start = start_episode(rule, optimizee)
     ways = [way(rule, optimizee, start.params, start.memory) for way in (PlainSteps, CompiledSteps)]
     for step in range(1, 31):
@@ -297,7 +302,7 @@ def test_compiled_inner_steps_are_the_plain_ones(case: str, name: str) -> None:
 
 def test_nothing_leaks_into_the_optimizee_or_across_truncations() -> None:
     module = nn.Linear(3, 1)
-    rule = small_rule()
+    rule = whole()
     optimizee = module_optimizee(
         lambda: module, lambda m, batch: m(batch[0]).square().mean(), lambda g: (torch.randn(1, 4, 3, generator=g),), 0
     )
@@ -318,7 +323,7 @@ def test_a_long_roll_out_holds_no_more_memory_than_a_short_one() -> None:
     def resident_mib() -> float:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
-    rule, optimizee = small_rule("adam-modulation"), Optimizee({"w": torch.ones(1, 1)}, losses, torch.Generator())
+    rule, optimizee = whole("adam-modulation"), Optimizee({"w": torch.ones(1, 1)}, losses, torch.Generator())
     _, carry = roll_out(rule, optimizee, start_episode(rule, optimizee), 3, no_coordinate())
     before = resident_mib()
     roll_out(rule, optimizee, carry, 100, no_coordinate())

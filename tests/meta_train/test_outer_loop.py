@@ -14,6 +14,7 @@ from meta_train.training import episodes, outer_loop
 from meta_train.training.episodes import OBJECTIVES, meta_loss, whole_episode
 from meta_train.training.meta_gradient import backpropagate
 from meta_train.training.outer_loop import MetaTraining, cosine, validate
+from meta_train.training.parts import Parts
 from meta_train.training.recipe import OuterLoop, parse_recipe
 from meta_train.training.roll_out import (
     Sample,
@@ -88,7 +89,7 @@ def test_horizons_are_drawn_log_uniformly_and_vary() -> None:
 @pytest.mark.parametrize("case", COORDINATE_CASES)
 def test_the_meta_gradient_is_a_finite_difference_with_gradients_held_constant(case: str) -> None:
     """The definition itself: replay a recorded gradient sequence with moved meta-parameters, add up updates, weigh."""
-    rule = small_rule(case).double()
+    rule = Parts.whole(small_rule(case).double())
     optimizee = Quadratic(dimension=2, functions=3).sample(4)
     record, _ = roll_out(rule, optimizee, start_episode(rule, optimizee), 5)
     weights = torch.rand(5, 1, dtype=torch.float64, generator=seeded(0))
@@ -98,8 +99,8 @@ def test_the_meta_gradient_is_a_finite_difference_with_gradients_held_constant(c
         hidden, cell = record.start
         moved, total = torch.zeros(6, dtype=torch.float64), 0.0
         for step in range(5):
-            top, (hidden, cell) = rule.advance(record.inputs[step], (hidden, cell), record.active[step])
-            moved = moved + rule.decode(top, record.contexts[step])
+            top, (hidden, cell) = rule.shared.advance(record.inputs[step], (hidden, cell), record.active[step])
+            moved = moved + rule.shared.decode(top, record.contexts[step])
             total += float(weights[step, 0] * (record.grads[step] * moved).sum())
         return total
 
@@ -161,13 +162,13 @@ def test_evolution_strategies_estimate_the_gradient_of_whole_episodes() -> None:
 
     def mean(shift: float) -> float:
         moved = copy.deepcopy(rule)
-        moved.readout.bias.data += shift
+        moved.shared.readout.bias.data += shift
         return sum(whole_episode(moved, run.task.sample(seed), 9, recipe.outer) for seed in seeds) / len(seeds)
 
     slope = (mean(0.01) - mean(-0.01)) / 0.02
-    assert float(run.rule.readout.bias.grad) == pytest.approx(slope, rel=0.25)
+    assert float(run.rule.shared.readout.bias.grad) == pytest.approx(slope, rel=0.25)
     moved = [name for name, value in run.rule.named_parameters() if not torch.equal(value, rule.get_parameter(name))]
-    assert moved == ["readout.bias"]
+    assert moved == ["rules.0.readout.bias"]
 
 
 def test_a_run_that_starts_from_weights_starts_from_just_these() -> None:
@@ -194,15 +195,15 @@ def test_what_is_validated_and_kept_is_the_rule_in_use_and_what_is_trained_is_no
         validated.append(records[1].validation)
     assert all(one == other for one, other in trained)
     assert len({value for value in validated if value is not None}) == 1, "a rule that does nothing is always as good"
-    assert asleep.best.rule.config.output_scale == 1e-12
-    assert plain.best.rule.config.output_scale != 1e-12
+    assert asleep.best.rule.shared.config.output_scale == 1e-12
+    assert plain.best.rule.shared.config.output_scale != 1e-12
 
 
 def test_options_of_the_validation_reach_what_is_validated_and_not_what_is_kept() -> None:
     run = MetaTraining(parse_recipe(TINY + "[validation.use]\noutput_scale = 1e-12\n"))
     validated = {record.validation for record in run} - {None}
     assert len(validated) == 1, "a rule that does nothing is always as good"
-    assert run.best.rule.config == run.rule.config
+    assert run.best.rule.shared.config == run.rule.shared.config
 
 
 class Exploding:
@@ -227,17 +228,17 @@ def test_an_optimizee_that_breaks_is_replaced_and_never_poisons_the_rule() -> No
 
 
 def test_validation_is_the_mean_loss_of_fixed_episodes() -> None:
-    recipe, rule = parse_recipe(TINY), small_rule("paper-raw")
+    recipe, rule = parse_recipe(TINY), Parts.whole(small_rule("paper-raw"))
     assert validate(rule, recipe.task, recipe) == validate(rule, recipe.task, recipe)
     with torch.no_grad():
-        for parameter in rule.readout.parameters():
+        for parameter in rule.shared.readout.parameters():
             parameter.zero_()
     still = [float(one.losses(one.params).mean()) for one in map(recipe.task.sample, _validation_seeds())]
     assert validate(rule, recipe.task, recipe) == pytest.approx(sum(still) / 2, rel=1e-5)
 
 
 def test_each_optimizee_is_validated_to_the_next_of_several_horizons() -> None:
-    recipe, rule = parse_recipe(TINY), small_rule("paper-raw")
+    recipe, rule = parse_recipe(TINY), Parts.whole(small_rule("paper-raw"))
 
     def validated(*horizons: int) -> float:
         validation = msgspec.structs.replace(recipe.validation, optimizees=3, horizon=horizons)
@@ -321,8 +322,8 @@ def test_the_rate_decays_from_all_to_the_final_share() -> None:
 
 
 def test_how_the_rule_starts_is_the_recipe_s_choice() -> None:
-    plain = MetaTraining(parse_recipe(TINY)).rule
-    small = MetaTraining(parse_recipe(TINY.replace("[outer]", "[outer]\nreadout = 0.25\nforget_bias = 2.0"))).rule
+    plain = MetaTraining(parse_recipe(TINY)).rule.shared
+    small = MetaTraining(parse_recipe(TINY.replace("[outer]", "[outer]\nreadout = 0.25\nforget_bias = 2.0"))).rule.shared
     assert torch.equal(small.readout.weight, plain.readout.weight * 0.25)
     gates = small.lstm.bias_ih_l0.view(4, -1) - plain.lstm.bias_ih_l0.view(4, -1)
     torch.testing.assert_close(gates[1], torch.full_like(gates[1], 2.0))
@@ -356,7 +357,7 @@ def test_weight_decay_of_the_meta_parameters_is_decoupled() -> None:
     plain, decaying = (
         MetaTraining(parse_recipe(TINY.replace("[outer]", f"[outer]\nweight_decay = {decay}"))) for decay in (0.0, 0.5)
     )
-    start = plain.rule.readout.weight.detach().clone()
+    start = plain.rule.shared.readout.weight.detach().clone()
     lr = next(iter(plain)).lr
     next(iter(decaying))
-    torch.testing.assert_close(plain.rule.readout.weight - decaying.rule.readout.weight, lr * 0.5 * start)
+    torch.testing.assert_close(plain.rule.shared.readout.weight - decaying.rule.shared.readout.weight, lr * 0.5 * start)

@@ -19,7 +19,7 @@ from meta_train.rows import read_rows
 from meta_train.tasks import Optimizee, derive_seed, seeded
 from meta_train.training import meta_gradient
 from meta_train.training.meta_gradient import backpropagate, unroll
-from meta_train.training.parts import Parts, members, part_of
+from meta_train.training.parts import Parts, part_of
 from meta_train.training.publish import publish
 from meta_train.training.roll_out import Sample, roll_out, start_episode
 from meta_train.training.run_dir import RunDir
@@ -72,13 +72,13 @@ def test_equal_rules_for_all_parts_are_one_rule(case: str) -> None:
     shared = Parts({part: copy.deepcopy(rule) for part in ("conv", "dense")})
     some = Sample(torch.tensor([1, 13, 20, 30, 44]), torch.full((5,), 5 / 52))
     records = []
-    for one in (rule, shared):
+    for one in (Parts.whole(rule), shared):
         optimizee = two_layers(3)
         record, _ = roll_out(one, optimizee, start_episode(one, optimizee), 6, some)
         backpropagate(one, record, objective(record.losses, record.losses))
         records.append(record)
     torch.testing.assert_close(records[0].losses, records[1].losses)
-    conv, dense = (gradients(one) for one in members(shared).values())
+    conv, dense = (gradients(one) for one in shared)
     for whole, first, second in zip(gradients(rule), conv, dense, strict=True):
         torch.testing.assert_close(first + second, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
         assert not torch.equal(first, second)
@@ -89,15 +89,21 @@ def test_a_roll_out_is_what_an_optimizer_with_groups_does(case: str) -> None:
     rule, optimizee, twin = parts(case), two_layers(2, 1), two_layers(2, 1)
     _, carry = roll_out(rule, optimizee, start_episode(rule, optimizee), 9)
     params = {name: nn.Parameter(value[0].clone()) for name, value in twin.params.items()}
-    optimizer = Learned("both", "any", weights={part: Weights(one) for part, one in members(rule).items()}).make(
-        params.items()
-    )
+    optimizer = Learned("both", "any", weights={part: Weights(one) for part, one in rule.items()}).make(params.items())
     for _ in range(9):
         optimizer.zero_grad()
         twin.losses({name: param.unsqueeze(0) for name, param in params.items()}).sum().backward()
         optimizer.step()
     flat = torch.cat([param.detach().flatten() for param in params.values()])
     torch.testing.assert_close(flat, carry.params[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_of_one_rule_without_parts_is_that_of_the_whole_model() -> None:
+    rule, fresh = small_rule("paper-raw", 1), Parts.whole(small_rule("paper-raw"))
+    fresh.load_state_dict(rule.state_dict())
+    assert fresh.names == ("",)
+    for name, value in rule.state_dict().items():
+        assert torch.equal(fresh.shared.state_dict()[name], value), name
 
 
 def test_every_parameter_belongs_to_one_part() -> None:

@@ -79,8 +79,8 @@ def test_a_mistake_is_named_with_its_place(old: str, new: str, message: str, tmp
 
 def test_a_rule_in_use_may_do_other_things_with_the_same_meta_parameters() -> None:
     recipe = parse_recipe(TINY + "[use]\noutput_scale = 7\n")
-    assert recipe.build_rule(**recipe.use).config.output_scale == 7
-    assert recipe.build_rule().config.output_scale != 7
+    assert recipe.build_rule(**recipe.use).shared.config.output_scale == 7
+    assert recipe.build_rule().shared.config.output_scale != 7
 
 
 @pytest.mark.parametrize("table", ["use", "validation.use"])
@@ -101,7 +101,7 @@ def test_imitation_comes_first() -> None:
 
 
 def test_options_reach_the_rule() -> None:
-    rule = parse_recipe(TINY).build_rule()
+    rule = parse_recipe(TINY).build_rule().shared
     assert (rule.config.hidden_size, rule.config.num_layers) == (3, 1)
 
 
