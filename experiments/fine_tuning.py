@@ -27,8 +27,9 @@ from meta_train.tasks.case import JudgingTask
 from meta_train.tasks.held_out import SHIPPED_KINDS
 
 SEEDS = (0, 1, 2)
-HORIZONS = {"fine-tuned-char": (100,)}
-"""In place of a task's own, where a step takes long."""
+HORIZON = 100
+"""Inner steps: fine-tuning is short, and the first steps decide."""
+
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 LEARNED = tuple((lr, warm_up) for lr in (1.0, 0.3, 0.1) for warm_up in (0, 50))
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "fine-tuning"
@@ -49,40 +50,41 @@ def contestants() -> Iterator[tuple[Row, object, object]]:
 
 def rows_of(task: JudgingTask) -> Iterator[Row]:
     """Train every contestant on a task, and give its means over the seeds."""
-    longest = max(task.horizons)
     for about, make, schedule in contestants():
-        runs = [train_case(task, make, longest, seed, schedule) for seed in SEEDS]  # type: ignore[arg-type]
+        runs = [train_case(task, make, HORIZON, seed, schedule) for seed in SEEDS]  # type: ignore[arg-type]
         first = sum(map(early_loss, runs)) / len(runs)
-        for horizon in task.horizons:
-            row: Row = {"task": task.name, **about, "horizon": horizon, "first_steps": rounded(first, 4)}
-            for measure in ("final_loss", "held_out"):
-                values = torch.tensor([getattr(run, measure).get(horizon, torch.inf) for run in runs])
-                row[measure] = rounded(values.mean(), 4)
-            start = sum(run.final_loss[0] for run in runs) / len(runs)
-            yield {**row, "start": rounded(start, 4), "n": len(runs)}
+        row: Row = {"task": task.name, **about, "horizon": HORIZON, "first_steps": rounded(first, 4)}
+        for measure in ("final_loss", "held_out"):
+            values = torch.tensor([getattr(run, measure).get(HORIZON, torch.inf) for run in runs])
+            row[measure] = rounded(values.mean(), 4)
+        start = sum(run.final_loss[0] for run in runs) / len(runs)
+        yield {**row, "start": rounded(start, 4), "n": len(runs)}
 
 
 def main() -> None:
     """Run everything and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="directory of the real data (docs/judging.md)")
+    parser.add_argument(
+        "--data", type=Path, help="directory of the real data (docs/judging.md); without, synthetic nets alone"
+    )
     parser.add_argument("--cache", type=Path, default=Path("runs/judging"))
     parser.add_argument("--tasks", nargs="*", help="run these alone, and keep what the table says of others")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    real = judging_tasks(*prepared(options.cache, options.data))
+    real = judging_tasks(*prepared(options.cache, options.data)) if options.data else ()
     tasks = [task for task in (*real, *SHIPPED_KINDS) if task.name.startswith("fine-tuned")]
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / "results.csv"
     for task in tasks:
         if options.tasks and task.name not in options.tasks:
             continue
-        found = list(rows_of(replace(task, horizons=HORIZONS.get(task.name, task.horizons))))
+        found = list(rows_of(replace(task, horizons=(HORIZON,))))
         kept = [row for row in read_rows(path) if row["task"] != task.name] if path.exists() else []
         order = {one.name: index for index, one in enumerate(tasks)}
         write_rows(path, sorted([*kept, *found], key=lambda row: order[str(row["task"])]))
         print(f"{task.name} is done", flush=True)
-    about = {**environment(), "command": "python -m experiments.fine_tuning --data DIR"}
+    command = f"python -m experiments.fine_tuning{' --data DIR' if options.data else ''}"
+    about = {**environment(), "command": command}
     write_atomically(RESULTS / "environment.json", (json.dumps(about, indent=2) + "\n").encode())
 
 
