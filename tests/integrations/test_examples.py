@@ -45,7 +45,8 @@ def assert_it_learned(example: str, output: str) -> None:
         return
     losses = re.search(r"loss ([\d.]+) at the start.* ([\d.]+) at (?:the end|step 200)", output)
     assert losses, output
-    assert float(losses[2]) < 0.75 * float(losses[1]), output
+    share = 1 if example == "own_task" else 0.75  # It starts from what `default` reaches.
+    assert float(losses[2]) < share * float(losses[1]), output
 
 
 def something_to_paint(folder: Path) -> list[str]:
