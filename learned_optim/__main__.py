@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def meta_train() -> int:
-    """Run the script ``meta-train``, which works where this package is that of a clone.
+    """Run the script ``meta-train``, which works where this package lies in a clone of the repository.
 
     Returns:
         Exit status, as ``python -m meta_train`` gives it; 2 where ``meta_train`` or a package that it needs is missing.

@@ -215,7 +215,7 @@ class LearnedOptimizer(Averaging, Optimizer):
                 self._weights[loaded.fingerprint] = loaded
                 options |= {"weights": loaded.name, "fingerprint": loaded.fingerprint}
         super().add_param_group(param_group)
-        # The caller's own dict is the group, as in every torch optimizer: whoever keeps it may change its options.
+        # The caller's own dict is the group, as in every torch optimizer: the caller may keep it and change its options.
         param_group.update({name: options[name] for name in ("weights", "fingerprint", "state_dtype", "moment_dtype")})
         group = self.param_groups[-1]
         if any(getattr(param, "_fsdp_flattened", False) for param in group["params"]):

@@ -290,7 +290,7 @@ def _log(options: argparse.Namespace, run: RunDir) -> Iterator[Callable[[OuterSt
 
 @contextmanager
 def _each(workers: int) -> Iterator[Each]:
-    """Give what goes over independent pieces of work: ``map``, or that of workers."""
+    """Yield the function that goes over independent pieces of work: ``map``, or the one of the workers."""
     if workers == 0:
         yield map
         return

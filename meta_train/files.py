@@ -66,7 +66,7 @@ def remove_leftovers(folder: Path, names: Callable[[str], bool]) -> None:
 
     Args:
         folder: Where they lie.
-        names: Whether a name is that of a file which the caller writes there; all others are left alone.
+        names: Says whether the caller writes files of a given name there; all other files are left alone.
     """
     for path in folder.iterdir():
         leftover = re.fullmatch(r"\.(.+?)(\.\d+)+", path.name)

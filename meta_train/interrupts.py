@@ -75,7 +75,7 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give the signals back to whoever handled them before."""
+        """Restore the handlers that the signals had before."""
         self._context.__exit__(None, None, None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

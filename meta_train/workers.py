@@ -38,7 +38,7 @@ class Workers:
         self._pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_start)
 
     def __enter__(self) -> Workers:
-        """Return these."""
+        """Return the workers themselves."""
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -261,7 +261,7 @@ class UpdateRule(nn.Module, ABC):
         return 0.0, math.inf
 
     def read_by_encode(self, memory: Memory) -> Memory:
-        """Return as much of a memory as :meth:`encode` reads, for who keeps that of many steps: views, not copies.
+        """Return as much of a memory as :meth:`encode` reads: views, not copies, for a caller that stores many steps.
 
         Args:
             memory: The memory before a step.

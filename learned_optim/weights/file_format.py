@@ -249,7 +249,7 @@ def _checksum(header: Mapping[str, str]) -> str:
 
 
 def _checked_header(header: dict[str, str], source: str) -> dict[str, str]:
-    """Return the header's strings if they are those of an undamaged weight file."""
+    """Return the header's strings if they belong to an undamaged weight file."""
     version = header.get("learned_optim_format")
     if version is None:
         raise WeightsError(

@@ -1,4 +1,4 @@
-"""What a rule learned: its response to synthetic gradients, beside that of an Adam step of the same nominal size.
+"""What a rule learned: its response to synthetic gradients, beside the response of an Adam step of the same nominal size.
 
 :func:`responses` uses the shipped optimizer, coordinate by coordinate, on a parameter that is put back after every step:
 only the gradients tell, and no model is involved.

@@ -42,7 +42,7 @@ def quadratic(results: Path = RESULTS / "quadratic") -> str:
 
 
 def _against_best(results: Path, label: str, ours: str) -> str:
-    """Set a rule's final loss at the first horizon against those of the default and of the best baseline, as a row."""
+    """Return a row with the final loss of a rule, of the default and of the best baseline at the first horizon."""
     rows = [row for row in read_rows(results / "summary.csv") if row["criterion"] == "final"]
     finals = {row["optimizer"]: row for row in rows if row["horizon"] == rows[0]["horizon"]}
     learned = [

@@ -31,7 +31,7 @@ Look = tuple[str, int]
 """A criterion and a horizon."""
 
 CACHE = "arenas"
-"""Where below the cache directory the runs of arenas lie; those of a suite lie in the directory of its name."""
+"""The folder of the cache that holds the runs of arenas; the runs of a suite lie in a folder of the name of the suite."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ def size_table(places: Iterable[Path]) -> Rows:
     """Collect how good optimizers are on sigmoid nets of many sizes, at the first horizon.
 
     Args:
-        places: Directories of evaluations; those of other arenas are passed over.
+        places: Directories of evaluations; evaluations of other arenas are passed over.
 
     Returns:
         A row for each net and optimizer.

@@ -192,7 +192,7 @@ ANY = [
     *settings("Adam", rates(1e-4, 1.0)),
     *settings("AdamW+cosine", rates(1e-4, 1.0)),
 ]
-"""The first sweep for a task that nobody has looked at, in half-decades; grids grow where the best rate is at an edge."""
+"""The first sweep for a new task, in half-decades; a grid grows where the best rate is at its edge."""
 
 MNIST = [
     *settings("SGD", rates(1e-3, 100.0)),

@@ -32,7 +32,7 @@ class Learned:
 
     Args:
         name: In tables.
-        fingerprint: Of the weights; those of several parts are joined by ``+``.
+        fingerprint: Of the weights; fingerprints of several parts are joined by ``+``.
         lr: Factor on the update.
         weights: By the beginning of the names of the parameters that they move; ``""`` where one moves them all.
         decay: Schedule of the rate, of :data:`DECAYS`, or none.
@@ -118,7 +118,7 @@ def load_contestants(names: Sequence[str], lrs: Sequence[float] = (1.0,)) -> lis
     """Load weights under short names.
 
     Args:
-        names: Bundled names, files or Hub ids; those of a model's parts joined by ``+``.
+        names: Bundled names, files or Hub ids; the names of a model's parts are joined by ``+``.
         lrs: Factors on the update.
 
     Returns:

@@ -20,8 +20,8 @@ from meta_train.training.recipe import Recipe, parse_recipe, read_recipe
 from meta_train.workers import Each
 
 HONESTY = """\
-The optimizees are those of the committed tables. With the same torch, processor and threads the figures are equal to the
-last digit; elsewhere rounding differs, and agreement within two standard errors is all that can be promised."""
+The optimizees are the same as in the committed tables. With the same torch, processor and threads the figures are equal to
+the last digit. Elsewhere rounding differs; expect agreement within two standard errors."""
 
 TOLERANCE = 0.03
 """Share of a figure that rounding may change: optimizees are the same everywhere, their last digits are not, and thousands
@@ -61,7 +61,7 @@ def repeat_validation(weights: Learned, data: Path | None = None, each: Each = m
     Nothing that a weight file names is imported, unless ``own`` names it too.
 
     Args:
-        weights: Published weights, or those of all parts of a model.
+        weights: Published weights, for the whole model or for all of its parts.
         data: Directory of real data, for tasks that need it.
         each: Goes over episodes, as :class:`MetaTraining` says.
         own: ``package.module:Class`` of the task in the weights' recipe, or a recipe file that names it.

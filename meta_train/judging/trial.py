@@ -150,7 +150,7 @@ def problem_of_case(task: JudgingTask, seed: int) -> Problem:
 def train_case(
     task: JudgingTask, make_optimizer: MakeOptimizer, horizon: int, seed: int, schedule: MakeSchedule | None = None
 ) -> Outcome:
-    """Train one case of a judging task; the arguments are those of :func:`problem_of_case` and :func:`train`."""
+    """Train one case of a judging task; :func:`problem_of_case` and :func:`train` explain the arguments."""
     return train(problem_of_case(task, seed), make_optimizer, horizon, schedule)
 
 

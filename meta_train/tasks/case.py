@@ -55,7 +55,7 @@ class JudgingTask:
     without: tuple[str, ...] = ()
 
     def decayed(self, decay: str) -> JudgingTask:
-        """Return the task with a schedule on learned rules; runs of all others are those of this task."""
+        """Return the task with a schedule on learned rules; all other contestants share the runs of this task."""
         return replace(self, name=f"{self.name}, {decay}", decay=decay)
 
     def case(self, seed: int) -> Case:

@@ -1,6 +1,6 @@
 """Synthetic models that the mixture does not hold: bigger, and of other kinds. Rules are selected on these.
 
-Nothing here is downloaded, so whoever meta-trains can choose between rules without spending the real data that judge them.
+Nothing here is downloaded. A choice between rules on these kinds leaves the real data unspent for judging.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class NeuralArt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fie
     their size; the factor in front keeps the gradient of a pixel the same at every resolution. A picture starts as noise.
 
     Args:
-        split: Photos to draw contents from; those of two splits are never the same.
+        split: Photos to draw contents from; two splits share no photo.
         style: Name of the painting.
         size: Side of the picture.
         problems: Contents side by side, P.

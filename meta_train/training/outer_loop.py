@@ -1,4 +1,4 @@
-"""Meta-training as a generator of outer steps. It prints nothing and writes no files; whoever iterates decides that."""
+"""Meta-training as a generator of outer steps. It prints nothing and writes no files: that is up to the caller."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ class MetaTraining:
 
         Args:
             rule: Whose they are.
-            final: Over the recipe's final horizons instead of those of every validation.
+            final: Use the recipe's final horizons, not the horizons of every validation.
 
         Returns:
             As :func:`validate`, with the options that the recipe validates with.

@@ -1,4 +1,4 @@
-"""The names of tasks in a recipe: those of this package, and paths of a user's own."""
+"""The names of tasks in a recipe: names of tasks of this package, and paths of a user's own tasks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from meta_train.tasks.held_out import HeldOut
 from meta_train.tasks.own import OWN, is_path
 
 NAMES = tuple(sorted(str(task.__struct_config__.tag) for task in typing.get_args(TaskRecipe)))
-"""Tags of the tasks that a recipe can name; that of an own task is not one of the names."""
+"""Tags of the tasks that a recipe can name; the tag of an own task is not one of the names."""
 
 
 def with_task_names(values: dict[str, Any]) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def every_coordinate(carry: Carry) -> Sample:
 
 
 def no_coordinate() -> Sample:
-    """Return none: for who wants to see the losses of a roll-out alone."""
+    """Return the empty sample, for a roll-out that needs only the losses."""
     return Sample(torch.zeros(0, dtype=torch.long), torch.zeros(0))
 
 

@@ -51,7 +51,7 @@ class RunDir:
 
     Args:
         path: The directory; created if missing.
-        recipe_text: TOML of the recipe. Comments may differ from those of a run that is resumed, values may not.
+        recipe_text: TOML of the recipe. To resume a run, comments may differ from its recipe, values may not.
         data: Directory of real data, for tasks that need it.
         each: Goes over episodes, as :class:`MetaTraining` says.
         task: Draw optimizees from here instead of from the recipe's task; the weights then say so. Without it, an own task
@@ -88,7 +88,7 @@ class RunDir:
             raise
 
     def _keep_recipe(self, recipe: Recipe, recipe_text: str) -> None:
-        """Keep recipe and environment, or compare with those of a run that is resumed."""
+        """Write recipe and environment, or compare them with the files of the run that is resumed."""
         kept = self.path / RECIPE
         self.recipe_text = read_text(kept) if kept.exists() else recipe_text
         if parse_recipe(pinned(self.recipe_text) if recipe.start else self.recipe_text) != recipe:
@@ -252,7 +252,7 @@ def _is_own(name: str) -> bool:
 
 
 def _record(path: Path, number: int, line: str) -> dict[str, Any]:
-    """Return a line of metrics, which must be that of the outer step of its number."""
+    """Parse a line of metrics, whose outer step must be the number of the line."""
     try:
         record = json.loads(line)
         step = record["step"]
@@ -269,8 +269,8 @@ def training_table(runs: Iterable[str | Path], rows_per_run: int = 100) -> list[
 
     Args:
         runs: Run directories.
-        rows_per_run: Each row is the mean meta-loss over as many outer steps as that takes, and any validation in them;
-            imitation is left out.
+        rows_per_run: Each row covers ``steps / rows_per_run`` outer steps: their mean meta-loss and last validation.
+            Imitation is left out.
 
     Returns:
         Rows with ``run``, ``outer_step``, ``meta_loss``, ``validation`` (empty where there was none) and ``measure``.

@@ -110,7 +110,7 @@ def test_verify_agrees_with_its_own_tables(place: Path, capsys: pytest.CaptureFi
     assert main(["verify", str(place / "tiny-0.safetensors"), "--results", str(place / "results")]) == 0
     printed = capsys.readouterr().out
     assert printed.count(": equal") == 4
-    assert "two standard errors is all that can be promised" in printed
+    assert "expect agreement within two standard errors" in printed
 
 
 def test_verify_fails_where_the_figures_differ(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
