@@ -41,37 +41,72 @@ STRONGEST = ("Adam, tuned", "AdamW+cosine, tuned", "Muon, tuned", "Muon+cosine, 
 """Whom the weights that a run ships are set against in the README."""
 
 
-def shipped(results: Path = RESULTS / "judge-200") -> str:
-    """Return how the weights that ``default`` and ``default-v1`` ship do against the strongest opponents, as Markdown.
+def shipped(results: tuple[Path, ...] = (RESULTS / "judge-200", RESULTS / "judge-1000")) -> str:
+    """Return how the weights that ``default`` ships do against the strongest opponents, as Markdown.
 
     Args:
-        results: Directory written by ``python -m meta_train evaluate default default-v1 --suite judge``.
+        results: Directories written by ``python -m meta_train evaluate default --suite judge``, one for each horizon.
 
     Returns:
-        A table and a line of where it comes from.
+        A table, and a line for each horizon that says where it comes from.
     """
-    rows = read_rows(results / "shipped_summary.csv")
-    found = {(row["rule"], row["weights"], row["against"], row["against_weights"]): row for row in rows}
-    ours = [("LSTM (default)", "last"), ("LSTM (default)", "averaged"), ("LSTM (default-v1)", "last")]
-    lines = ["| training loss against | `default` | `default`, averaged | `default-v1` |", "|---|---|---|---|"]
     opponents = [(name, "last") for name in STRONGEST] + [("Adam, tuned", "averaged"), ("Muon, tuned", "averaged")]
-    for name, weights in opponents:
+    names = [f"{name}{' and averaged' if weights == 'averaged' else ''}" for name, weights in opponents]
+    columns, notes = [names], []
+    for directory in results:
+        about = json.loads((directory / "environment.json").read_text())
+        rows = [row for row in read_rows(directory / "shipped_summary.csv") if row["rule"] == "LSTM (default)"]
+        horizon = max(int(row["horizon"]) for row in rows)
+        found = {
+            (row["weights"], row["against"], row["against_weights"]): row for row in rows if int(row["horizon"]) == horizon
+        }
+        for ours in ("last", "averaged"):
+            columns.append([_against(found[ours, name, theirs]) for name, theirs in opponents])
+        row = found["last", "Adam, tuned", "last"]
+        notes.append(
+            f"{horizon:,} steps: {row['tasks']} tasks, n = {row['n']} seeds. Worst: {row['worst_task']}, "
+            f"{float(row['worst']):.2f} x tuned Adam. The highest loss of the second half is {float(row['spike']):.1f} x its "
+            f"median, tuned Adam's {float(row['against_spike']):.1f} x. {where(about)}."
+        )
+    heads = [f"{directory.name.rpartition('-')[2]} steps{kind}" for directory in results for kind in ("", ", averaged")]
+    lines = ["| training loss against | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    lines += [f"| {' | '.join(cells)} |" for cells in zip(*columns, strict=True)]
+    measure = "Geometric means of ratios at the final weights, on 64 fresh minibatches; in brackets held-out loss."
+    return "\n".join([*lines, "", measure, "", *(f"- {note}" for note in notes)])
+
+
+def shipped_tasks(results: tuple[Path, ...] = (RESULTS / "judge-200", RESULTS / "judge-1000")) -> str:
+    """Return the averaged weights of ``default`` against those that opponents ship, task by task, as Markdown.
+
+    Args:
+        results: As for :func:`shipped`.
+
+    Returns:
+        A table, and the commands.
+    """
+    opponents = ("Adam, tuned", "AdamW+cosine, tuned", "Muon, tuned", "Muon+cosine, tuned")
+    tables, commands = [], []
+    for directory in results:
+        rows = read_rows(directory / "shipped.csv")
+        horizon = max(int(row["horizon"]) for row in rows)
+        of_horizon = [row for row in rows if int(row["horizon"]) == horizon]
+        tables.append({(row["task"], row["optimizer"], row["weights"]): float(row["loss"]) for row in of_horizon})
+        command = json.loads((directory / "environment.json").read_text())["command"]
+        commands.append(f"- [{horizon:,} steps](docs/results/{directory.name}/shipped.csv): `{command}`")
+    heads = [f"{directory.name.rpartition('-')[2]}: {name}" for directory in results for name in opponents]
+    lines = ["| task, `default` averaged against | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for task in dict.fromkeys(task for table in tables for task, _, _ in table):
         cells = []
-        for rule in ours:
-            row = found[rule[0], rule[1], name, weights]
-            better = f"better on {row['wins']} of {row['tasks']}"
-            bold = "**" if float(row["ratio"]) < 1 else ""
-            cells.append(f"{bold}{float(row['ratio']):.2f} x{bold} ({float(row['held_out_ratio']):.2f} x), {better}")
-        lines.append(f"| {name}{' and averaged' if weights == 'averaged' else ''} | {' | '.join(cells)} |")
-    row = found[("LSTM (default)", "last", "Adam, tuned", "last")]
-    about = json.loads((results / "environment.json").read_text())
-    note = (
-        f"Geometric means over {row['tasks']} tasks at the final weights after {row['horizon']} steps, on 64 fresh "
-        f"minibatches; in brackets held-out loss. n = {row['n']} seeds. Worst: {row['worst_task']}, "
-        f"{float(row['worst']):.2f} x tuned Adam. The highest loss of the second half is "
-        f"{float(row['spike']):.1f} x its median, tuned Adam's {float(row['against_spike']):.1f} x. "
-    )
-    return "\n".join([*lines, "", note + where(about)])
+        for table in tables:
+            ours = table.get((task, "LSTM (default)", "averaged"))
+            cells += ["" if ours is None else f"{ours / table[task, name, 'last']:.2f} x" for name in opponents]
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *commands])
+
+
+def _against(row: dict[str, str]) -> str:
+    bold = "**" if float(row["ratio"]) < 1 else ""
+    return f"{bold}{float(row['ratio']):.2f} x{bold} ({float(row['held_out_ratio']):.2f}), better on {row['wins']}"
 
 
 def suite(results: Path = RESULTS / "judge") -> str:

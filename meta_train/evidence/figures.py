@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from meta_train.files import write_atomically
 
@@ -20,9 +21,15 @@ COLOURS = {
     "NAG": "#CC79A7",
     "SGD": "#7F7F7F",
     "AdamW+cosine": "#56B4E9",
+    "Muon": "#332288",
+    "Muon+cosine": "#9970AB",
+    "ScheduleFree": "#E69F00",
     "L-BFGS": "#F0E442",
 }
-"""Okabe-Ito, by optimizer."""
+"""By optimizer, most of them from Okabe and Ito."""
+
+IN_SUITES = ("LSTM", "Adam", "AdamW+cosine", "Muon", "Muon+cosine", "ScheduleFree")
+"""What panels of a suite show; more lines hide each other."""
 
 DEFAULT = "LSTM (default)"
 """The default rule, drawn beside the one that was meta-trained on the task."""
@@ -37,6 +44,14 @@ STYLE: Any = {
     "grid.alpha": 0.25,
     "legend.frameon": False,
 }
+
+
+class PlainNumbers(LogFormatter):
+    """Writes 0.2 on a logarithmic axis, not 2 times a power of ten."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """Return the label of a tick; empty where ticks are too close to name each."""
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def learning_curves(rows: Sequence[dict[str, str]], path: Path, *, trained_to: int | None, title: str = "") -> None:
@@ -229,13 +244,14 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def suite_curves(rows: Sequence[dict[str, str]], path: Path, columns: int = 4) -> None:
-    """Draw training loss against inner step for every task of a suite: learned solid, baselines dashed.
+    """Draw training loss against inner step for every task of a suite: learned solid, tuned dashed, untuned dotted.
 
     Args:
-        rows: ``curves.csv`` of a suite.
+        rows: ``curves.csv`` of a suite; of its optimizers those of ``IN_SUITES`` are drawn.
         path: The picture.
         columns: Panels side by side.
     """
+    rows = [row for row in rows if _without_rate(row["optimizer"]) in IN_SUITES]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     lines = -(-len(tasks) // columns)
     with mpl.rc_context(STYLE):
@@ -249,12 +265,15 @@ def suite_curves(rows: Sequence[dict[str, str]], path: Path, columns: int = 4) -
                 learned = name.startswith("LSTM")
                 (handles[name],) = axes.plot(
                     *_columns(of_name, "inner_step", "loss"),
-                    color=_suite_colour(name),
+                    color=COLOURS[_without_rate(name)],
                     lw=2.2 if learned else 1.2,
                     ls="-" if learned else ":" if "(" in name else "--",
                 )
             axes.set(xscale="log", yscale="log", title=task)
             axes.title.set_fontsize(9)
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter(PlainNumbers(labelOnlyBase=False))
+                axis.set_minor_formatter(PlainNumbers(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
         for axes in panels[len(tasks) :]:
             axes.axis("off")
         figure.supxlabel("inner step")
@@ -263,6 +282,6 @@ def suite_curves(rows: Sequence[dict[str, str]], path: Path, columns: int = 4) -
         _save(figure, path)
 
 
-def _suite_colour(name: str) -> str:
-    """Colour by optimizer, with or without its rate in brackets."""
-    return COLOURS.get(name.split(",")[0].split("(")[0].strip(), "#E69F00")
+def _without_rate(name: str) -> str:
+    """Return an optimizer's name without its rate in brackets, or how it was found."""
+    return name.split(",")[0].split("(")[0].strip()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from meta_train.evidence.cards import RESULTS, cell, comparison, read_evaluation, where
-from meta_train.evidence.default_tables import exploration, seeds, shipped, step_sizes, stress, suite
+from meta_train.evidence.default_tables import exploration, seeds, shipped, shipped_tasks, step_sizes, stress, suite
 from meta_train.files import write_atomically
 from meta_train.rows import LEARNED, read_rows
 
@@ -200,6 +200,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cifar": cifar,
     "neural-art": neural_art,
     "shipped": shipped,
+    "shipped-tasks": shipped_tasks,
     "judge": suite,
     "judge-long": functools.partial(suite, RESULTS / "judge-long"),
     "seeds": seeds,
