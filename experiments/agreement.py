@@ -1,4 +1,4 @@
-"""Whether steps should be longer where gradients agree, on held-out kinds: yes, with a gain of 6 and a limit of 8.
+"""Whether steps should be longer where gradients agree, on held-out kinds: yes; a gain of 6 and a limit of 8.
 
     nice -n 10 python -m experiments.agreement run --seeds 0 1
     python -m experiments.agreement table
