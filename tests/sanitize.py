@@ -22,7 +22,7 @@ NATIVE = Path("learned_optim/backends/native")
 CHECKS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 FLAGS = ("-std=gnu11", "-O1", "-g", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
 PLANS = "plan or replaced or threads or neighbours or strides or storage"
-TESTS = ("test_native_bounds.py", "test_native_plan.py", f"test_native_step.py -k '{PLANS}'")
+TESTS = ("test_native_bounds.py", "test_native_matrix.py", "test_native_plan.py", f"test_native_step.py -k '{PLANS}'")
 OUTSIDE = """
 import torch
 from learned_optim.backends.native.library import LIBRARY

@@ -2,7 +2,8 @@
 
 A backend is a module with three functions: ``available()`` says whether it can work here at all; ``supports(rule)`` says
 whether it can run a rule where that rule lies; ``apply_step(rule, items, options)`` takes the step and hands to the
-reference what it cannot take. A fourth, ``make_plan(groups, state)``, is optional: it returns what repeats a whole step.
+reference what it cannot take. Two more are optional: ``make_plan(groups, state)`` returns what repeats a whole step, and
+``matrix`` is a module that shapes the updates of matrices, a :class:`~learned_optim.backends.matrices.Kernel`.
 """
 
 import contextlib
@@ -81,7 +82,7 @@ def apply_step(
             if plain:
                 module.apply_step(rule, plain, options)
             if matrices:
-                step_matrices(module.apply_step, rule, matrices, options)
+                step_matrices(module.apply_step, rule, matrices, options, getattr(module, "matrix", None))
 
 
 class Plan(Protocol):

@@ -8,17 +8,37 @@ for its batch and for no longer; the stage keeps no state, so nothing else about
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from learned_optim.backends.items import StepItem, StepOptions
-from learned_optim.rules import UpdateRule
+from learned_optim.rules import MatrixStage, UpdateRule
 from learned_optim.rules.orthogonal import SCRATCH_BYTES, buckets, matrix_shape, scratch_entries
 
 Step = Callable[[UpdateRule, Sequence[StepItem], StepOptions], None]
 """What steps items coordinate by coordinate: the ``apply_step`` of a backend."""
+
+
+class Kernel(Protocol):
+    """What shapes and applies updates faster, with the numbers of the matrix stage; a backend's ``matrix`` module."""
+
+    def takes_sides(self, rows: int, columns: int) -> bool:
+        """Return whether it shapes matrices of these sides."""
+        ...
+
+    def takes_params(self, params: Sequence[Tensor]) -> bool:
+        """Return whether it can apply updates to all of these parameters."""
+        ...
+
+    def shape(self, updates: Tensor, momentum: Tensor | None, stage: MatrixStage) -> Tensor:
+        """Return shaped updates, ``(B, m, n)``."""
+        ...
+
+    def apply(self, params: Sequence[Tensor], updates: Tensor, options: StepOptions) -> None:
+        """Apply shaped updates."""
+        ...
 
 
 def split(items: Iterable[StepItem], options: StepOptions) -> tuple[list[StepItem], list[StepItem]]:
@@ -30,7 +50,9 @@ def split(items: Iterable[StepItem], options: StepOptions) -> tuple[list[StepIte
     return plain, shaped
 
 
-def step_matrices(step: Step, rule: UpdateRule, items: Sequence[StepItem], options: StepOptions) -> None:
+def step_matrices(
+    step: Step, rule: UpdateRule, items: Sequence[StepItem], options: StepOptions, kernel: Kernel | None = None
+) -> None:
     """Apply one inner step to matrices, in place.
 
     Args:
@@ -38,6 +60,7 @@ def step_matrices(step: Step, rule: UpdateRule, items: Sequence[StepItem], optio
         rule: As the backend wants it.
         items: With ``matrix`` set.
         options: With ``matrix`` set.
+        kernel: Shapes and applies what it takes; PyTorch does the rest.
     """
     dtype = rule.readout.weight.dtype
     for batches in loads(items, dtype.itemsize):
@@ -52,10 +75,14 @@ def step_matrices(step: Step, rule: UpdateRule, items: Sequence[StepItem], optio
         ]
         step(rule, handed, StepOptions(1.0, 1.0, options.maximize))
         for batch, batched in zip(batches, updates, strict=True):
-            apply_updates([item.param for item in batch], shaped_updates(rule, batch, batched, options), options)
+            apply_updates(
+                [item.param for item in batch], shaped_updates(rule, batch, batched, options, kernel), options, kernel
+            )
 
 
-def shaped_updates(rule: UpdateRule, items: Sequence[StepItem], updates: Tensor, options: StepOptions) -> Tensor:
+def shaped_updates(
+    rule: UpdateRule, items: Sequence[StepItem], updates: Tensor, options: StepOptions, kernel: Kernel | None = None
+) -> Tensor:
     """Return the updates of a batch, shaped.
 
     Args:
@@ -63,6 +90,7 @@ def shaped_updates(rule: UpdateRule, items: Sequence[StepItem], updates: Tensor,
         items: One batch: equal shapes, and sharded alike.
         updates: ``(B, m, n)``; of a sharded parameter this rank's part of the rows or columns.
         options: With ``matrix`` set.
+        kernel: Shapes what it takes.
 
     Returns:
         In the same shape.
@@ -75,20 +103,30 @@ def shaped_updates(rule: UpdateRule, items: Sequence[StepItem], updates: Tensor,
         momentum = None if momentum is None else momentum.view(updates.shape)
     whole = items[0].matrix
     if not hasattr(whole, "placements"):
-        return options.matrix.shape(updates, momentum)
+        return _shaped(updates, momentum, options.matrix, kernel)
     gathered = [None if each is None else _gathered(items, each) for each in (updates, momentum)]
     assert gathered[0] is not None
-    return _own_parts(items, options.matrix.shape(gathered[0], gathered[1]), updates)
+    return _own_parts(items, _shaped(gathered[0], gathered[1], options.matrix, kernel), updates)
 
 
-def apply_updates(params: Sequence[Tensor], updates: Tensor, options: StepOptions) -> None:
+def _shaped(updates: Tensor, momentum: Tensor | None, stage: MatrixStage, kernel: Kernel | None) -> Tensor:
+    if kernel is None or not kernel.takes_sides(*updates.shape[1:]):
+        return stage.shape(updates, momentum)
+    return kernel.shape(updates, momentum if stage.momentum else None, stage)
+
+
+def apply_updates(params: Sequence[Tensor], updates: Tensor, options: StepOptions, kernel: Kernel | None = None) -> None:
     """Apply shaped updates: ``param = shrink * param + lr * update``.
 
     Args:
         params: B tensors of one shape; written.
         updates: ``(B, m, n)``.
         options: How updates are applied.
+        kernel: Applies what it takes.
     """
+    if kernel is not None and updates.dtype == torch.float32 and kernel.takes_params(params):
+        kernel.apply(params, updates, options)
+        return
     moves = list((updates * options.lr).unbind())
     if params[0].dim() != 2 or params[0].shape != updates.shape[1:]:
         moves = [move.view(param.shape) for param, move in zip(params, moves, strict=True)]

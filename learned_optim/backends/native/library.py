@@ -15,6 +15,8 @@ pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 ARGUMENTS = {
     "learned_optim_lstm_sequence": [integer, long, *[integer] * 3, *[pointer] * 8, integer],
     "learned_optim_step": [pointer, pointer, pointer, integer],
+    "learned_optim_matrices": [pointer, long, integer],
+    "learned_optim_matrix_scratch": [long, long],
     "learned_optim_limit_isa": [integer],
     "learned_optim_isa": [],
     "learned_optim_evaluate": [integer, long, pointer, pointer],
@@ -57,6 +59,7 @@ def load(digest: str | None) -> ctypes.CDLL | None:
         except (OSError, AttributeError):
             continue
         library.learned_optim_sources.restype = ctypes.c_char_p
+        library.learned_optim_matrix_scratch.restype = long
         if digest is None or library.learned_optim_sources().decode() == digest:
             return library
     return None

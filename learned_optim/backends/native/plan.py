@@ -9,8 +9,9 @@ keeps no gradient alive between steps.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from operator import attrgetter, is_
 from typing import Any
 
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from learned_optim.backends.items import PlannedGroup, StepItem, overlap
+from learned_optim.backends.items import PlannedGroup, StepItem, StepOptions, overlap
 from learned_optim.backends.matrices import apply_updates, loads, shaped_updates
+from learned_optim.backends.native import matrix
 from learned_optim.backends.native.library import AVAILABLE
+from learned_optim.backends.native.matrix import MatrixTable, addresses_in
 from learned_optim.backends.native.step import Table, packed, struct_of, supports, takes
-from learned_optim.rules import UpdateRule
+from learned_optim.rules import MatrixStage, UpdateRule
 from learned_optim.rules.orthogonal import matrix_shape
 from learned_optim.rules.storage import names
 
@@ -101,9 +104,12 @@ class _Planned:
         scales = torch.empty(len(steps), dtype=torch.float32, device="cpu").unbind() if group.rule.uses_scale else ()
         self._table = Table(self._params, memory, steps, scales)
         self._stage = group.options.matrix
-        self._batches = [batch for load in _loads(group, state) for batch in load]
+        batches = [batch for load in _loads(group, state) for batch in load]
+        self._together = _Together(group.rule, [batch for batch in batches if _taken(batch)])
+        self._batches = [batch for batch in batches if not _taken(batch)]
         position = {id(param): at for at, param in enumerate(self._params)}
-        self._positions = [[position[id(item.param)] for item in batch] for batch in self._batches]
+        self._positions = [position[id(item.param)] for batch in self._together.batches + self._batches for item in batch]
+        self._handed = array("Q", [0] * len(self._params) if self._stage is not None else [])
         self._places = _Forms(self._params)
         self._grads = _Forms([param.grad for param in self._params], anywhere=True)
 
@@ -130,15 +136,62 @@ class _Planned:
         described, options = (struct_of(self._rule), packed(self._rule)), group.options
         sides = [(len(batch), *matrix_shape(batch[0].param.shape)) for batch in self._batches]
         updates = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in sides]
-        handed = [0] * len(grads) if self._batches else []
-        for positions, batched in zip(self._positions, updates, strict=True):
-            start, size = batched.data_ptr(), batched[0].nbytes
-            for at, position in enumerate(positions):
-                handed[position] = start + at * size
+        room, moved = self._together.place()
+        handed = self._handed
+        if self._stage is not None and (moved or updates):
+            addresses = chain(self._together.addresses, chain.from_iterable(map(addresses_in, updates)))
+            for position, address in zip(self._positions, addresses, strict=True):
+                handed[position] = address
         self._table.run_and_count(*described, grads, options, handed)
+        if self._stage is None:
+            return
+        self._together.run(self._stage, options)
+        del room
         with torch.autocast("cpu", enabled=False):
             for batch, batched in zip(self._batches, updates, strict=True):
-                apply_updates([item.param for item in batch], shaped_updates(self._rule, batch, batched, options), options)
+                shaped = shaped_updates(self._rule, batch, batched, options, matrix)
+                apply_updates([item.param for item in batch], shaped, options, matrix)
+
+
+class _Together:
+    """Matrices that one call of the matrix kernel shapes and applies.
+
+    Args:
+        rule: Names their momenta.
+        batches: Plain, contiguous matrices.
+    """
+
+    def __init__(self, rule: UpdateRule, batches: list[list[StepItem]]) -> None:
+        self.batches = batches
+        items = [item for batch in batches for item in batch]
+        sides = [matrix_shape(item.param.shape) for item in items]
+        momenta = [[item.memory[name] for item in items] for name in rule.momentum_names]
+        self._plain = MatrixTable(sides, [item.param for item in items])
+        self._following = MatrixTable(sides, [item.param for item in items], momenta)
+        self._offsets = list(accumulate((_aligned(4 * rows * columns) for rows, columns in sides), initial=0))
+        self._placed, self.addresses = 0, array("Q", [0]) * len(items)
+
+    def place(self) -> tuple[Tensor, bool]:
+        """Return room for all updates, to be held until they are applied, and whether their addresses have changed."""
+        room = torch.empty(self._offsets[-1], dtype=torch.uint8, device="cpu")
+        moved = room.data_ptr() != self._placed
+        if moved:
+            self._placed = room.data_ptr()
+            self.addresses = array("Q", [self._placed + offset for offset in self._offsets[:-1]])
+        return room, moved
+
+    def run(self, stage: MatrixStage, options: StepOptions) -> None:
+        """Shape and apply the updates."""
+        if self.batches:
+            (self._following if stage.momentum else self._plain).run(self.addresses, stage, options)
+
+
+def _aligned(size: int) -> int:
+    return size + -size % 64
+
+
+def _taken(batch: Sequence[StepItem]) -> bool:
+    return matrix.takes_sides(*matrix_shape(batch[0].param.shape)) and matrix.takes_params([item.param for item in batch])
 
 
 class _Forms:

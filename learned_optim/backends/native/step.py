@@ -307,8 +307,8 @@ class Table:
             weights: From :func:`pack`.
             grads: Contiguous, in the order and of the dtypes of the parameters.
             options: How updates are applied.
-            updates: For each parameter the address of float32 numbers that its update is written to, and the parameter is
-                left alone; or 0. Empty: all updates are applied.
+            updates: For each parameter the address of float32 numbers that its update is written to, and the parameter
+                is left alone; or 0. Empty: all updates are applied.
         """
         self.columns.grad_types = self.columns.param_types
         self.columns.count_step, self.columns.measure = True, self.scaled
