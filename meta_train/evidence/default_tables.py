@@ -65,8 +65,8 @@ def shipped(results: tuple[Path, ...] = (RESULTS / "judge-200", RESULTS / "judge
         row = found["last", "Adam, tuned", "last"]
         notes.append(
             f"{horizon:,} steps: {row['tasks']} tasks, n = {row['n']} seeds. Worst: {row['worst_task']}, "
-            f"{float(row['worst']):.2f} x tuned Adam. The highest loss of the second half is {float(row['spike']):.1f} times "
-            f"its median, tuned Adam's {float(row['against_spike']):.1f} times. {where(about)}."
+            f"{float(row['worst']):.2f} x tuned Adam. The highest loss of the second half is {float(row['spike']):.1f} x "
+            f"its median, tuned Adam's {float(row['against_spike']):.1f} x. {where(about)}."
         )
     heads = [f"{directory.name.rpartition('-')[2]} steps{kind}" for directory in results for kind in ("", ", averaged")]
     lines = ["| training loss against | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
