@@ -1,4 +1,4 @@
-"""Whether steps should be longer where gradients agree, on held-out kinds: yes; a gain of 6 and a limit of 8.
+"""Whether steps should be longer where gradients agree, on held-out kinds: yes; a gain of 6 and a limit of 3.
 
     nice -n 10 python -m experiments.agreement run --seeds 0 1
     python -m experiments.agreement table
@@ -29,10 +29,10 @@ SIGMOIDS = ("sigmoid-table", "sigmoid-classes")
 study.KINDS.update({kind.name: kind for kind in SHIPPED_KINDS if kind.name in SIGMOIDS})
 VARIANTS = {
     "no agreement": {"agreement_gain": 0.0},
-    "gain 3": {"agreement_gain": 3.0},
-    "gain 6": {"agreement_gain": 6.0},
-    "gain 12": {"agreement_gain": 12.0},
-    "gain 6, floor 1.5": {"agreement_gain": 6.0, "agreement_floor": 1.5},
+    "gain 3": {"agreement_gain": 3.0, "agreement_limit": 8.0},
+    "gain 6": {"agreement_gain": 6.0, "agreement_limit": 8.0},
+    "gain 12": {"agreement_gain": 12.0, "agreement_limit": 8.0},
+    "gain 6, floor 1.5": {"agreement_gain": 6.0, "agreement_floor": 1.5, "agreement_limit": 8.0},
     "gain 6, limit 3": {"agreement_gain": 6.0, "agreement_limit": 3.0},
 }
 BASE = "no agreement"
