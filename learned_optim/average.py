@@ -1,12 +1,12 @@
-r"""Averaged weights: an exponential average beside the weights, which knows no horizon.
+r"""Averaged weights: an exponential average beside the weights, which needs no horizon.
 
 After step t of a parameter, with :math:`f` the group's share (0.05 for ``average=True``)::
 
     average_1 = theta_1
     average_t = average_{t-1} + (1 - 2 ** (-1 / (f t))) (theta_t - average_{t-1})
 
-So the half-life is always the share f of the steps taken so far, and the average forgets the start of a run at whatever
-length. The weights of the model are never touched but inside :func:`averaged`.
+So the half-life is always the share f of the steps taken so far, and the average forgets the start of a run of any length.
+The weights of the model change only inside :func:`averaged`.
 
 References:
     Polyak and Juditsky 1992. A half-life that grows with t instead of a decay: Hägele et al. 2024, arXiv:2405.18392, and
@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from learned_optim.sharding import as_real, local
 
 AVERAGE = "average"
-"""Name of the average in a parameter's state: the parameter's shape; its dtype, or float32 where that has 16 bits."""
+"""Name of the average in a parameter's state. It has the parameter's shape and dtype, or float32 for a 16-bit dtype."""
 
 SHARE = 0.05
-"""Half-life, as a share of the steps taken, that ``average=True`` stands for."""
+"""Half-life that ``average=True`` means, as a share of the steps taken."""
 
 Group = dict[str, Any]
 
@@ -49,8 +49,8 @@ def update_averages(groups: Sequence[Group], state: MutableMapping[Tensor, Any])
     """Move the averages of all parameters that have just been stepped.
 
     Args:
-        groups: The optimizer's.
-        state: The optimizer's; an average that is missing starts at the weights.
+        groups: The optimizer's groups.
+        state: The optimizer's state; a missing average starts at the weights.
     """
     for group in groups:
         if not group["average"]:
@@ -79,7 +79,7 @@ def _start(param: Tensor) -> Tensor:
 
 
 def _reads_as_number(step: Tensor) -> bool:
-    """Return whether to read a count waits for no device and breaks no graph."""
+    """Return whether the host can read a count without waiting for a device or breaking a graph."""
     return step.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -91,11 +91,11 @@ def _pair(average: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def averaged(groups: Sequence[Group], state: Mapping[Tensor, Any]) -> Iterator[None]:
-    """Put the averages into the parameters, and the weights back afterwards, to the last bit.
+    """Put the averages into the parameters, and put the weights back afterwards, to the last bit.
 
     Args:
-        groups: The optimizer's.
-        state: The optimizer's. A parameter without an average, as before its first step, keeps its weights.
+        groups: The optimizer's groups.
+        state: The optimizer's state. A parameter without an average, for example before its first step, keeps its weights.
 
     Yields:
         Nothing; evaluate inside.
@@ -163,7 +163,7 @@ class Averaging:
         """Return a model's state dict with averaged weights, to save or to load into another model.
 
         Args:
-            model: Whose parameters this optimizer steps. It keeps its weights.
+            model: The model that this optimizer trains. It keeps its weights.
 
         Returns:
             Copies of all tensors.

@@ -1,12 +1,12 @@
-"""Checking and restoring what ``load_state_dict`` is given: functions of state dicts.
+"""Functions that check a checkpoint given to ``load_state_dict`` and restore its memory.
 
 ``torch.optim.Optimizer.load_state_dict`` would cast the memory to the parameter's dtype, all of it at once, and alias the
-caller's tensors. So the base class is shown everything but the memory (:func:`without_memory`), and the memory is copied
-afterwards (:func:`restore`).
+caller's tensors. So the base class sees everything except the memory (:func:`without_memory`), and :func:`restore` copies
+the memory afterwards.
 
-A checkpoint may hold the memory in any floating dtype: trainers cast whole checkpoints, and a float32 model may go on as a
-float64 one. The memory is converted to the layout that the group's ``state_dtype`` and ``moment_dtype`` name. What cannot be
-converted is refused, and everything is checked before anything is written.
+A checkpoint may hold the memory in any floating dtype: trainers cast whole checkpoints, and a float32 model may become
+a float64 model. The memory is converted to the layout that the group's ``state_dtype`` and ``moment_dtype`` name. Memory
+that cannot be converted is refused, and everything is checked before anything is written.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ RuleOf = Callable[[Group], UpdateRule]
 
 @contextlib.contextmanager
 def loading(optimizer: Optimizer, rule_of: RuleOf) -> Iterator[None]:
-    """Check a checkpoint before the base class loads it, show that class no memory, and copy the memory afterwards.
+    """Check a checkpoint before the base class loads it, hide the memory from that class, and copy it afterwards.
 
-    Both happen between the caller's own hooks: after the pre-hooks, which may replace the checkpoint, and before the
+    Both happen between the hooks of the caller: after the pre-hooks, which may replace the checkpoint, and before the
     post-hooks, which may change what was loaded.
 
     Args:
-        optimizer: That is about to load.
+        optimizer: The optimizer that is about to load.
         rule_of: The rule of a group.
 
     Yields:
@@ -76,13 +76,13 @@ def check_checkpoint(state_dict: dict[str, Any], groups: Sequence[Group], defaul
     """Refuse a checkpoint that another optimizer or other weights made, or that does not fit the parameters.
 
     Args:
-        state_dict: What is to be loaded.
-        groups: The optimizer's own.
-        defaults: The optimizer's, for the options that the checkpoint lacks.
+        state_dict: The checkpoint to load.
+        groups: The optimizer's groups.
+        defaults: The optimizer's defaults, for options that the checkpoint lacks.
         rule_of: The rule of a group.
 
     Raises:
-        ValueError: If it does not fit; the message says what to do.
+        ValueError: If the checkpoint does not fit; the message says what to do.
     """
     _check_containers(state_dict)
     saved_groups = state_dict["param_groups"]
@@ -107,11 +107,11 @@ def check_checkpoint(state_dict: dict[str, Any], groups: Sequence[Group], defaul
 
 
 def without_memory(state_dict: dict[str, Any], groups: Sequence[Group], rule_of: RuleOf) -> dict[str, Any]:
-    """Return a checkpoint without what :func:`restore` restores.
+    """Return a checkpoint without the memory that :func:`restore` copies.
 
     Args:
-        state_dict: What is to be loaded; not modified.
-        groups: The optimizer's own.
+        state_dict: The checkpoint to load; not modified.
+        groups: The optimizer's groups.
         rule_of: The rule of a group.
 
     Returns:
@@ -132,10 +132,10 @@ def restore(
     """Copy the memory of a checkpoint into an optimizer's state, in the layout of its groups.
 
     Args:
-        state: The optimizer's; written.
+        state: The optimizer's state, which is written.
         state_dict: A checkpoint that passed :func:`check_checkpoint`; neither modified nor aliased.
-        groups: The optimizer's own.
-        defaults: The optimizer's, for the options that the checkpoint lacks.
+        groups: The optimizer's groups.
+        defaults: The optimizer's defaults, for options that the checkpoint lacks.
         rule_of: The rule of a group.
 
     Raises:
@@ -161,7 +161,7 @@ def restore(
                 state[param][AVERAGE] = average
                 local(average).copy_(local(saved[AVERAGE].detach()))
     except (RuntimeError, MemoryError) as error:
-        state.clear()  # Half a memory would be taken for a whole one.
+        state.clear()  # The next step would take half a memory for a whole one.
         raise RuntimeError(
             f"the checkpoint could not be copied ({error}); the optimizer has no state now: make room and load it again"
         ) from error
@@ -178,7 +178,7 @@ def step_count(index: int, saved: Mapping[str, Any]) -> float:
         A number that float32 holds.
 
     Raises:
-        ValueError: If there is none, or it is no count of steps.
+        ValueError: If the count is missing, or is not a number of steps.
     """
     if "step" not in saved:
         raise ValueError(f"the checkpoint lacks step of parameter {index}; was it edited?")
@@ -201,7 +201,7 @@ def step_count(index: int, saved: Mapping[str, Any]) -> float:
 
 
 def _check_containers(state_dict: dict[str, Any]) -> None:
-    """Refuse what is no state dict, before the base class takes it apart."""
+    """Refuse anything except a state dict, before the base class takes it apart."""
     state, groups = state_dict.get("state"), state_dict.get("param_groups")
     if not isinstance(state, Mapping) or not isinstance(groups, (list, tuple)):
         raise ValueError(
@@ -222,7 +222,7 @@ def _check_containers(state_dict: dict[str, Any]) -> None:
 
 
 def _saved_states(state_dict: dict[str, Any], groups: Sequence[Group]) -> Iterator[tuple[int, Any, Tensor, Group]]:
-    """Yield index, saved state, parameter and saved group of every parameter of which the checkpoint holds state."""
+    """Yield index, saved state, parameter and saved group of every parameter whose state the checkpoint holds."""
     saved, live = params_with_groups(state_dict["param_groups"]), params_with_groups(groups)
     for index, ((saved_index, group), (param, _)) in enumerate(zip(saved, live, strict=True)):
         if state_dict["state"].get(saved_index):
@@ -245,13 +245,13 @@ def _check_weights(saved: Group, live: Group) -> None:
 
 
 def _names(rule: UpdateRule, saved: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what the memory in a checkpoint consists of. Eight-bit memory has scales, whatever dtype it was cast to."""
+    """Return the names of a checkpoint's memory tensors. Eight-bit memory has scales, even after a cast."""
     scaled = CELL_SCALE in saved or _dtype(saved.get("hidden")) == torch.int8
     return ("hidden", "cell", *rule.moment_names, *((CELL_SCALE,) if scaled else ()))
 
 
 def _check_tensors(index: int, saved: Mapping[str, Any], param: Tensor, rule: UpdateRule) -> None:
-    """Refuse what is not this rule's memory of this parameter, judging by kinds, dtypes and shapes."""
+    """Refuse tensors that cannot be this rule's memory of this parameter, by kind, dtype and shape."""
     names = _names(rule, saved)
     if any(name in saved and not _is_dense(saved[name]) for name in names):
         raise ValueError(f"the memory of parameter {index} in the checkpoint is not all of dense tensors; was it edited?")

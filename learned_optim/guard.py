@@ -3,16 +3,16 @@
 After each step the guard looks at every guarded group. A group falls back for good when
 
 - an update is not finite: the step is undone first;
-- updates are long: their root mean square has exceeded :data:`MAX_RATIO` times that of the parameters (no smaller than
-  :data:`MIN_SCALE`) in :data:`PATIENCE` steps in a row;
-- the loss has risen, if ``step`` is given a closure: its running mean has lain above three times its lowest value and
-  half-way back from there to the first loss, or the loss was not finite, in :data:`PATIENCE` steps in a row.
+- updates are long: their root mean square has exceeded :data:`MAX_RATIO` times the root mean square of the parameters
+  (taken as at least :data:`MIN_SCALE`) in :data:`PATIENCE` steps in a row;
+- the loss has risen, which the guard sees where ``step`` gets a closure. In :data:`PATIENCE` steps in a row, the loss was
+  not finite, or its running mean was above three times its lowest value and above half-way from there to the first loss.
 
-The group then forgets its memory and goes on with the nominal step of its rule. That is an Adam step relative to the tensor
-for the default family, and plain Adam at 1e-3 for the paper's rules. Parameters stay where they are: the guard keeps a run
+The group then forgets its memory and goes on with the nominal step of its rule: an Adam step relative to the tensor for the
+default family, and plain Adam at 1e-3 for the paper's rules. Parameters stay where they are: the guard keeps a run
 from getting worse and does not rewind it. One warning says why the guard acted, and ``summary`` repeats it from then on.
 
-The guard keeps what it knows in the parameter groups, as numbers and a string, so checkpoints and copies carry it.
+The guard keeps its numbers and its reason (a string) in the parameter groups, so checkpoints and copies carry them.
 """
 
 import copy
@@ -32,13 +32,13 @@ from learned_optim.rules import AdamModulationRule, plain_adam
 from learned_optim.weights import Weights
 
 MAX_RATIO = 0.25
-"""An update is long if its root mean square exceeds this fraction of the parameters'."""
+"""An update is long if its root mean square exceeds this fraction of the parameters' root mean square."""
 
 MIN_SCALE = 1e-2
-"""The least root mean square that parameters are taken to have: many start at zero."""
+"""Floor of the parameters' root mean square: many parameters start at zero."""
 
 PATIENCE = 20
-"""Steps in a row that must misbehave."""
+"""Steps that must misbehave in a row before the guard acts."""
 
 SMOOTHING = 0.9
 """Decay of the running mean of the loss."""
@@ -63,7 +63,7 @@ def check_guard(options: dict[str, Any]) -> None:
         options: All options of one parameter group.
 
     Raises:
-        ValueError: If ``guard`` is not a bool, ``capturable`` is set too, or what the guard wrote was replaced.
+        ValueError: If ``guard`` is not a bool, ``capturable`` is set too, or a value that the guard wrote was replaced.
     """
     for name, start in START.items():
         if not isinstance(options.get(name, start), str if name == "guard_tripped" else (int, float)):
@@ -75,7 +75,7 @@ def check_guard(options: dict[str, Any]) -> None:
 
 
 def nominal(weights: Weights) -> Weights:
-    """Return what a group falls back to: its rule with every meta-parameter zero, or Adam at 1e-3 for the paper's rules.
+    """Return the weights a group falls back to: its rule with zero meta-parameters, or Adam at 1e-3 for the paper's rules.
 
     Args:
         weights: The group's weights.
@@ -105,7 +105,7 @@ def snapshot(groups: Iterable[dict[str, Any]]) -> list[dict[Tensor, Tensor]]:
         groups: The optimizer's groups.
 
     Returns:
-        One dict a group, from parameter to copy; an empty one for a group that is not watched.
+        One dict for each group, from parameter to copy; the dict is empty if the guard does not watch the group.
 
     Raises:
         RuntimeError: If a watched group is trained by several processes.
@@ -140,7 +140,7 @@ def judge(
         groups: The optimizer's groups; the guard writes what it knows into them.
         state: The optimizer's state; emptied for the parameters of a group that falls back.
         before: What :func:`snapshot` returned before the step.
-        loss: What the closure returned; None without a closure.
+        loss: The closure's loss; None without a closure.
     """
     tripped = {}
     for number, (group, old) in enumerate(zip(groups, before, strict=True)):

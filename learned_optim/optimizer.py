@@ -42,12 +42,12 @@ WeightsLike = str | PathLike[str] | UpdateRule | Weights
 """A bundled name, ``owner/repo@revision`` on the Hub, a file, a rule, or loaded weights."""
 
 Kind = tuple[torch.device, torch.dtype, bool]
-"""What can be stepped together: device, dtype to compute in, and whether complex numbers are seen as real ones while
-``torch.compile`` traces, which fails on an operator that writes such a view and follows plain PyTorch."""
+"""Parameters of one kind are stepped together: device, dtype to compute in, and whether ``torch.compile`` traces complex
+numbers as real views. Tracing fails on a custom operator that writes such a view, but follows plain PyTorch."""
 
 
 class _Work(NamedTuple):
-    """What one call of a backend steps; the arguments of :func:`~learned_optim.backends.apply_step`."""
+    """The work of one backend call: the arguments of :func:`~learned_optim.backends.apply_step`."""
 
     backend: str
     rule: UpdateRule
@@ -76,18 +76,18 @@ class LearnedOptimizer(Averaging, Optimizer):
             ``"owner/repo@revision"`` on the Hugging Face Hub, a ``.safetensors`` file or a directory that holds a
             ``model.safetensors``, an :class:`~learned_optim.rules.UpdateRule`, or loaded
             :class:`~learned_optim.Weights`.
-        weight_decay: Decoupled. Each step multiplies parameters by ``1 - 1e-3 * lr * weight_decay``, so that the value
-            means what it means to AdamW at its usual rate of 1e-3.
+        weight_decay: Decoupled weight decay. Each step multiplies parameters by ``1 - 1e-3 * lr * weight_decay``, so a value
+            has the same effect as in AdamW at its usual rate of 1e-3.
         maximize: Ascend instead of descend.
         matrix: Whether updates of matrices, and of convolutions as ``(out, rest)``, are moved towards orthogonal ones.
-            ``"auto"``: as the weights say. True: also with weights that have no such stage. False: not at all.
-        average: Keep an average of the weights, for :meth:`averaged`. True: its half-life is a twentieth of the steps taken
-            so far; a number in (0, 1]: that share of them. Costs as much memory as the parameters.
+            ``"auto"`` follows the weights. True moves them also with weights that have no such stage. False never does.
+        average: Keep an average of the weights, for :meth:`averaged`. Its half-life is a share of the steps taken so far: a
+            twentieth for True, or a number in (0, 1]. It costs the same memory as the parameters.
         state_dtype: Dtype of the LSTM memory: ``torch.float32`` (default), ``torch.bfloat16`` or ``torch.int8``; see
             :mod:`learned_optim.rules.storage`. float64 parameters have float64 memory.
-        moment_dtype: ``torch.float32`` or ``torch.bfloat16`` for the moments, all but the mean square, which stays float32.
-            By default bfloat16 beside int8 memory, else float32.
-        backend: ``"auto"`` (of the others the fastest that fits and costs nothing to start), ``"reference"`` (PyTorch),
+        moment_dtype: ``torch.float32`` or ``torch.bfloat16`` for the moments, except the mean square, which stays float32.
+            The default is bfloat16 beside int8 memory, otherwise float32.
+        backend: ``"auto"`` (the fastest of the others that fits and costs nothing to start), ``"reference"`` (PyTorch),
             ``"native"`` (compiled, on the CPU), ``"triton"`` (fused, on CUDA) or ``"compiled"`` (TorchInductor, which
             takes up to a minute at the first step).
         guard: Watch the updates and, where ``step`` gets a closure, the loss, and fall back to plain Adam where they
@@ -96,7 +96,7 @@ class LearnedOptimizer(Averaging, Optimizer):
         foreach: Accepted for compatibility; small tensors are always processed together.
         fused: Accepted for compatibility; True is refused, choose a ``backend`` instead.
         differentiable: Refused if True: ``step`` builds no graph.
-        revision: Hub revision of ``weights``, if not given in it. Groups name theirs: ``"owner/repo@revision"``.
+        revision: Hub revision of ``weights``, if its name has none. A group writes ``"owner/repo@revision"``.
         token: Hub token.
         cache_dir: Hub cache.
         local_files_only: Never use the network.
@@ -183,7 +183,7 @@ class LearnedOptimizer(Averaging, Optimizer):
 
     @classmethod
     def from_pretrained(cls, weights: WeightsLike, params: ParamsT, **options: Any) -> LearnedOptimizer:
-        """Make an optimizer, with the weights as the first argument, as model libraries have it.
+        """Make an optimizer with the weights as the first argument, like the models of Hugging Face.
 
         Args:
             weights: As in the constructor.
@@ -215,7 +215,7 @@ class LearnedOptimizer(Averaging, Optimizer):
                 self._weights[loaded.fingerprint] = loaded
                 options |= {"weights": loaded.name, "fingerprint": loaded.fingerprint}
         super().add_param_group(param_group)
-        # The caller's own dict is the group, as in every torch optimizer: the caller may keep it and change its options.
+        # As in every torch optimizer, the caller's own dict is the group: the caller may keep it and change its options.
         param_group.update({name: options[name] for name in ("weights", "fingerprint", "state_dtype", "moment_dtype")})
         group = self.param_groups[-1]
         if any(getattr(param, "_fsdp_flattened", False) for param in group["params"]):
@@ -227,7 +227,7 @@ class LearnedOptimizer(Averaging, Optimizer):
             self._rate_watch = None
 
     def _named_weights(self, group: dict[str, Any]) -> Weights:
-        """Return the weights that a group names. A dict that was a group before names weights by their fingerprint too."""
+        """Return the weights that a group names. A dict that was a group before also has a fingerprint."""
         name, fingerprint = group["weights"], group.get("fingerprint")
         if isinstance(name, str) and isinstance(fingerprint, str) and (living := living_weights(fingerprint, name)):
             return living
@@ -271,7 +271,7 @@ class LearnedOptimizer(Averaging, Optimizer):
         work, counts = self._prepare()
         before = snapshot(self.param_groups)
         if counts:
-            torch._foreach_add_(counts, 1)  # Of thousands of steps on a GPU, in a few launches.
+            torch._foreach_add_(counts, 1)  # A few launches on a GPU, even for thousands of counts.
         for each in work:
             apply_step(*each)
         judge(self.param_groups, self.state, before, loss)
@@ -281,7 +281,7 @@ class LearnedOptimizer(Averaging, Optimizer):
         return loss
 
     def _repeat_step(self) -> bool:
-        """Take the step as the last one was taken, if nothing but gradients and options has changed."""
+        """Repeat the last step's plan and return True, if nothing but gradients and options has changed."""
         if self._plan is None or not self._may_repeat() or self._planned_by != self.backend:
             return False
         return self._plan.repeat(self._planned_groups(), self.state)
@@ -291,7 +291,7 @@ class LearnedOptimizer(Averaging, Optimizer):
             self._plan, self._planned_by = make_plan(self.backend, self._planned_groups(), self.state), self.backend
 
     def _may_repeat(self) -> bool:
-        """Return whether steps may be repeated unseen: not while tracing or faking, nor under a guard."""
+        """Return whether a plan may repeat steps: not while tracing, with fake tensors, or under a guard."""
         if torch.compiler.is_compiling() or active_fake_mode() is not None:
             return False
         return not any(group["guard"] for group in self.param_groups)
@@ -311,12 +311,12 @@ class LearnedOptimizer(Averaging, Optimizer):
         return summarize(self.param_groups, self.backend, self._rule_of, self._state_bytes)
 
     def _weights_of(self, group: dict[str, Any]) -> Weights:
-        """Return what steps a group: its weights, or plain Adam once the guard has fallen back."""
+        """Return the weights that step a group: its own, or the nominal step once the guard has fallen back."""
         weights = self._weights[group["fingerprint"]]
         return nominal(weights) if group.get("guard_tripped") else weights
 
     def _rule_of(self, param: Tensor, group: dict[str, Any]) -> UpdateRule:
-        """Return the rule that steps a parameter, on its device and in the dtype it computes in."""
+        """Return the rule that steps a parameter, on the device of the parameter and in the dtype to compute in."""
         return self._weights_of(group).rule_on(param.device, compute_dtype(param.dtype))
 
     def _prepare(self) -> tuple[list[_Work], list[Tensor]]:
@@ -353,32 +353,32 @@ class LearnedOptimizer(Averaging, Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint: options from its groups, and memory in the layout that these options name.
 
-        Memory in that layout already is copied bit by bit; in any other floating dtype, or in 8 bits with its scales, it is
-        converted. So ``state_dict["param_groups"][0]["state_dtype"] = "bfloat16"`` changes what the memory is kept in.
+        Memory that already has that layout is copied bit by bit. Memory in another floating dtype, or in 8 bits with its
+        scales, is converted. So ``state_dict["param_groups"][0]["state_dtype"] = "bfloat16"`` changes the dtype of memory.
 
         Args:
-            state_dict: From :meth:`state_dict`. Not modified, not aliased.
+            state_dict: From :meth:`state_dict`. It is neither modified nor aliased.
 
         Raises:
             TypeError: If ``state_dict`` is no dict.
             ValueError: If the checkpoint was made by another optimizer or with other weights, does not fit the parameters,
-                or holds numbers that are no memory. Nothing is changed then.
-            RuntimeError: If memory runs out on the way: old and new state never lie side by side, so none is left then.
+                or holds numbers that cannot be memory. Nothing has changed then.
+            RuntimeError: If memory runs out on the way. Old and new state never lie side by side, so no state is left then.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"load_state_dict takes what state_dict() returned, a dict; got {type(state_dict).__name__}")
-        self._plan = None  # It would keep the old state alive beside the new.
+        self._plan = None  # A plan would keep the old state alive beside the new.
         with loading(self, lambda group: self._weights_of(group).rule):
             super().load_state_dict(state_dict)
-        if self.state:  # A run that goes on may be at the end of a schedule.
+        if self.state:  # A resumed run may be at the end of a schedule.
             self._rate_watch = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy needs and nothing else: schedulers and hooks patch attributes that must not travel."""
+        """Return only what a copy needs: schedulers and hooks patch attributes that must not travel."""
         return {**super().__getstate__(), "backend": self.backend, "_weights": self._weights}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy, and fill in options that an older version did not have."""
+        """Restore a copy, and fill in options that an older copy lacks."""
         super().__setstate__(state)
         self.__dict__.setdefault("_hub_options", {})
         for group in self.param_groups:

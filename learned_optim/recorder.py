@@ -18,7 +18,7 @@ from learned_optim.sharding import as_real, gradient_of, local
 Row = dict[str, float]
 
 SATURATED = math.atanh(0.95)
-"""A cell beyond this, 1.83, has ``|tanh(cell)| > 0.95``: it hardly reacts to what comes in."""
+"""A cell beyond this, 1.83, has ``|tanh(cell)| > 0.95``: it hardly reacts to its inputs."""
 
 
 @runtime_checkable
@@ -30,7 +30,7 @@ class ScalarWriter(Protocol):
 
 
 class Recorder:
-    r"""Sample what an optimizer's steps do. The recorder hooks into ``step``, which costs nothing more between samples.
+    r"""Sample what an optimizer's steps do. Between samples its hooks on ``step`` only count.
 
     Every ``every``-th step, beginning with the next, gives one row for each parameter group. :math:`\Delta` is the change of
     the group's parameters in that step, ``lr`` and weight decay included. A row has
@@ -39,15 +39,15 @@ class Recorder:
     - ``group``: Index of the parameter group.
     - ``update_ratio``: :math:`rms(\Delta) / rms(\theta)`, :math:`\theta` before the step.
     - ``cosine_descent``: Cosine of :math:`\Delta` with the negative gradient (the gradient if ``maximize``).
-    - ``cosine_adam``: Cosine of :math:`\Delta` with Adam's step, :math:`-\hat m / \sqrt{\hat v}` of the state's own moments;
-      nan for the paper's rules, which keep none.
+    - ``cosine_adam``: Cosine of :math:`\Delta` with Adam's step, :math:`-\hat m / \sqrt{\hat v}` from the moments in the
+      state; nan for the paper's rules, which keep none.
     - ``saturation``: Share of LSTM cells with ``|tanh(cell)| > 0.95`` among the coordinates not at rest.
-    - ``skipped``: Share of coordinates skipped because their gradient was not finite. A ``GradScaler`` skips such steps
-      whole, and then nothing is recorded.
+    - ``skipped``: Share of coordinates skipped because their gradient was not finite. A ``GradScaler`` skips such a
+      step entirely, and then nothing is recorded.
     - ``at_rest``: Share of coordinates that never had a non-zero gradient.
 
     Only parameters with a gradient count; a group with none has no row. A ratio with nothing to divide by is nan. Sharded
-    parameters are counted whole, so that every rank has the same rows: give the writer to one of them, the recorder to all.
+    parameters are counted whole, so every rank has the same rows: make a recorder on each rank, with the writer on one.
     A sample reads numbers on the host, so inside ``torch.compile`` it breaks the graph (and ``fullgraph=True`` refuses it).
 
     Args:
@@ -61,7 +61,7 @@ class Recorder:
         rows: The rows so far.
 
     Raises:
-        TypeError: If ``optimizer`` is no ``LearnedOptimizer`` or ``writer`` is neither of the two.
+        TypeError: If ``optimizer`` is no ``LearnedOptimizer``, or ``writer`` is neither a writer nor a function.
         ValueError: If ``every`` is below 1.
 
     Examples:
@@ -160,7 +160,7 @@ def _batches(params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Tensor]]
 
 
 PIECE = 16_384
-"""Coordinates that are processed at once, so few that every intermediate result stays in the caches."""
+"""Coordinates that are processed at once: few enough that every intermediate result stays in the caches."""
 
 
 def _sums(
@@ -218,7 +218,7 @@ def _sums_of_piece(
 
 
 def _adam_step(rule: UpdateRule, moments: Sequence[Tensor], step: float) -> tuple[Tensor, Tensor]:
-    """Return where a second moment is positive, and there ``-m / sqrt(v)`` corrected for bias."""
+    """Return a mask where the second moment is positive, and ``-m / sqrt(v)``, corrected for bias, under that mask."""
     config: Any = rule.config
     momentum = moments[rule.moment_names.index("exp_avg")].double() / (1 - config.fast_decay**step)
     second_moment = moments[rule.moment_names.index("exp_avg_sq")].double() / (1 - config.second_moment_decay**step)
@@ -227,7 +227,7 @@ def _adam_step(rule: UpdateRule, moments: Sequence[Tensor], step: float) -> tupl
 
 
 def _over_ranks(sums: Tensor, param: Tensor) -> Tensor:
-    """Add up what the ranks of a sharded parameter counted; a replicated one was counted whole by each."""
+    """Add up the sums of the ranks of a sharded parameter; each rank already has the whole of a replicated one."""
     if not hasattr(param, "placements"):
         return sums
     from torch.distributed.tensor import DTensor, Partial, Replicate

@@ -1,4 +1,4 @@
-"""The state of one parameter: how it starts, and what it weighs."""
+"""The state of one parameter: its initial values and its size in bytes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def initial_state(param: Tensor, group: Group, rule: UpdateRule) -> dict[str, Te
     """Return memory at rest.
 
     Args:
-        param: On any device, sharded or not.
+        param: A parameter on any device, sharded or not.
         group: Its group.
         rule: The rule that will step it.
 
     Returns:
-        ``step``, and every tensor of the layout: the parameter's shape in front, what a coordinate keeps behind it.
+        ``step``, and every tensor of the layout. A tensor's shape is the parameter's shape, then the trailing dimensions.
     """
     like = as_real(param)
     step = torch.zeros((), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
@@ -65,13 +65,13 @@ def state_bytes(param: Tensor, group: Group, rule: UpdateRule, state: Mapping[st
     """Return the bytes of a parameter's state over all ranks.
 
     Args:
-        param: Any.
+        param: Any parameter.
         group: Its group.
         rule: The rule that steps it.
-        state: What there is of it; empty or None before its first step.
+        state: Its state; empty or None before its first step.
 
     Returns:
-        The bytes of what is there, or else of what the first step will allocate.
+        The bytes of the state, or without one the bytes that the first step will allocate.
 
     Raises:
         ValueError: If the parameter has no shape yet.
@@ -87,7 +87,7 @@ def state_bytes(param: Tensor, group: Group, rule: UpdateRule, state: Mapping[st
 
 @torch.inference_mode(False)  # Later steps could not write to inference tensors.
 def make_contiguous(memory: dict[str, Any]) -> None:
-    """Replace tensors of other strides, which a caller may have put there, by contiguous ones.
+    """Replace tensors with other strides, which a caller may have put there, by contiguous copies.
 
     Args:
         memory: The state of one parameter.

@@ -1,9 +1,9 @@
 """The default family: a small LSTM that modulates a nominal Adam step.
 
-Inputs and output are scale-free, so neither the scale of the loss nor that of a layer matters, within the range of
-float32: a gradient above 1.8e19 squares to Inf and is skipped, and one below 1e-21 leaves a second moment of 0 and moves
-nothing. The output is bounded, so no state of the LSTM can make a step explode; with a zero readout the rule *is* Adam with
-a step relative to the tensor.
+Inputs and output are scale-free, so neither the scale of the loss nor the scale of a layer matters within the range
+of float32. A gradient above 1.8e19 squares to Inf and is skipped; a gradient below 1e-21 leaves a second moment of 0 and
+moves nothing. The output is bounded, so no state of the LSTM can make a step explode. With a zero readout the rule *is*
+Adam with a step relative to the tensor.
 """
 
 import math
@@ -27,18 +27,18 @@ class AdamModulationConfig(RuleConfig):
         fast_decay: Decay of the fast momentum, which is also the nominal direction.
         slow_decay: Decay of the slow momentum.
         second_moment_decay: Decay of the mean squared gradient.
-        outlier_bound: No gradient counts for more than so many times the root of the mean square before it, so that one bad
-            example does not stop the steps after it; 0: any counts in full.
+        outlier_bound: A gradient counts for at most this many times the root of the mean square before it, so that one bad
+            example does not stop the steps after it; 0: every gradient counts in full.
         time_scales: Inner steps; each gives an input ``tanh(t / scale - 1)``. Empty: the rule sees no time.
         step_size: Size of a nominal step relative to the root mean square of the tensor.
         min_scale: Floor of that root mean square, for tensors that start at zero.
-        small_min_scale: A higher floor for tensors with fewer entries, N: ``0.5 * N ** -0.25``, about what torch starts a
-            square matrix of as many with, but no more than this. 0: none.
-        max_scale: Its ceiling.
-        anneal_power: The nominal step shrinks as ``(1 + t / anneal_steps) ** -anneal_power``, t the inner steps since
-            ``anneal_start``; 0: never.
-        anneal_steps: Inner steps after which that begins to tell.
-        anneal_start: Inner steps until which nothing shrinks.
+        small_min_scale: A higher floor for tensors with fewer entries, N: ``0.5 * N ** -0.25``, about torch's
+            initial scale of a square matrix with N entries, but no more than this. 0: no higher floor.
+        max_scale: Ceiling of that root mean square.
+        anneal_power: The nominal step shrinks as ``(1 + t / anneal_steps) ** -anneal_power``, where t counts inner steps
+            from ``anneal_start`` on; 0: it never shrinks.
+        anneal_steps: Time scale of the shrinking, in inner steps.
+        anneal_start: Inner steps before the shrinking begins.
         log_gain: Bound on the logarithm of the modulation: steps lie within ``e^+-log_gain`` of the nominal size.
         matrix_blend: How far the update of a matrix goes towards the orthogonal one; 0: there is no matrix stage.
         matrix_momentum: Share of the raw momentum, ``-(m + n)``, in the direction that is orthogonalised.
@@ -46,8 +46,8 @@ class AdamModulationConfig(RuleConfig):
         matrix_smallest_side: Fewest rows and columns of a matrix that takes part.
         agreement_gain: How much longer the steps of a tensor are where its gradients agree; 0: no longer. See
             :meth:`AdamModulationRule.agreement_factor`.
-        agreement_floor: Agreement up to which they are no longer; noise has 1.
-        agreement_limit: How many times as long they can be.
+        agreement_floor: Agreement up to which steps keep their length; noise has an agreement of 1.
+        agreement_limit: Largest factor by which agreement lengthens a step.
     """
 
     hidden_size: int = 8
@@ -75,7 +75,7 @@ class AdamModulationConfig(RuleConfig):
 
     @property
     def noise_share(self) -> float:
-        """Share of its second moment that noise leaves in the mean square of the slow momentum."""
+        """Mean square of the slow momentum under pure noise, as a share of the noise's second moment."""
         return (1 - self.slow_decay) / (1 + self.slow_decay)
 
     def __post_init__(self) -> None:
@@ -115,8 +115,8 @@ class AdamModulationConfig(RuleConfig):
 class AdamModulationRule(UpdateRule):
     r"""A bounded, learned modulation of Adam's direction plus a bounded learned direction.
 
-    With ``m``, ``n`` the fast and slow momentum and ``v`` the mean squared gradient, all bias-corrected, of gradients ``g``
-    bounded by ``outlier_bound * sqrt(v)``, with the ``v`` of the step before::
+    Gradients ``g`` are bounded by ``outlier_bound * sqrt(v)``, with the ``v`` of the step before. ``m`` and ``n`` are their
+    fast and slow momentum, ``v`` is their mean square, and all three are bias-corrected::
 
         inputs  = (g, m, n) / sqrt(v),  log(g^2 / v),  tanh(t / tau - 1) for each time scale
         a, b    = linear(LSTM(inputs))
@@ -126,8 +126,8 @@ class AdamModulationRule(UpdateRule):
     whole matrices after that.
 
     ``scale`` is the root mean square of the whole parameter tensor, clamped, times :meth:`agreement_factor`; ``anneal`` is a
-    power law that the modulation may bend but need not discover, so the rule goes on settling long after the longest episode
-    it was trained on. A coordinate with ``v = 0`` does not move.
+    power law, which the modulation may bend but need not discover. So the rule goes on settling long after the longest
+    episode of its training. A coordinate with ``v = 0`` does not move.
 
     Args:
         config: Decays, scales and bounds.
@@ -153,7 +153,7 @@ class AdamModulationRule(UpdateRule):
 
     @property
     def matrix_stage(self) -> MatrixStage | None:
-        """How updates of matrices are shaped; None without ``matrix_blend``."""
+        """The stage that shapes updates of matrices; None without ``matrix_blend``."""
         config = self.config
         if not config.matrix_blend:
             return None
@@ -177,8 +177,8 @@ class AdamModulationRule(UpdateRule):
     def agreement_factor(self, momentum_squares: Tensor, second_moments: Tensor, done: Tensor) -> Tensor:
         """Return how many times as long a tensor's steps are because its gradients agree.
 
-        The slow momentum ``n``, of decay d, sums gradients. Its mean square rises to ``v (1 - d) / (1 + d)`` where gradients
-        are noise of second moment ``v``, and to ``v`` where they agree. So the agreement is ::
+        The slow momentum ``n``, with decay d, averages gradients of second moment ``v``. Its mean square rises to
+        ``v (1 - d) / (1 + d)`` where they are noise, and to ``v`` where they agree. The agreement is therefore ::
 
             a      = sqrt(sum(n^2) / sum(v) * (1 + d) / (1 - d))
             factor = min(exp(agreement_gain * max(a - agreement_floor, 0)), agreement_limit)

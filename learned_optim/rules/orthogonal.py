@@ -21,8 +21,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
 ALIGNMENT = 4
-"""Zeros pad both sides to multiples of it, so every matrix of a batch begins at a multiple of 64 bytes. BLAS rounds by the
-address: without the padding, the result of a matrix would depend on its place in the batch."""
+"""Zeros pad both sides to multiples of this number, so every matrix of a batch begins at a multiple of 64 bytes. BLAS
+rounds by the address: without the padding, the result of a matrix would depend on its place in the batch."""
 
 SCRATCH_BYTES = 64 * 2**20
 """Memory that one bucket of :func:`buckets` may need beside updates and results."""
@@ -45,11 +45,11 @@ class MatrixStage:
     smallest_side: int = 2
 
     def applies_to(self, shape: Sequence[int]) -> bool:
-        """Return whether a tensor of this shape is shaped."""
+        """Return whether the stage shapes tensors of this shape."""
         return has_matrix(shape, self.smallest_side)
 
     def shape(self, updates: Tensor, momentum: Tensor | None) -> Tensor:
-        """Return :func:`shape_updates` of ``(B, m, n)`` as this stage has it.
+        """Apply :func:`shape_updates` with the numbers of this stage.
 
         Args:
             updates: ``(B, m, n)``.
@@ -65,7 +65,7 @@ class MatrixStage:
 
         Args:
             updates: As given to :meth:`shape`.
-            cotangents: Derivatives by its result.
+            cotangents: Derivatives by the result of :meth:`shape`.
             momentum: As given to :meth:`shape`.
 
         Returns:
@@ -79,7 +79,7 @@ def has_matrix(shape: Sequence[int], smallest_side: int = 2) -> bool:
     """Return whether the stage applies to a tensor.
 
     Args:
-        shape: Of the tensor; a convolution counts as ``(out, rest)``.
+        shape: Sides of the tensor; a convolution counts as ``(out, rest)``.
         smallest_side: Fewest rows and columns.
 
     Returns:
@@ -112,11 +112,11 @@ def buckets(
     Args:
         shapes: Sides of each matrix.
         element_size: Bytes of one entry.
-        scratch_bytes: Bound on :func:`scratch_entries` of one batch, in bytes. A single matrix beyond the bound still
-            comes, alone: its Gram matrix has to lie somewhere.
+        scratch_bytes: Bound on :func:`scratch_entries` of one batch, in bytes. A matrix that exceeds the
+            bound by itself comes alone: its Gram matrix needs that memory.
 
     Yields:
-        Positions in ``shapes``, in their order there; every position comes once.
+        Positions in ``shapes``, in ascending order within a batch; every position comes once.
     """
     groups: dict[tuple[int, int], list[int]] = {}
     for position, shape in enumerate(shapes):
@@ -153,7 +153,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         Matrices of the same shape.
 
     References:
-        Jordan et al. 2024, "Muon" (https://kellerjordan.github.io/posts/muon/), whose coefficients these are. Departures:
+        Jordan et al. 2024, "Muon" (https://kellerjordan.github.io/posts/muon/), which gives the coefficients. Departures:
         the largest entry is divided out before the norm, so no scale over- or underflows; bfloat16 on GPUs only;
         the Gram form.
     """
@@ -173,14 +173,14 @@ def shape_updates(
     result is ``(1 - blend) U + blend gain |U| Q / |Q|``. A coordinate that the rule leaves at rest therefore stays at rest.
 
     On one thread of a CPU, the result of a matrix depends on no other matrix of its batch, to the last bit. On several
-    threads, BLAS splits a batch of one in another way than a larger batch, so the last bits may differ there.
+    threads, BLAS splits a batch of one matrix differently from a larger batch, so the last bits may differ there.
 
     Args:
         updates: ``(B, m, n)``, float32 or float64. Zero matrices and matrices with NaN or Inf come back as they are.
         blend: From 0, the update itself to the last bit, to 1; a number or ``(B,)``.
         gain: Length of an orthogonal update, relative to ``|U|``; a number or ``(B,)``.
-        momentum: ``(B, m, n)``, of any scale. One that is zero or not finite has no say.
-        share: Of the momentum in the direction, from 0 to 1; a number or ``(B,)``.
+        momentum: ``(B, m, n)``, of any scale. A momentum that is zero or not finite is left out.
+        share: Weight of the momentum in the direction, from 0 to 1; a number or ``(B,)``.
 
     Returns:
         Updates of the same shape. Differentiable once by every argument but the momentum.
@@ -198,7 +198,7 @@ def shape_updates(
 
 
 def _chosen(usable: Tensor, matrices: Tensor, otherwise: Tensor | float) -> Tensor:
-    """Return usable matrices, and something else for the others; a pass is saved where a look tells that all are usable."""
+    """Return usable matrices, and ``otherwise`` in place of the others; skip the copy where all are usable."""
     plain = type(usable) is Tensor and usable.device.type == "cpu" and not torch.compiler.is_compiling()
     if plain and bool(usable.all()):
         return matrices
@@ -211,7 +211,7 @@ def _inverse(norm: Tensor) -> Tensor:
 
 
 def _spread(value: Tensor | float, updates: Tensor) -> Tensor | float:
-    """Return a number as it is, and one number a matrix as ``(B, 1, 1)``."""
+    """Return a number unchanged, and one number for each matrix as ``(B, 1, 1)``."""
     return value.reshape(-1, 1, 1).to(updates.dtype) if isinstance(value, Tensor) else value
 
 
@@ -233,7 +233,7 @@ def pull_back(
         gain: As given to :func:`shape_updates`.
         momentum: As given to :func:`shape_updates`.
         share: As given to :func:`shape_updates`.
-        scratch_bytes: Bound on the memory of one batch; the pull-back keeps about eight times what the forward pass holds.
+        scratch_bytes: Bound on the memory of one batch; the pull-back keeps about eight times as much as the forward pass.
 
     Returns:
         Derivatives by the updates, ``(B, m, n)``.
@@ -254,7 +254,7 @@ def pull_back(
 
 
 def _normalize(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return matrices of norm 1, the norms ``(B, 1, 1)``, and whether a matrix is finite and not zero."""
+    """Return matrices of norm 1, their old norms ``(B, 1, 1)``, and whether each is finite and not zero."""
     # The result does not depend on the peak, which only keeps squares in range, so it needs no derivative.
     peak = matrices.detach().abs().amax((-2, -1), keepdim=True)
     usable = peak.isfinite() & (peak > 0)
@@ -265,7 +265,7 @@ def _normalize(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _newton_schulz(unit: Tensor) -> Tensor:
-    """Iterate on matrices of norm at most 1; with the shorter derivative where one is asked for."""
+    """Iterate on matrices of norm at most 1; use the cheaper derivative where autograd asks for one."""
     rows, columns = unit.shape[-2:]
     wide = unit if rows <= columns else unit.mT
     if rows % ALIGNMENT or columns % ALIGNMENT:

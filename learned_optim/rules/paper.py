@@ -20,7 +20,7 @@ class PaperRuleConfig(RuleConfig):
         inputs: ``"raw"`` feeds the gradient itself, ``"log_and_sign"`` the two numbers of :func:`log_and_sign`.
         preprocess_p: The p of :func:`log_and_sign`; unused with raw inputs.
         input_scale: Constant factor on raw gradients. A loss that is the mean of M functions has gradients M times smaller
-            than each function's; ``input_scale = M`` gives them back.
+            than each function alone; ``input_scale = M`` undoes that.
         output_scale: Constant factor on the readout.
     """
 
@@ -75,7 +75,7 @@ class PaperRule(UpdateRule):
 
     References:
         Andrychowicz et al. 2016, arXiv:1606.04474, section 2.1 and Appendix A. Departure: a coordinate that has never had a
-        non-zero gradient does not move (in the paper the LSTM's biases move it).
+        non-zero gradient does not move (in the paper, the LSTM's biases move it).
     """
 
     family: ClassVar[str] = "paper"

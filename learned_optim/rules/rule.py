@@ -1,4 +1,4 @@
-"""What an update rule is: three stages that every caller shares, and perhaps a fourth for matrices.
+"""What an update rule is: three stages that every caller shares, and a fourth for matrices in some rules.
 
 ``LearnedOptimizer.step`` runs the stages for one inner step without a graph; the meta-gradient records the first and the
 last and replays the middle for a whole truncation; the fast backends fuse all three and are tested against them. A rule
@@ -23,16 +23,16 @@ from learned_optim.rules.lstm import Carry, LSTMTensors, lstm_sequence, lstm_ste
 from learned_optim.rules.orthogonal import MatrixStage
 
 LARGEST_SIZE = 2**16
-"""Of an LSTM, in units and in layers: beyond any use, and small enough that nothing overflows."""
+"""Most units in an LSTM layer, and most layers: beyond any use, and small enough that nothing overflows."""
 
 PIECE = 2**20
-"""Coordinates of which a norm is taken at once: in float64 they are a copy."""
+"""Coordinates that a norm reads at once: float64 makes a copy of them, so a large tensor is read in pieces."""
 
 Memory = dict[str, Tensor]
 """Per-coordinate memory by name: moments ``(N,)``, and ``hidden`` and ``cell`` ``(N, L * H)``."""
 
 Advance = Callable[[Tensor, Carry, Tensor], tuple[Tensor, Carry]]
-"""From inputs, carry and active mask to top hidden state and held carry: :meth:`UpdateRule.advance` or a kernel."""
+"""Maps inputs, carry and active mask to top hidden state and new carry: :meth:`UpdateRule.advance` or a kernel."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class RuleConfig:
     num_layers: int = 2
 
     def __post_init__(self) -> None:
-        """Refuse sizes no LSTM can have; make floats of the fields that are floats by default, so that 100 equals 100.0.
+        """Refuse impossible sizes; turn fields whose default is a float into floats, so that 100 equals 100.0.
 
         Raises:
             ValueError: If ``hidden_size`` or ``num_layers`` is no integer or outside 1 to 65,536, or another number
@@ -73,13 +73,13 @@ def finite(name: str, value: Any) -> float:
 
     Args:
         name: The option.
-        value: Any real number but a boolean.
+        value: Any real number except a boolean.
 
     Returns:
         The same number.
 
     Raises:
-        ValueError: If it is something else, NaN, or out of the range of float32, in which rules compute.
+        ValueError: If the value is no such number, is NaN, or exceeds the range of float32, in which rules compute.
     """
     number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     if not abs(number) <= torch.finfo(torch.float32).max:
@@ -139,10 +139,10 @@ class UpdateRule(nn.Module, ABC):
         """Return the direction against a momentum of the gradients, or None where the rule keeps none.
 
         Args:
-            memory: After a step, with the moments of ``momentum_names`` at least; of any shape and floating dtype.
+            memory: The memory after a step, with at least the moments in ``momentum_names``; any shape and floating dtype.
 
         Returns:
-            In the shape and dtype of the moments.
+            The direction, in the shape and dtype of the moments.
         """
         return None
 
@@ -159,7 +159,7 @@ class UpdateRule(nn.Module, ABC):
         return self.lstm if self._frozen_lstm is None else self._frozen_lstm
 
     def for_tracing(self) -> UpdateRule:
-        """Return a view of this rule that a compiler traces: the meta-parameters are inputs, the readout is made of sums."""
+        """Return a view of this rule for a compiler to trace: meta-parameters are inputs, and the readout is a sum."""
         view = copy.copy(self)
         view._frozen_lstm, view._traced = None, True
         return view
@@ -179,13 +179,13 @@ class UpdateRule(nn.Module, ABC):
     def tensor_scale(self, param: Tensor, memory: Memory | None = None, done: Tensor | None = None) -> Tensor | None:
         """Return the one number that a rule may take from a whole tensor, or None where it takes none.
 
-        It is the root mean square of the parameter, within :meth:`scale_bounds`, times :meth:`agreement_factor`. It is
-        computed before a tensor is cut into chunks or shards, so neither changes the update; sums are taken in float64, so
-        their order cannot either. A tensor with a NaN counts as one of zeros: the others go on.
+        The number is the root mean square of the parameter, within :meth:`scale_bounds`, times :meth:`agreement_factor`.
+        It is computed before a tensor is cut into chunks or shards, so neither changes the update. Sums are taken in
+        float64, so their order does not matter either. A tensor with a NaN counts as zeros, so the other tensors go on.
 
         Args:
             param: A parameter tensor.
-            memory: The memory before the step, in the shape of ``param``; None: it has no say.
+            memory: The memory before the step, in the shape of ``param``; None leaves it out.
             done: Inner steps taken so far, 0-dim.
 
         Returns:
@@ -204,15 +204,15 @@ class UpdateRule(nn.Module, ABC):
     def tensor_scales(
         self, params: Sequence[Tensor], memories: Sequence[Memory], done: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        """Return :meth:`tensor_scale` of many tensors; on a GPU in a few launches, however many tensors there are.
+        """Return :meth:`tensor_scale` of many tensors; a GPU needs a few launches, however many tensors there are.
 
         Args:
             params: Parameter tensors with at least one entry, all on one device.
-            memories: The memory of each.
-            done: Inner steps of each so far.
+            memories: The memory of each parameter.
+            done: Inner steps that each has taken so far.
 
         Returns:
-            A 0-dim tensor or None each.
+            A 0-dim tensor or None for each parameter.
         """
         together = self.uses_scale and all(param.is_cuda and type(param) in (Tensor, nn.Parameter) for param in params)
         if not together or torch.compiler.is_compiling():
@@ -233,7 +233,7 @@ class UpdateRule(nn.Module, ABC):
 
     @property
     def agreement_names(self) -> tuple[str, ...]:
-        """The momentum and the second moment that :meth:`agreement_factor` compares; empty where a rule does not."""
+        """The momentum and the second moment that :meth:`agreement_factor` compares; empty where a rule compares none."""
         return ()
 
     def agreement_factor(self, momentum_squares: Tensor, second_moments: Tensor, done: Tensor) -> Tensor:
@@ -256,18 +256,18 @@ class UpdateRule(nn.Module, ABC):
             numel: Entries of the whole tensor.
 
         Returns:
-            Both.
+            The floor and the ceiling.
         """
         return 0.0, math.inf
 
     def read_by_encode(self, memory: Memory) -> Memory:
-        """Return as much of a memory as :meth:`encode` reads: views, not copies, for a caller that stores many steps.
+        """Return the part of a memory that :meth:`encode` reads: views, not copies, for a caller that stores many steps.
 
         Args:
             memory: The memory before a step.
 
         Returns:
-            A memory that :meth:`encode` takes instead.
+            A memory that :meth:`encode` accepts in place of the whole.
         """
         return {name: memory[name] for name in self.moment_names}
 
@@ -304,19 +304,19 @@ class UpdateRule(nn.Module, ABC):
             hidden: ``(..., N, H)``.
 
         Returns:
-            Its numbers, each ``(..., N)``.
+            The numbers of the readout, each ``(..., N)``.
         """
         by_sums = self._traced or torch.compiler.is_compiling()
         return self.read_by_sums(hidden) if by_sums else self.readout(hidden).unbind(-1)
 
     def read_by_sums(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """Apply the readout like :meth:`read`, for compilers: they fuse sums with what stands around them, not a matmul.
+        """Apply the readout like :meth:`read`, for compilers: they fuse a sum with its neighbours, but not a matmul.
 
         Args:
             hidden: ``(..., N, H)``.
 
         Returns:
-            Its numbers, each ``(..., N)``.
+            The numbers of the readout, each ``(..., N)``.
         """
         rows = zip(self.readout.weight.unbind(), self.readout.bias.unbind(), strict=True)
         return tuple((hidden * weight).sum(-1) + bias for weight, bias in rows)
@@ -382,7 +382,7 @@ class UpdateRule(nn.Module, ABC):
 
 
 def _norm(tensor: Tensor, order: int) -> Tensor:
-    """Return a norm of a whole tensor in float64; of a large one piece by piece, to save memory."""
+    """Return a norm of a whole tensor in float64; read a large tensor piece by piece, to save memory."""
     if tensor.numel() > PIECE and type(tensor) is Tensor and not torch.compiler.is_compiling():
         flat = tensor.view(-1) if tensor.is_contiguous() else tensor
         pieces = flat.split(max(PIECE * len(flat) // flat.numel(), 1))

@@ -1,19 +1,19 @@
 r"""How a rule's memory is stored: in float32, or in fewer bytes.
 
-A rule computes with float32; what is kept of a coordinate between steps may be narrower:
+A rule computes in float32; the memory of a coordinate between steps may be narrower:
 
 - LSTM memory as bfloat16, rounded to nearest;
 - LSTM memory as int8: ``hidden``, which lies in (-1, 1), as ``q / 127``; ``cell`` as ``q * cell_scale``. Each coordinate and
   layer has a bfloat16 scale of its own, at least the layer's largest cell / 127, so no cell is cut off, and a large cell in
   one layer does not coarsen another layer;
-- moments as bfloat16, all but the mean square.
+- moments as bfloat16, except the mean square.
 
-Whatever *accumulates* -- int8 cells, bfloat16 moments -- is rounded stochastically: what is added in one step is often
-smaller than half the distance of two representable numbers, and rounding to nearest would lose it every time. The mean
-square stays float32: it gains a thousandth a step, and the noise of a thousand roundings would add up to several percent.
+Numbers that *accumulate* (int8 cells, bfloat16 moments) are rounded stochastically: one step often adds less than half the
+distance of two representable numbers, and rounding to nearest would lose that every time. The mean square stays float32:
+it gains a thousandth in each step, and the noise of a thousand roundings would add up to several percent.
 
-Randomness comes from a hash of the step and the bits of the coordinate's own gradient, which :func:`noise` defines: no
-generator is drawn from, and neither the order of coordinates nor their cut into chunks, threads or shards changes a result.
+Randomness comes from a hash of the step and the bits of the coordinate's own gradient, which :func:`noise` defines. No
+generator is used, and neither the order of coordinates nor their cut into chunks, threads or shards changes a result.
 
 Coordinates that are not active keep their bytes.
 """
@@ -33,7 +33,7 @@ MOMENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Dtypes of moments, by name."""
 
 MEMORY_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""What memory may be stored as; beside these, 8-bit LSTM memory with its scales."""
+"""Floating dtypes that memory may be stored in. LSTM memory may also have 8 bits, with its scales."""
 
 CELL_SCALE = "cell_scale"
 WIDE_MOMENTS = frozenset({"exp_avg_sq"})
@@ -47,7 +47,7 @@ _GOLDEN = 0x9E3779B9 - 2**32
 
 
 class Entry(NamedTuple):
-    """One tensor of a parameter's state: the dimensions behind the parameter's shape, and the dtype."""
+    """One tensor of a parameter's state: the dimensions that follow the parameter's shape, and the dtype."""
 
     trailing: tuple[int, ...]
     dtype: torch.dtype
@@ -59,14 +59,14 @@ def layout(
     moment_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> dict[str, Entry]:
-    """Return everything that is kept of a coordinate, by name, in the order of the state.
+    """Return what the state of a coordinate holds, by name, in the order of the state.
 
     Args:
         rule: The rule that uses the memory.
         state_dtype: Dtype of the LSTM memory: float32, bfloat16 or int8.
-        moment_dtype: Dtype of the moments that may be narrow: float32 or bfloat16. None stands for bfloat16 beside int8, and
-            else for float32.
-        compute_dtype: What the rule computes in. float64 keeps everything in float64.
+        moment_dtype: Dtype of the moments that may be narrow: float32 or bfloat16. None means bfloat16 beside int8, and
+            otherwise float32.
+        compute_dtype: Dtype that the rule computes in. float64 keeps everything in float64.
 
     Returns:
         Moments, ``hidden``, ``cell`` and, for int8, ``cell_scale``.
@@ -101,8 +101,8 @@ def decode(rule: UpdateRule, stored: Memory, dtype: torch.dtype) -> Memory:
 
     Args:
         rule: The rule that uses the memory.
-        stored: Each ``(N, ...)``.
-        dtype: To compute with.
+        stored: Tensors of shape ``(N, ...)``.
+        dtype: Dtype to compute in.
 
     Returns:
         Moments ``(N,)``, ``hidden`` and ``cell`` ``(N, L * H)``. Tensors stored in ``dtype`` are not copied.
@@ -120,12 +120,12 @@ def encode(rule: UpdateRule, memory: Memory, stored: Memory, active: Tensor, bit
     Args:
         rule: The rule that uses the memory.
         memory: After a step, as :meth:`UpdateRule.forward` returns it.
-        stored: Before that step: the dtypes to store, and what inactive coordinates keep.
+        stored: The stored memory before that step: it gives the dtypes, and inactive coordinates keep its values.
         active: ``(N,)`` bool.
         bits: From :func:`noise`, ``(N,)``.
 
     Returns:
-        Everything in ``stored``, each with its shape; floats yet to be cast to their dtype if that rounds to nearest.
+        A tensor for each in ``stored``, of the same shape. Floats that round to nearest are not cast to their dtype yet.
     """
     width = rule.memory_width
     new = dict(memory)
@@ -145,7 +145,7 @@ def convert(rule: UpdateRule, stored: Memory, entries: Mapping[str, Entry]) -> M
 
     Args:
         rule: The rule that uses the memory.
-        stored: Each ``(N, ...)``, in any floating dtype; 8-bit values come with their ``cell_scale``, as int8 or as floats.
+        stored: Tensors ``(N, ...)`` of any floating dtype; 8-bit values, as int8 or floats, come with their ``cell_scale``.
         entries: The layout to reach, from :func:`layout`.
 
     Returns:
@@ -162,11 +162,11 @@ def convert(rule: UpdateRule, stored: Memory, entries: Mapping[str, Entry]) -> M
 def noise(grad: Tensor, step: Tensor) -> Tensor:
     """Hash each coordinate's gradient and step count to 32 bits.
 
-    Unit ``k`` of a coordinate draws the upper 16 bits of ``hash + k * 0x9e3779b9``: every unit's draws are uniform over
-    steps, and those of one step are spread evenly over the units. Moment ``i`` draws as unit ``L * H + i``.
+    Unit ``k`` of a coordinate draws the upper 16 bits of ``hash + k * 0x9e3779b9``: the draws of a unit are uniform over
+    steps, and the draws of one step are spread evenly over the units. Moment ``i`` draws as unit ``L * H + i``.
 
     Args:
-        grad: ``(N,)``, as the caller has it: before ``maximize``.
+        grad: ``(N,)``, the gradient before ``maximize`` changes its sign.
         step: Inner steps including this one, 0-dim or ``(N,)``.
 
     Returns:
@@ -184,7 +184,7 @@ def round_to_bfloat16(values: Tensor, draws: Tensor) -> Tensor:
 
 
 def bfloat16_above(values: Tensor) -> Tensor:
-    """Return the least bfloat16 that is no less than a float32, which is not negative."""
+    """Return the least bfloat16 that is not below a non-negative float32."""
     return ((values.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
 
 
