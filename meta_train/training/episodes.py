@@ -33,14 +33,15 @@ from meta_train.training.roll_out import (
 class Episode:
     """One optimizee on its way from start to horizon.
 
-    It travels to another process as its seed, what it carries and the state of its generator, and is sampled again there.
+    An episode travels to another process as its seed, its carry and the state of its generator; that process samples the
+    optimizee again.
 
     Args:
         task: Where the optimizee comes from.
-        seed: Of the optimizee, and of the horizon.
+        seed: Seed of the optimizee and of the horizon.
         horizon: Inner steps to take.
-        carry: Where it stands; None before the start.
-        generator: State of the optimizee's generator there.
+        carry: Where the episode stands; None before the start.
+        generator: State of the optimizee's generator at that point.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Episode:
 
     @classmethod
     def from_state(cls, task: Task, state: dict[str, Any]) -> Episode:
-        """Return the episode that :meth:`state_dict` is of."""
+        """Return the episode from which :meth:`state_dict` made a state."""
         return cls(task, state["seed"], state["horizon"], Carry(**state["carry"]), state["generator"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -58,12 +59,12 @@ class Episode:
         return {"seed": self.seed, "horizon": self.horizon, "generator": self.generator, "carry": vars(self.carry)}
 
     def __reduce__(self) -> tuple[type[Episode], tuple[Any, ...]]:
-        """Return what it is made from again."""
+        """Return the constructor and its arguments, for pickle."""
         return Episode, (self.task, self.seed, self.horizon, self.carry, self.generator)
 
     @functools.cached_property
     def optimizee(self) -> Optimizee:
-        """Sampled when it is first asked for."""
+        """The optimizee, which is sampled at first use."""
         optimizee = self.task.sample(self.seed)
         if self._generator is not None:
             optimizee.generator.set_state(self._generator)
@@ -77,12 +78,12 @@ class Episode:
 
 @dataclass(frozen=True)
 class GradientEstimate:
-    """What one episode says of the meta-gradient, in one outer step.
+    """One episode's estimate of the meta-gradient in one outer step.
 
     Args:
         meta_loss: As :class:`~meta_train.training.outer_loop.OuterStep` has it.
         grads: The meta-gradient, in the order of the rule's parameters.
-        episode: Where it goes on; None if it is over.
+        episode: The episode at its new place; None if it has ended.
     """
 
     meta_loss: float
@@ -94,13 +95,13 @@ def truncation(rule: Parts, teacher: UpdateRule | None, phase: Phase, episode: E
     """Take the inner steps of one truncation, and differentiate them.
 
     Args:
-        rule: As it is before the outer step; its ``.grad`` is not kept.
-        teacher: Takes the inner steps while it is imitated.
-        phase: Says how.
-        episode: Goes on.
+        rule: The rule before the outer step; its ``.grad`` is not kept.
+        teacher: Takes the inner steps while the rule imitates it.
+        phase: Says how to train.
+        episode: The episode to go on with.
 
     Returns:
-        Its estimate.
+        The episode's estimate.
     """
     inner, outer, imitates = phase
     rule.zero_grad()
@@ -138,13 +139,13 @@ def antithetic_pair(rule: Parts, outer: OuterLoop, evolution: Evolution, episode
     """Run a whole episode with meta-parameters moved either way, and estimate the meta-gradient.
 
     Args:
-        rule: As it is before the outer step.
-        outer: Says what the objective is.
+        rule: The rule before the outer step.
+        outer: Names the objective.
         evolution: How far to move, and which meta-parameters.
-        episode: Not begun.
+        episode: An episode that has not begun.
 
     Returns:
-        Its estimate.
+        The episode's estimate.
     """
     generator = seeded(derive_seed(episode.seed, "evolution"))
     moves = {
@@ -176,8 +177,8 @@ def whole_episode(rule: Parts, optimizee: Optimizee, horizon: int, outer: OuterL
         outer: Says what the objective is.
 
     Returns:
-        With the mean objective the mean loss. With the others the mean of ``log(loss / initial loss)`` around a fifth of the
-        horizon and at its end, as a rule must be good early and late; with the last objective at its end alone.
+        The mean loss for the mean objective. For the others, the mean of ``log(loss / initial loss)`` around a fifth of the
+        horizon and at its end, since a rule must be good early and late; for the last objective, at its end alone.
     """
     carry = start_episode(rule, optimizee)
     record, _ = roll_out(rule, optimizee, carry, horizon, no_coordinate())
@@ -189,7 +190,7 @@ def whole_episode(rule: Parts, optimizee: Optimizee, horizon: int, outer: OuterL
 
 
 def meta_loss(outer: OuterLoop, losses: Tensor, initial: Tensor) -> float:
-    """Return the scalar that an objective's weights are the derivative of.
+    """Return the scalar whose derivative by the losses an objective's weights are.
 
     Args:
         outer: Names the objective.

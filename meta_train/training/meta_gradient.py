@@ -1,18 +1,19 @@
 r"""The meta-gradient: one sequence pass, and no graph through the optimizee.
 
 The paper drops second derivatives: gradients enter the rule as constants. With updates u_s, meta-loss
-``L = sum_t w_t f(theta_t)`` and ``theta_t = theta_0 + sum_{s<t} u_s`` that leaves::
+``L = sum_t w_t f(theta_t)`` and ``theta_t = theta_0 + sum_{s<t} u_s``, the meta-gradient is::
 
     dL/dphi = sum_s < G_s , d u_s / dphi >,      G_s = sum_{t>s} w_t grad f(theta_t)
 
 So ``roll_out`` takes K inner steps without any graph and records what the rule saw and the gradients that the inner loop
 computes anyway; :func:`backpropagate` forms G by a reverse cumulative sum and runs the recorded inputs through the LSTM as
-one sequence. This is exact, and because coordinates are independent it may be done for a random part of them, unbiased
+one sequence. This is exact. Because coordinates are independent, a random sample of them gives an unbiased estimate
 (:func:`sample_coordinates`).
 
 Where the rule has a matrix stage P, an update is ``P(u_s)``. G is pulled back through it first, ``(dP/du at u_s)^T G_s``,
-with one vector-Jacobian product a step and matrix; for that :func:`roll_out` keeps whole updates.
-:func:`unroll` is the plain way, step by step through autograd: the reference in tests, and the only way to keep second
+with one vector-Jacobian product for each step and matrix; for that :func:`roll_out` keeps whole updates.
+
+:func:`unroll` differentiates step by step through autograd. It is the reference in tests, and the only way to keep second
 derivatives.
 """
 
@@ -31,7 +32,7 @@ from meta_train.training.parts import Parts
 from meta_train.training.roll_out import Carry, RollOut
 
 Objective = Callable[[Tensor, Tensor], Tensor]
-"""From losses ``(K, P)`` of a truncation and initial losses ``(P,)`` to weights w_t ``(K, P)``, constants."""
+"""Maps losses ``(K, P)`` of a truncation and initial losses ``(P,)`` to constant weights w_t ``(K, P)``."""
 
 
 def backpropagate(
@@ -43,8 +44,8 @@ def backpropagate(
         rule: The rule that made the record.
         record: From :func:`roll_out`.
         weights: w_t of the meta-loss, ``(K, P)``.
-        discount: Factor per step between an update and the gradients it is held responsible for; 1 is exact.
-        straight_through: Take the matrix stage for the identity: faster, and biased.
+        discount: Factor for each step between an update and a later gradient that it answers for; 1 is exact.
+        straight_through: Treat the matrix stage as the identity: faster, but biased.
     """
     if record.wholes is not None and not straight_through:
         wholes, chosen = record.wholes, record.chosen
@@ -59,8 +60,8 @@ def backpropagate(
 def imitate(rule: Parts, record: RollOut) -> float:
     """Add the gradient of how far a rule was from its teacher to the ``.grad`` of its meta-parameters.
 
-    That is half the mean of ``(u - u*)^2 / mean(u*^2)``, with u the rule's updates, u* the teacher's, and the mean below the
-    line over the recorded coordinates and steps of each tensor: its own measure for each, as updates of different tensors
+    The distance is half the mean of ``(u - u*)^2 / mean(u*^2)``, where u are the rule's updates and u* the teacher's. The
+    mean in the denominator is over the recorded coordinates and steps of one tensor, since updates of different tensors
     differ by orders of magnitude.
 
     Args:
@@ -103,7 +104,7 @@ def _replay(
         (future * rule.decode(hiddens, contexts)).sum().backward()
         return
     whole = active.all(0)
-    # The fused LSTM cannot hold a coordinate's memory, so those that wake or are skipped on the way go step by step.
+    # The fused LSTM cannot hold a coordinate's memory, so coordinates that wake or are skipped on the way go step by step.
     for chosen, replay in ((whole, _replay_fused), (active.any(0) & ~whole, _replay_holding)):
         if chosen.any():
             hiddens = replay(rule, inputs[:, chosen], (start[0][chosen], start[1][chosen]), active[:, chosen])
@@ -145,8 +146,8 @@ def unroll(
 ) -> tuple[Tensor, Carry]:
     """Add the meta-gradient of K inner steps by plain autograd, step by step.
 
-    The reference that :func:`backpropagate` is tested against, and the way to keep second derivatives, which the one-pass
-    form cannot.
+    Tests compare :func:`backpropagate` with this function. It can also keep second derivatives, which the one-pass form
+    cannot.
 
     Args:
         rule: The rule being meta-trained; its ``.grad`` is added to.

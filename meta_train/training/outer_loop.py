@@ -1,4 +1,4 @@
-"""Meta-training as a generator of outer steps. It prints nothing and writes no files: that is up to the caller."""
+"""Meta-training as a generator of outer steps. It prints nothing and writes no files; the caller does."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class OuterStep:
 
     Args:
         step: Outer steps so far, from 1.
-        meta_loss: Mean over episodes: of the losses, or of ``log(loss / initial loss)``, as the objective says; while a
-            teacher is imitated, the distance from it (:func:`~meta_train.training.meta_gradient.imitate`).
+        meta_loss: Mean over episodes of the losses, or of ``log(loss / initial loss)``, as the objective says. In an
+            imitation, the distance from the teacher (:func:`~meta_train.training.meta_gradient.imitate`).
         grad_norm: Norm of the meta-gradient before clipping.
         lr: Rate used.
         validation: Validation figure, where this step validated; lower is better.
@@ -51,10 +51,10 @@ class Best:
     """The best meta-parameters so far.
 
     Args:
-        rule: As it will be used.
-        validation: Its figure; infinite before the first.
-        step: Outer steps it took.
-        final: Its figure over the recipe's final horizons, once a phase has ended with it.
+        rule: The rule with the options of its use.
+        validation: Its validation figure; infinite before the first validation.
+        step: Outer steps that the rule has taken.
+        final: Its figure over the recipe's final horizons, once a phase has ended with this rule.
     """
 
     rule: Parts
@@ -67,10 +67,10 @@ class MetaTraining:
     """The state of a meta-training run, complete enough to go on bit for bit.
 
     Args:
-        recipe: What to do.
+        recipe: Describes the run.
         task: Draw optimizees from here instead of from the recipe's task: any object with ``sample(seed)``.
         data: Directory of real data, for tasks that need it.
-        each: Goes over the episodes of an outer step and of a validation: ``map``, or that of
+        each: Goes over the episodes of an outer step and of a validation: ``map``, or the method of
             :class:`~meta_train.workers.Workers`, which needs a task that can be pickled. The results are the same.
     """
 
@@ -110,7 +110,7 @@ class MetaTraining:
             yield self._outer_step()
 
     def _phase(self) -> tuple[int, Phase]:
-        """Return how to train now, after the outer steps that were already taken so."""
+        """Return the outer steps already taken in this phase, and the phase."""
         done = self.step
         for phase in self.phases:
             if done < phase.outer.steps:
@@ -151,7 +151,7 @@ class MetaTraining:
         return OuterStep(self.step, meta_loss, float(norm), lr, validation, is_best, final)
 
     def _estimates(self, phase: Phase) -> list[GradientEstimate]:
-        """Let every episode go on, and return what they say of the meta-gradient."""
+        """Let every episode go on, and return the estimates of the meta-gradient."""
         if evolution := phase.outer.evolution:
             pair = functools.partial(antithetic_pair, self.rule, phase.outer, evolution)
             return list(self.each(pair, [self._draw(phase) for _ in range(evolution.pairs)]))
@@ -161,7 +161,7 @@ class MetaTraining:
         return estimates
 
     def _draw(self, phase: Phase) -> Episode:
-        """Return the next episode, not begun."""
+        """Return the next episode, which has not begun."""
         seed = derive_seed(self.recipe.seed, "train", self.episodes_started)
         self.episodes_started += 1
         shortest, longest = phase.inner.horizon
@@ -192,11 +192,11 @@ class MetaTraining:
         """Return the figure by which this run compares meta-parameters.
 
         Args:
-            rule: Whose they are.
+            rule: The rule that holds them.
             final: Use the recipe's final horizons, not the horizons of every validation.
 
         Returns:
-            As :func:`validate`, with the options that the recipe validates with.
+            The figure of :func:`validate`, with the options that the recipe validates with.
         """
         validation = self.recipe.validation
         used = self.in_use(rule, **validation.use)
@@ -204,7 +204,7 @@ class MetaTraining:
         return validate(used, self.validation_task, self.recipe, horizon, self.each)
 
     def in_use(self, rule: Parts, **options: Any) -> Parts:
-        """Return a copy of a rule of this run as it will be used: with the recipe's ``use``, and these options over it."""
+        """Return a copy of a rule of this run as it will be used: with the recipe's ``use``, overridden by these options."""
         with torch.random.fork_rng(devices=[]):
             used = self.recipe.build_rule(**(self.recipe.use | options))
         used.load_state_dict(rule.state_dict())
@@ -224,7 +224,7 @@ class MetaTraining:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict` of the same recipe.
+        """Resume from the :meth:`state_dict` of a run with the same recipe.
 
         Args:
             state: The saved state.
@@ -239,7 +239,7 @@ class MetaTraining:
         self.episodes = [saved and Episode.from_state(self.task, saved) for saved in state["episodes"]]
 
     def provenance(self) -> dict[str, str]:
-        """Say what a weight file of this run must say of its task and its start, beside the recipe."""
+        """Return what a weight file of this run must say about its task and its start, beside the recipe."""
         about: dict[str, str] = {}
         if self.given is not None:
             kind = type(self.given)
@@ -254,7 +254,7 @@ class MetaTraining:
         """Return the best rule so far as weights whose provenance is true.
 
         Args:
-            name: What they are called.
+            name: Name of the weights.
             recipe_text: TOML of this run's recipe, to be kept with them.
 
         Returns:
@@ -280,7 +280,7 @@ def validate(rule: Parts, task: Task, recipe: Recipe, horizon: Horizons | None =
         rule: The rule to judge.
         task: Where optimizees come from.
         recipe: Says how many, for how long, and what the objective is.
-        horizon: For how long instead.
+        horizon: Inner steps in place of the recipe's.
         each: Goes over the episodes.
 
     Returns:
@@ -295,7 +295,7 @@ def validate(rule: Parts, task: Task, recipe: Recipe, horizon: Horizons | None =
 
 
 def _validated(rule: Parts, task: Task, recipe: Recipe, horizons: tuple[int, ...], index: int) -> float:
-    """Return the figure of one optimizee; they take the horizons in turns."""
+    """Return the figure of one optimizee; optimizees take the horizons in turn."""
     optimizee = task.sample(derive_seed(0, "validation", index))
     return whole_episode(rule, optimizee, horizons[index % len(horizons)], recipe.outer)
 

@@ -31,7 +31,7 @@ Several = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
 """A number of things that are kept in memory together."""
 
 Rate = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
-"""A factor of meta-parameters: in float32 its square is finite too."""
+"""A factor of meta-parameters: its square is finite in float32 too."""
 
 PartName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][\w.]*$")]
 
@@ -51,13 +51,13 @@ class InnerLoop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Evolution(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Estimate the meta-gradient by evolution strategies on whole episodes instead of by backpropagation.
 
-    Each outer step moves the meta-parameters both ways along random directions and runs an episode with either. That is
-    exact to the order of the noise squared and sees all the way to the horizon, but it takes many pairs.
+    Each outer step moves the meta-parameters both ways along random directions and runs one episode for each way. The
+    estimate is exact up to the square of the noise and sees all the way to the horizon, but it takes many pairs.
 
     Args:
         noise: Standard deviation of a move, for each meta-parameter.
         pairs: Episodes in an outer step; each is run twice, with the same minibatches.
-        only: Move meta-parameters whose names contain this; each more to move makes the estimate worse.
+        only: Move only meta-parameters whose names contain this; every further one makes the estimate worse.
 
     References:
         Antithetic pairs: Salimans et al. 2017, arXiv:1703.03864.
@@ -77,20 +77,20 @@ class OuterLoop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         final_lr: Share of ``lr`` left at the end of a cosine decay.
         clip: Largest norm of the meta-gradient.
         episodes: Concurrent episodes.
-        objective: Weights of the losses: ``"mean"`` of the losses, or ``"log"`` of each, or ``"relative"`` to their mean
-            over the truncation, or ``"last"``, the same of the last tenth of the truncation alone.
+        objective: Weights of the losses. ``"mean"``: all equal. ``"log"``: the mean of their logarithms. ``"relative"``:
+            losses relative to their mean over the truncation. ``"last"``: the same, of its last tenth alone.
         coordinates: Coordinates of each episode to backpropagate through; 0 for all.
-        sampling: Which those are: any alike (``"uniform"``), or as many of each tensor, as far as it has them
-            (``"tensors"``).
+        sampling: Which coordinates: all with equal chances (``"uniform"``), or an equal number from each tensor, as far as
+            it has them (``"tensors"``).
         discount: Factor per inner step in the meta-gradient; 1 is exact.
-        loss_floor: Losses below this share of the initial loss weigh no more than it (log and relative objectives).
-        averaging: Decay of the running average of the meta-parameters that is validated and published; 0 is none.
-        weight_decay: Of the meta-parameters, decoupled, per outer step and unit of ``lr``.
-        second_derivatives: Keep them, at many times the cost.
-        forget_bias: Added at the start to what opens the forget gates, so that an untrained LSTM already remembers: with 3
-            a memory lives for about 20 inner steps, with 0 for two.
-        readout: Factor of the readout's weights at the start. Random updates of full size teach some seeds to make none.
-        evolution: Estimate the meta-gradient so; then what concerns truncations and coordinates says nothing.
+        loss_floor: Losses below this share of the initial loss weigh no more than that share (log and relative objectives).
+        averaging: Decay of the running average of the meta-parameters that is validated and published; 0: no average.
+        weight_decay: Decoupled weight decay of the meta-parameters, per outer step and unit of ``lr``.
+        second_derivatives: Keep second derivatives, at many times the cost.
+        forget_bias: Added at the start to the biases of the forget gates, so an untrained LSTM already remembers: with 3 a
+            memory lives for about 20 inner steps, with 0 for two.
+        readout: Factor of the readout's weights at the start. Random updates of full size teach some seeds to stand still.
+        evolution: Estimate the meta-gradient in this way; options of truncations and coordinates then have no effect.
     """
 
     steps: Count
@@ -116,13 +116,13 @@ class Validation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Args:
         every: Outer steps between validations.
-        optimizees: Fixed optimizees, of seeds never used elsewhere.
-        horizon: Inner steps; of several each optimizee has the next, so that long ones have a say at a part of their cost.
-        task: Draw them from here; by default from the task that is trained on.
+        optimizees: Number of fixed optimizees, with seeds never used elsewhere.
+        horizon: Inner steps. Optimizees take several horizons in turn, so long ones count at a part of their cost.
+        task: Draw the optimizees from here; the default is the task of the training.
         use: Options of the rule that differ from the recipe's ``use`` while it is validated: a clock that suits long
             training may not suit this horizon.
-        final_horizon: As ``horizon``, for the best so far whenever a phase ends: episodes too long for every validation. In
-            the end the best by these is kept; without any, the best by ``horizon``.
+        final_horizon: As ``horizon``, for episodes too long for every validation: the best so far runs them when a phase
+            ends. The run keeps the best by these; without any, the best by ``horizon``.
     """
 
     every: Count
@@ -134,10 +134,10 @@ class Validation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Imitation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a rule starts: it learns to make a teacher's updates, on the teacher's course, before it is to make better ones.
+    """How a rule starts: it learns to make a teacher's updates, on the teacher's course, before it learns to beat them.
 
-    Where random updates leave a plateau in no direction, a truncated meta-gradient says for hundreds of outer steps no
-    more than that they should be smaller. Coordinates are sampled by tensor, so that each has an equal say.
+    On a plateau that random updates do not leave, a truncated meta-gradient only makes the updates smaller, for hundreds
+    of outer steps. Coordinates are sampled by tensor, so that every tensor counts equally.
 
     Args:
         teacher: A bundled name, or the rate of an Adam.
@@ -164,10 +164,10 @@ class Imitation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """More outer steps, after those of :class:`OuterLoop`, from the best meta-parameters until then.
+    """Further outer steps, after the steps of :class:`OuterLoop`, from the best meta-parameters so far.
 
     A long truncation, or exact second derivatives, lead nowhere from an untrained rule and far from one that already
-    optimizes. A stage starts the outer optimizer, its rate's decay and the episodes anew; what it does not name stays.
+    optimizes. A stage starts the outer optimizer, its rate's decay and the episodes anew; options it does not name stay.
 
     Args:
         steps: Outer steps.
@@ -175,7 +175,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         horizon: As in :class:`InnerLoop`.
         truncation: As in :class:`InnerLoop`.
         clip: As in :class:`OuterLoop`.
-        objective: As in :class:`OuterLoop`, whose own is still what rules are validated by.
+        objective: As in :class:`OuterLoop`; validation still uses the objective there.
         sampling: As in :class:`OuterLoop`.
         averaging: As in :class:`OuterLoop`.
         second_derivatives: As in :class:`OuterLoop`.
@@ -195,7 +195,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Phase(NamedTuple):
-    """A part of a run."""
+    """A part of a run with one way to train."""
 
     inner: InnerLoop
     outer: OuterLoop
@@ -206,21 +206,21 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One meta-training run.
 
     Args:
-        rule: ``family`` and the fields of its configuration; or ``base``, bundled weights whose recipe gives all of it,
-            ``use`` and ``start``, and the fields that differ.
-        task: What optimizees are drawn from: ``name`` and its options. A task of your own is ``"package.module:Class"``.
+        rule: ``family`` and the fields of its configuration; or ``base``, bundled weights whose recipe gives all of
+            these, ``use`` and ``start``, and the fields that differ.
+        task: Where optimizees come from: ``name`` and its options. A task of your own is ``"package.module:Class"``.
         inner: How an episode runs.
         outer: How meta-parameters are trained.
-        validation: How the best are chosen.
-        start: Bundled weights of the same shape that this run goes on from, as ``"default"`` or pinned as
-            ``"default@<fingerprint>"``; without, meta-parameters are drawn. A run pins it, and ``base``, when it begins.
-        imitation: What comes first, if anything.
-        stages: What follows, one after another.
-        use: Options of the rule that differ in use from meta-training: rules are validated, kept and published with them.
+        validation: How the best meta-parameters are chosen.
+        start: Bundled weights of the same shape that this run starts from, as ``"default"`` or pinned as
+            ``"default@<fingerprint>"``; without it, meta-parameters are drawn. A run pins it, and ``base``, when it begins.
+        imitation: A first phase that imitates a teacher, if any.
+        stages: Further phases, one after another.
+        use: Options of the rule that differ from meta-training in use: rules are validated, kept and published with them.
             None may change the shape of the meta-parameters. A truncated meta-gradient sees no gain beyond its truncation,
             so rules are meta-trained to hurry; a clock (``time_scales``) that runs slower in use makes up for it.
-        parts: Beginnings of names of parameters: a rule for each, with meta-parameters of its own, moves those whose names
-            begin so. Empty: one rule moves everything.
+        parts: Prefixes of parameter names. Each has a rule with meta-parameters of its own, which moves the parameters with
+            that prefix. Empty: one rule moves everything.
         seed: Decides everything random.
         schema: Version of this format.
     """
@@ -240,7 +240,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """How each part of the run trains: by imitation if at all, as ``inner`` and ``outer`` say, then by each stage."""
+        """How each part of the run trains: imitation, if any; then ``inner`` and ``outer``; then each stage."""
         phases = [Phase(self.inner, self.outer)]
         if self.imitation:
             steps, lr = self.imitation.steps, self.imitation.lr
@@ -261,15 +261,15 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def own_tasks(self) -> tuple[str, ...]:
-        """Paths of the tasks of a user's own code that have not been imported."""
+        """Import paths of the user's own tasks that have not been imported."""
         tasks = (self.task, self.validation.task)
         return tuple(dict.fromkeys(task.path for task in tasks if isinstance(task, OwnTask)))
 
     def importing(self, paths: Collection[str]) -> Recipe:
-        """Return the recipe with own tasks imported; call it for paths that the user named, or of the user's own file.
+        """Return the recipe with the user's own tasks imported; give only paths that the user named or wrote.
 
         Args:
-            paths: Of :attr:`own_tasks`; those of others stay as they are, and cannot be sampled.
+            paths: Some of :attr:`own_tasks`. Tasks with other paths stay as they are, and cannot be sampled.
 
         Returns:
             The recipe.
@@ -285,10 +285,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Build the untrained rules of all parts, or of the whole model; the caller seeds torch's generator.
 
         Args:
-            **options: In place of those of meta-training; for use, those of ``use``.
+            **options: Replace options of meta-training, for example by ``use``.
 
         Returns:
-            The rules; without parts in the recipe there is one, of the part ``""``.
+            The rules; without parts in the recipe there is one rule, for the part ``""``.
 
         Raises:
             ValueError: If the rule's family or an option is unknown, or a value has no meaning.
@@ -313,7 +313,7 @@ def parse_recipe(text: str) -> Recipe:
         The recipe.
 
     Raises:
-        ValueError: If it is not TOML, or a key or value does not fit; the message names the place.
+        ValueError: If the text is not TOML, or a key or value does not fit; the message names the place.
     """
     recipe = _converted(text)
     trained = recipe.build_rule().shared.state_dict()
@@ -348,13 +348,13 @@ def _converted(text: str) -> Recipe:
     except RecursionError as error:
         raise ValueError("the recipe is nested too deep; no recipe needs more than a few levels") from error
     except ValueError as error:
-        if "digits" in str(error):  # Python's own limit, which it explains to programmers.
+        if "digits" in str(error):  # Python's own limit; its message is for programmers.
             raise ValueError("the recipe does not fit: a number in it has thousands of digits") from error
         raise
 
 
 def _check_finite(value: Any, place: str) -> None:
-    """Refuse NaN and Inf, which TOML has and bounds let through."""
+    """Refuse NaN and Inf: TOML can write them, and bounds let them through."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"the recipe does not fit: every number must be finite, got {value} - at `{place}`")
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -382,7 +382,7 @@ def read_recipe(path: str | Path) -> Recipe:
         The recipe.
 
     Raises:
-        ValueError: If it does not parse; the message names the file.
+        ValueError: If the file does not parse; the message names the file.
     """
     text = read_text(Path(path))
     try:

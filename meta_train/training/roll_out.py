@@ -1,4 +1,4 @@
-"""Inner steps without a graph, and the record of them that the meta-gradient is computed from."""
+"""Inner steps without a graph, and a record from which the meta-gradient is computed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Carry:
         loss: ``(P,)`` at ``params``.
         grad: ``(P, D)`` at ``params``; the next inner step uses it.
         initial_loss: ``(P,)`` at the start of the episode.
-        teacher_memory: The teacher's memory, where one takes the inner steps.
+        teacher_memory: The teacher's memory, where a teacher takes the inner steps.
     """
 
     params: Tensor
@@ -45,7 +45,7 @@ class RollOut:
     Args:
         losses: ``(K, P)``, after each inner step.
         grads: ``(K, M)``, after each inner step.
-        inputs: ``(K, M, F)`` that the LSTM read.
+        inputs: ``(K, M, F)``, which the LSTM read.
         contexts: ``(K, M, C)``.
         active: ``(K, M)``.
         start: Hidden and cell before the first step, each ``(M, L * H)``.
@@ -53,10 +53,10 @@ class RollOut:
         part: ``(M,)``, the position of the rule that moves it.
         share: How likely each coordinate was to be among the M, ``(M,)``.
         tensor: ``(M,)``, the number of the tensor of all problems that each coordinate belongs to.
-        updates: ``(K, M)``, what the rule would have done, where a teacher took the inner steps.
-        taught: ``(K, M)``, what the teacher did.
+        updates: ``(K, M)``, the updates of the rule, where a teacher took the inner steps.
+        taught: ``(K, M)``, the updates of the teacher.
         chosen: ``(M,)``, the recorded coordinates.
-        wholes: What the matrix stage of the rule shaped, where it has one.
+        wholes: The updates that the matrix stage of the rule shaped, where it has one.
     """
 
     losses: Tensor
@@ -77,10 +77,10 @@ class RollOut:
 
 @dataclass
 class Wholes:
-    """All coordinates of a truncation whose updates the matrix stage shaped: a sample would not do to pull back through it.
+    """Whole updates of a truncation that the matrix stage shaped: to pull back through it takes all coordinates of a matrix.
 
     Args:
-        matrices: Where they lie.
+        matrices: Where the matrices lie among the coordinates.
         updates: ``(K, P, D)``, as the LSTM made them.
         momenta: ``(K, P, D)``, or None where the rule keeps none.
         grads: ``(K, P, D)``, after each inner step.
@@ -101,7 +101,7 @@ def start_episode(
         rule: Gives dtype, device and the shape of the memory.
         optimizee: Freshly sampled.
         params: Start here ``(P, D)`` instead of at the optimizee's initial parameters.
-        teacher: Will take the inner steps in the rule's place.
+        teacher: The rule that will take the inner steps instead, if any.
 
     Returns:
         The carry at inner step 0.
@@ -162,14 +162,14 @@ def sample_coordinates(optimizee: Optimizee, wanted: int, generator: torch.Gener
         optimizee: Says which coordinates share a tensor.
         wanted: How many, M.
         generator: Draws them.
-        by_tensor: As many of each tensor, as far as it has them, instead of any alike: the few weights of a last layer may
-            decide as much as the many of a first.
+        by_tensor: Draw an equal number from each tensor, as far as it has them, not all with equal chances: the few weights
+            of a last layer may matter no less than the many of a first.
 
     Returns:
-        The coordinates; all of them where there are no more than wanted.
+        The coordinates; all of them where no more exist than wanted.
 
     Raises:
-        ValueError: If some tensor would be left out, which would bias the meta-gradient.
+        ValueError: If a tensor would be left out, which would bias the meta-gradient.
     """
     member = optimizee.tensor_index.repeat(optimizee.num_problems)
     total = member.numel()
@@ -203,18 +203,18 @@ def roll_out(
     """Take K inner steps without a graph.
 
     Args:
-        rule: What is meta-trained.
+        rule: The rule that is meta-trained.
         optimizee: Its minibatches advance.
         carry: Where to start.
         truncation: Inner steps, K.
-        coordinates: Of the ``P * D`` coordinates, those to record; None records all.
+        coordinates: Coordinates to record, among the ``P * D``; None records all.
         teacher: Takes the steps; the rule sees the same gradients and moves nothing.
 
     Returns:
         The record and the carry after the last step.
 
     Raises:
-        ValueError: If the episode was started without the teacher, or the rule that is to learn has a matrix stage.
+        ValueError: If the episode was started without the teacher, or the rule that imitates it has a matrix stage.
     """
     lesson = None
     if teacher is not None:
@@ -231,8 +231,8 @@ def roll_out(
     chosen, share = every_coordinate(carry) if coordinates is None else coordinates
     problem, tensor = chosen // size, optimizee.tensor_index[chosen % size]
     shared, scales_at = rule.shared, TensorScales(rule, optimizee)
-    # One piece of memory for all inner steps: what each of them kept would lie between blocks of the size of activations,
-    # which the allocator could not join again, and megabytes would be lost in every step.
+    # One piece of memory for all inner steps: small tensors kept by each step would lie between blocks of the size of
+    # activations, which the allocator could then not join, and every step would lose megabytes.
     losses = loss.new_empty(truncation, *loss.shape)
     grads = grad.new_empty(truncation + 1, chosen.numel())
     scale = grads.new_empty(truncation, chosen.numel()) if scales_at else None
