@@ -1,4 +1,4 @@
-"""What a rule is judged on: an ordinary module, its loss, its minibatches and its held-out examples."""
+"""The cases that rules are judged on: an ordinary module, its loss, its minibatches and its held-out examples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Case:
 
     Args:
         module: Freshly initialised.
-        loss: From module and minibatch to a 0-dim loss.
+        loss: Maps module and minibatch to a 0-dim loss.
         next_batch: Draws a minibatch from a generator.
         held_out: Examples that are never trained on; empty where there are none.
     """
@@ -37,11 +37,11 @@ class JudgingTask:
     """A kind of case.
 
     Args:
-        name: In tables.
+        name: Name in tables.
         about: What is trained on what, in one line.
-        make: From the seed of its data to a case; initial weights come from torch's global generator. Call :meth:`case`.
-        horizons: Inner steps after which it is looked at.
-        data: Fingerprint of its data, where they are not made from the seed.
+        make: Maps the seed of the data to a case; initial weights come from torch's global generator. Call :meth:`case`.
+        horizons: Inner steps after which the losses are measured.
+        data: Fingerprint of the data, where the seed does not make them.
         decay: Schedule that is attached to learned rules here: ``"cosine"``, ``"linear"`` or none.
         without: Baselines that are not worth running on it.
     """
@@ -73,7 +73,7 @@ class JudgingTask:
 
 
 def classification_loss(module: nn.Module, batch: Batch) -> Tensor:
-    """Return the mean cross entropy of one or many labels an example."""
+    """Return the mean cross entropy, for one label or many labels in each example."""
     logits = module(batch[0])
     return F.cross_entropy(logits.flatten(0, -2), batch[1].flatten())
 

@@ -1,7 +1,7 @@
-"""Synthetic data streams, and the 8x8 digits that ship with scikit-learn: everything a default rule is meta-trained on.
+"""Synthetic data streams, and the 8x8 digits of scikit-learn: all the data that default rules are meta-trained on.
 
-A stream is a function from a generator to a minibatch whose tensors have a leading dimension P, one entry a problem. What
-makes the P problems differ (labels, teachers, chains) is drawn once, from the generator given at construction.
+A stream is a function from a generator to a minibatch whose tensors have a leading dimension P, one entry for each problem.
+The differences between the P problems (labels, teachers, chains) are drawn once, from the generator given at construction.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def digit_stream(
         batch: Examples in a minibatch.
         examples: Size of each problem's training set.
         scale: Factor on the pixels.
-        label_noise: Share of labels that are wrong, for good.
+        label_noise: Share of labels that are wrong throughout.
         flat: Vectors ``(P, B, 64)`` instead of images ``(P, B, 8, 8, 1)``.
 
     Returns:
@@ -115,7 +115,7 @@ def regression_stream(
         tail: Log-normal spread of each example's size; 0 is Gaussian, 1 is heavy-tailed.
         condition: Ratio between the largest and the smallest feature's scale.
         noise: Standard deviation of the noise on a target of unit variance.
-        examples: Size of a fixed training set; 0 draws fresh examples for ever.
+        examples: Size of a fixed training set; 0 always draws fresh examples.
 
     Returns:
         Stream of (features, target); the target has shape ``(P, B, 1)``.

@@ -1,6 +1,6 @@
 """A pretrained network as a source of features: weights as safetensors, and a small description of what to do with them.
 
-The description is a :class:`Network`: how pixels are prepared, the layers in order, which of them tell content and style. In
+The description is a :class:`Network`: how pixels are prepared, the layers in order, and the layers of content and style. In
 TOML, for the first layers of VGG with the weights of torchvision::
 
     scale = 1.0
@@ -47,7 +47,7 @@ class Conv(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="k
     """A convolution and a ReLU, from tensors ``NAME.weight`` and ``NAME.bias``.
 
     Args:
-        name: Of the tensors and of the feature map.
+        name: Name of the tensors and of the feature map.
         stride: Stride.
         padding: Zeros around the picture.
     """
@@ -61,7 +61,7 @@ class Fire(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="k
     """SqueezeNet's module: squeeze by a 1x1 convolution, expand by a 1x1 and a 3x3 side by side, each with a ReLU.
 
     Args:
-        name: Of the feature map; the tensors are ``NAME.PART.weight`` and ``NAME.PART.bias``.
+        name: Name of the feature map; the tensors are ``NAME.PART.weight`` and ``NAME.PART.bias``.
         parts: Names of the squeezing, the 1x1 and the 3x3 convolution.
     """
 
@@ -85,13 +85,13 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a feature extractor does with a picture.
 
     Args:
-        layers: In order; those after the last that is wanted are not run, and need no weights.
+        layers: The layers in order; layers after the last one wanted are not run, and need no weights.
         content: Layer whose features are the content of a picture.
         style: Layers whose Gram matrices are its style.
-        channels: Order in which it was trained.
+        channels: Order of the colours in training.
         scale: A pixel value of 1 becomes this.
-        mean: Subtracted then, in the order of ``channels``.
-        std: Divided by then.
+        mean: Subtracted after that, in the order of ``channels``.
+        std: Divided by after that.
     """
 
     layers: tuple[Conv | Fire | Pool, ...]
@@ -104,7 +104,7 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def wanted(self) -> frozenset[str]:
-        """Layers whose features tell content or style."""
+        """Layers whose features describe content or style."""
         return frozenset((self.content, *self.style))
 
 
@@ -117,7 +117,7 @@ SQUEEZENET = Network(
 )
 """The first layers of SqueezeNet v1.0 as its authors released it (Iandola et al. 2016, arXiv:1602.07360; Caffe conventions).
 
-Deeper ones triple the cost, and at 64x64 the third already sees 27 pixels.
+Deeper layers triple the cost, and at 64x64 the third already sees 27 pixels.
 """
 
 
@@ -131,7 +131,7 @@ def read_network(path: Path) -> Network:
         The network.
 
     Raises:
-        ValueError: If it does not fit; the message names the place.
+        ValueError: If the description does not fit; the message names the place.
     """
     try:
         return msgspec.convert(tomllib.loads(path.read_text()), Network)
@@ -147,7 +147,7 @@ def feature_extractor(network: Network, path: Path) -> Callable[[Tensor], Featur
         path: Its weights, a safetensors file; tensors that no layer names are ignored.
 
     Returns:
-        From pictures ``(P, 3, height, width)``, RGB, 0 black and 1 white, to the feature maps of content and style.
+        A function from pictures ``(P, 3, height, width)``, RGB from 0 (black) to 1 (white), to the feature maps.
 
     Raises:
         ValueError: If the file cannot be read, or it does not hold what the description names.

@@ -1,4 +1,4 @@
-"""Synthetic models that the mixture does not hold: bigger, and of other kinds. Rules are selected on these.
+"""Synthetic models outside the mixture, bigger and of other kinds: rules are selected on these.
 
 Nothing here is downloaded. A choice between rules on these kinds leaves the real data unspent for judging.
 """
@@ -123,7 +123,7 @@ def _digits_by_heart(seed: int) -> Case:
 
 
 def _outliers(seed: int) -> Case:
-    # The factor is in the gradient alone: what is judged is what is left of the net after such an image, not its loss.
+    # The factor is in the gradient alone: the net after such an image is judged, not the loss of the image.
     case = _autoencoder(seed)
 
     def next_batch(generator: torch.Generator) -> Batch:
@@ -146,7 +146,7 @@ def _photos() -> Tensor:
 
 
 def _places(seed: int, batch: int) -> Callable[[torch.Generator], Batch]:
-    # Squares of 16 pixels, mirrored half of the time, and in which of 30 fields of the photos they lie.
+    # Squares of 16 pixels, mirrored half of the time; the label is the field of the photos, one of 30.
     photos = _photos()
     _, _, height, width = photos.shape
     side, rows, columns = 16, 3, 5
@@ -188,7 +188,7 @@ HELD_OUT_KINDS = tuple(
         ("autoencoder", "64-128-12-128-64 GELU on digits, batch 64", _autoencoder),
     )
 )
-"""What rules are selected on."""
+"""The kinds that rules are selected on."""
 
 LONG_KINDS = (
     JudgingTask(
@@ -211,8 +211,8 @@ LONG_KINDS = (
     ),
     JudgingTask("photo-vit", "a vision transformer, width 48, depth 2, on the same", _photo_vit, (*HORIZONS, 5000)),
 )
-"""What shows only after thousands of steps: losses spike where a gradient is nearly all signal, all but gone, or an outlier;
-and where a loss falls for ever, steps must not shrink too soon."""
+"""Kinds for faults that show only after thousands of steps: losses spike where a gradient is nearly all signal, almost zero,
+or an outlier; and where a loss keeps falling, steps must not shrink too soon."""
 
 
 @functools.lru_cache(maxsize=8)
@@ -242,7 +242,7 @@ def _trained_conv(seed: int) -> dict[str, Tensor]:
 
 
 def _fine_tuned_conv(seed: int) -> Case:
-    # Grey squares of the photos, of which the digits' convolutions have seen none; the readout of 30 fields is new.
+    # Grey squares of the photos, which the digits' convolutions have never seen; the readout of 30 fields is new.
     places = _places(seed, 32)
 
     def next_batch(generator: torch.Generator) -> Batch:
@@ -298,11 +298,11 @@ No recipe is validated on these."""
 
 
 class HeldOut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="name", tag="held-out"):
-    """A random kind out of :data:`HELD_OUT_KINDS`, one problem of it: to validate default rules on, never to train on.
+    """One problem of a random kind in :data:`HELD_OUT_KINDS`: for validation of default rules, never for training.
 
     Args:
-        separate_streams: Draw initial weights and data from streams of their own. False repeats the validation of recipes
-            from before: there both come from the same random numbers and are correlated.
+        separate_streams: Draw initial weights and data from streams of their own. False draws both from the same random
+            numbers, so they are correlated; the validation of older recipes needs that.
     """
 
     separate_streams: bool = False

@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 class ImageSet(NamedTuple):
-    """Where a data set of labelled images is found.
+    """The place of a data set of labelled images.
 
     Args:
-        hub_id: Its Hub id, and the way to it from a directory of data.
+        hub_id: Its Hub id, which is also its path in a directory of data.
         column: The column that holds the images; the labels are in ``label``.
     """
 
@@ -35,9 +35,9 @@ def read_images(
 
     Args:
         images: The data set.
-        data: Directory that may hold it under its Hub id; what it does not hold comes from the Hub.
-        split: Which of the two.
-        part: Rows; those beyond the end are left out, None reads all.
+        data: Directory that may hold it under its Hub id; the Hub provides what it lacks.
+        split: Training or test images.
+        part: Rows to read; rows beyond the end are left out, and None reads all.
 
     Returns:
         Images ``(N, height, width)``, or ``(N, 3, height, width)`` in colour, uint8; and labels ``(N,)``, int64.

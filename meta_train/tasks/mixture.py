@@ -1,6 +1,6 @@
-"""The mixture that default rules are meta-trained on: many kinds of small problems, none of them downloaded.
+"""The mixture that default rules are meta-trained on: many kinds of small problems, without downloads.
 
-What the rule lives through decides how it generalises, so every draw varies architecture, width, depth, activation,
+The problems of the training decide how a rule generalises, so every draw varies architecture, width, depth, activation,
 normalisation, initialisation, batch size, noise and conditioning. Real data sets stay unseen, for judging.
 """
 
@@ -29,7 +29,7 @@ from meta_train.tasks.task import Count, Optimizee, Params, seeded
 
 Batch = tuple[Tensor, ...]
 Kind = Callable[[random.Random, torch.Generator, int, int], Optimizee]
-"""Makes P problems from a draw of their hyperparameters, a draw of their data, a seed, and P."""
+"""Makes P problems from generators for their hyperparameters and their data, a seed, and P."""
 
 
 def _log_uniform(rng: random.Random, low: float, high: float) -> float:
@@ -301,7 +301,7 @@ KINDS: dict[str, tuple[Kind, float]] = {
 
 
 class Mixture(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="name", tag="mixture"):
-    """A random kind of problem with random hyperparameters, P of it side by side.
+    """P problems side by side, of a random kind with random hyperparameters.
 
     Args:
         problems: Problems side by side, P.
@@ -344,7 +344,7 @@ def rescale(optimizee: Optimizee, scale: float) -> Optimizee:
 
     Args:
         optimizee: The problem; shares its generator with the result.
-        scale: What parameters are multiplied by before the loss is computed.
+        scale: Factor on the parameters before the loss is computed.
 
     Returns:
         The optimizee in the new units.
