@@ -1,4 +1,4 @@
-"""Which arena weights are judged on: a named one, or one made of any task."""
+"""The choice of the arena that judges weights: a named arena, or an arena made of any task."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ class FirstProblem:
     """The first problem of every optimizee of a task, as an optimizer in use has one model.
 
     Args:
-        task: May sample several problems side by side.
+        task: A task that may sample several problems side by side.
     """
 
     task: Task
 
     def on(self, data: Path) -> FirstProblem:
-        """Return the same with real data, where the task needs any."""
+        """Return the task with real data, where it needs any."""
         return replace(self, task=with_data(self.task, data)) if isinstance(self.task, OnData) else self
 
     def sample(self, seed: int) -> Optimizee:
         """Return the optimizee of a seed, with one problem.
 
         Args:
-            seed: As the task takes it.
+            seed: Seed for the task.
 
         Returns:
             The optimizee; the further problems stay where they start.
@@ -58,21 +58,21 @@ class FirstProblem:
 
 
 def choose_arena(asked: str, rules: Sequence[Learned]) -> tuple[str, Arena]:
-    """Choose what weights are judged on.
+    """Choose the arena that judges weights.
 
-    Nothing that a weight file names is imported: an own task must be named, or stand in a recipe file that is.
+    Nothing that a weight file names is imported: the user must name an own task, or a recipe file that names it.
 
     Args:
         asked: The name of an arena, the ``package.module:Class`` of an own task, a recipe file; or empty, for the task in
             the recipe that the first weights carry.
-        rules: What is judged.
+        rules: The rules to judge.
 
     Returns:
         The arena's name and the arena.
 
     Raises:
         NotNamedError: If only own code could tell what the weights are for.
-        ValueError: If there is no such arena, or the weights do not say what they are for.
+        ValueError: If there is no such arena, or the weights do not name their task.
     """
     if asked in ARENAS:
         return asked, ARENAS[asked]

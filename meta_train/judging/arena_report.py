@@ -2,8 +2,8 @@
 
 Baselines are tuned on optimizees of their own (purpose ``"tuning"``), then everything is reported on fresh ones (purpose
 ``"evaluation"``). A curve holds the losses ``f(theta_0) ... f(theta_T)``; its *sum* adds ``f(theta_0) ... f(theta_{T-1})``,
-the losses an ordinary training loop prints, and its *final* loss is ``f(theta_T)``, where losses are those of minibatches
-the mean of the last few.
+the losses an ordinary training loop prints. Its *final* loss is ``f(theta_T)``, or the mean of the last few losses where
+they come from minibatches.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Look = tuple[str, int]
 """A criterion and a horizon."""
 
 CACHE = "arenas"
-"""The folder of the cache that holds the runs of arenas; the runs of a suite lie in a folder of the name of the suite."""
+"""The folder of the cache that holds the runs of arenas; the runs of a suite lie in a folder with the suite's name."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Judgement:
 
     Args:
         sweep: Every setting tried while tuning.
-        curves: Mean loss and standard error at each inner step; baselines as tuned for the final loss of the first horizon,
-            and untuned optimizers that are no baseline.
-        summary: Each criterion at each horizon, and its ratio to the best baseline's.
+        curves: Mean loss and standard error at each inner step, for baselines as tuned for the final loss of the first
+            horizon, and for untuned optimizers that are no baseline.
+        summary: Each criterion at each horizon, and its ratio to the best baseline.
         fixed: The same for untuned settings.
     """
 
@@ -68,7 +68,7 @@ class ArenaRuns:
         self.longest, self.long = max(arena.horizons), set[tuple[Contestant, str]]()
 
     def runs_of(self, contestant: Contestant, end: int, purpose: str) -> list[Run]:
-        """Return the runs for a horizon: where no schedule depends on it, longer ones serve shorter ones too."""
+        """Return the runs for a horizon: where no schedule depends on it, longer runs serve shorter horizons too."""
         key = (contestant, purpose)
         shared = purpose == "tuning" or end in (self.arena.horizons[0], self.longest) or key in self.long
         horizon = self.longest if shared and not contestant.schedule else end
@@ -77,7 +77,7 @@ class ArenaRuns:
         return [Run(self.trials[purpose], contestant, horizon, index) for index in range(self.counts[purpose])]
 
     def of(self, contestant: Contestant, end: int, purpose: str) -> Tensor:
-        """Return the curves of a contestant, a row for each optimizee."""
+        """Return a contestant's curves, with a row for each optimizee."""
         runs = self.runs_of(contestant, end, purpose)
         self.runner.complete(runs)
         return stacked(map(self.runner.outcome, runs))
@@ -101,14 +101,14 @@ def judge(
 ) -> Judgement:
     """Compare learned rules with tuned baselines.
 
-    Each baseline gets, for each criterion and horizon, the setting that is best for it; one that is best at the edge of what
-    was tried is an error, and one that diverges on a fresh optimizee is passed over, which can only help the baseline.
+    Each baseline gets, for each criterion and horizon, its best setting. A best setting at the edge of its grid is
+    an error. A setting that diverges on a fresh optimizee is passed over, which can only help the baseline.
 
     Args:
         rules: Learned contestants of different names; they are not tuned.
-        arena: What they are judged on.
-        runner: Makes the runs; by default in this process and without files.
-        baselines: Take theirs from here (:func:`read_baselines`) and run the learned rules alone.
+        arena: The arena that judges them.
+        runner: Makes the runs; the default works in this process and without files.
+        baselines: Take the baselines' rows from here (:func:`read_baselines`) and run the learned rules alone.
 
     Returns:
         The judgement.
@@ -138,7 +138,7 @@ def judge(
 
 
 def read_baselines(results: Path) -> Judgement:
-    """Read what an earlier judgement found of the optimizers that are not learned.
+    """Read an earlier judgement's rows of the optimizers that are not learned.
 
     Args:
         results: Directory of its tables.
@@ -214,7 +214,7 @@ def _sweep_row(runs: ArenaRuns, setting: Setting) -> Row:
 
 
 def _settings(runs: ArenaRuns) -> list[Setting]:
-    """Run every setting of every baseline on the optimizees for tuning, and more of them where grids grow."""
+    """Run every setting of every baseline on the optimizees for tuning, and further settings where grids grow."""
     arena = runs.arena
     settings, missing = [], list(dict.fromkeys(arena.sweep))
     looks = [(criterion, end) for end in arena.horizons for criterion in arena.criteria]
@@ -235,7 +235,7 @@ def _groups(settings: Sequence[Setting]) -> Iterator[list[Setting]]:
 def _tuned(runs: ArenaRuns, settings: Sequence[Setting], look: Look) -> dict[str, Setting]:
     chosen = {}
     for group in _groups(settings):
-        if runs.arena.grids_grow:  # They have grown, and a loss of any kind may rise without a divergence.
+        if runs.arena.grids_grow:  # Grids have grown, and a loss of any kind may rise without a divergence.
             ranked = sorted(group, key=lambda one: runs.tuning_score(one, look))
             kept = (one for one in ranked if runs.score(one, *look).isfinite().all())
             chosen[group[0].optimizer] = next(kept, ranked[0])
@@ -285,7 +285,7 @@ def size_table(places: Iterable[Path]) -> Rows:
     """Collect how good optimizers are on sigmoid nets of many sizes, at the first horizon.
 
     Args:
-        places: Directories of evaluations; evaluations of other arenas are passed over.
+        places: Directories of evaluations; evaluations of other arenas are skipped.
 
     Returns:
         A row for each net and optimizer.

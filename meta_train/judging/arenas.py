@@ -1,4 +1,4 @@
-"""Arenas: what optimizers are judged on, and beside which tuned baselines."""
+"""Arenas: the tasks that judge optimizers, and the baselines that are tuned on them."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ CRITERIA = ("sum", "final")
 
 @dataclass(frozen=True)
 class Arena:
-    """What optimizers are judged on.
+    """A task that judges optimizers, with its baselines and horizons.
 
     Args:
         task: Where optimizees come from.
         sweep: Every setting of every baseline.
-        untuned: Settings that are reported as they are.
+        untuned: Settings that are reported without tuning.
         tuning: Optimizees to tune baselines on.
         fresh: Optimizees to report on.
         last: Losses averaged into the final one; 1 where the loss has no noise.
-        horizons: Inner steps to report at; curves are drawn of baselines as tuned for the first.
-        tuning_task: Where the optimizees to tune on come from; by default the same task.
-        criteria: What to report, of :data:`CRITERIA`.
+        horizons: Inner steps to report at; curves show baselines as tuned for the first.
+        tuning_task: Where the optimizees to tune on come from; the default is the same task.
+        criteria: Criteria to report, out of :data:`CRITERIA`.
         grids_grow: Whether a best rate at the edge of its grid extends the grid; it is an error otherwise.
     """
 
@@ -68,7 +68,7 @@ def _neural_art(**changes: Any) -> Arena:
 
 
 def _mnist(*hidden: int, activation: Literal["sigmoid", "relu"] = "sigmoid") -> Arena:
-    """Judge on the half of MNIST that nothing was meta-trained on."""
+    """Judge on the half of MNIST that no rule was meta-trained on."""
     return Arena(Mnist(hidden, activation, half="second"), MNIST, UNTUNED, tuning=5, last=10)
 
 
@@ -77,7 +77,7 @@ ANIMALS = (2, 3, 4, 5, 7)
 
 
 def _cifar(*labels: int, sweep: Sequence[Setting] = CIFAR) -> Arena:
-    """Judge on the half of CIFAR-10 that nothing was meta-trained on, some classes of it or all; minutes a run."""
+    """Judge on the half of CIFAR-10 that no rule was meta-trained on, with some or all classes; a run takes minutes."""
     task = Cifar("second", labels or tuple(range(10)))
     return Arena(task, sweep, tuning=1, last=20, horizons=(1000, 100), criteria=("final",))
 

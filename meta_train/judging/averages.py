@@ -17,7 +17,7 @@ class AveragedWeights:
     After step ``t`` the half-life is ``h = max(1, 0.05 t)`` steps: ``average += (weight - average) * (1 - 2**(-1 / h))``.
 
     Args:
-        weights: What is averaged; they are read, never written. The average starts at their values.
+        weights: The weights to average. They are read, never written; the average starts at their values.
     """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
@@ -27,7 +27,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights after one more step."""
+        """Move the average towards the weights after one more step."""
         self.steps += 1
         half_life = max(1.0, SHARE * self.steps)
         torch._foreach_lerp_(self.values, self._weights, 1 - 2 ** (-1 / half_life))

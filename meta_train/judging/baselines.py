@@ -1,4 +1,4 @@
-"""Hand-designed optimizers and the settings each is tried with, as data."""
+"""Hand-designed optimizers, and the settings to try for each, as data."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Setting:
         """Build the torch optimizer.
 
         Args:
-            params: What it will optimize.
+            params: The parameters to optimize.
 
         Returns:
             The optimizer.
@@ -57,18 +57,18 @@ class Setting:
 
     @property
     def identity(self) -> str:
-        """What decides its runs."""
+        """Everything that decides the runs of this setting."""
         rule = f" {nominal_rule().fingerprint}" if self.optimizer == NOMINAL else ""
         return f"{self.optimizer} {self}{rule}"
 
     @property
     def label(self) -> str:
-        """Its name in tables, where it is not tuned."""
+        """Name in tables, where the setting is not tuned."""
         return f"{self.optimizer}({self.lr:g})"
 
     @property
     def text(self) -> str:
-        """Its hyperparameters in tables."""
+        """Hyperparameters, for tables."""
         return str(self)
 
     def __str__(self) -> str:
@@ -116,10 +116,10 @@ _CLASSES: dict[str, Callable[..., Optimizer]] = {
     "L-BFGS": _lbfgs,
 }
 MOMENTA = (0.5, 0.7, 0.8, 0.9, 0.95)
-"""Nesterov momenta; each is tried with every rate."""
+"""Nesterov momenta to try with every rate."""
 
 HIGH_MOMENTA = (0.97, 0.98, 0.99)
-"""Tried too where the loss has no noise: there 200 steps are best with 0.98."""
+"""Further momenta where the loss has no noise: there 0.98 is best for 200 steps."""
 
 
 def rates(lowest: float, highest: float, per_decade: int = 2) -> list[float]:
@@ -138,7 +138,7 @@ def rates(lowest: float, highest: float, per_decade: int = 2) -> list[float]:
 
 
 def settings(optimizer: str, grid: Iterable[float], momenta: Sequence[float] = MOMENTA) -> list[Setting]:
-    """Return every setting a baseline is tried with.
+    """Return every setting to try for a baseline.
 
     Args:
         optimizer: ``"SGD"``, ``"NAG"`` (Nesterov momentum), ``"RMSprop"``, ``"Adam"`` or ``"AdamW+cosine"``.
@@ -216,7 +216,7 @@ CIFAR_TWO = [
     *settings("Adam", rates(1e-4, 3.16e-4)),
     *CIFAR,
 ]
-"""The same for two classes, where smaller rates are the best of some at step 100."""
+"""The sweep for two classes of CIFAR-10, where some baselines need smaller rates at step 100."""
 
 PICTURES = [
     *settings("SGD", rates(3.16e-3, 0.1)),
@@ -226,14 +226,14 @@ PICTURES = [
 ]
 """The sweep for neural art, in half-decades, finer for NAG below the rate at which it diverges.
 
-At every resolution, as the gradient of a pixel does not depend on it.
+It serves every resolution, since the gradient of a pixel does not depend on it.
 """
 
 LBFGS_STEPS = [Setting("L-BFGS", 1.0)]
-"""One iteration with a strong Wolfe line search a step, for losses without noise; a step evaluates them several times."""
+"""One iteration and line search (strong Wolfe) in each step, for losses without noise; it evaluates several losses."""
 
 FIXED = [Setting("SGD", 0.001), Setting("RMSprop", 0.01), Setting("Adam", 0.1)]
 """The untuned rates that a small PyTorch re-implementation of the paper compares with."""
 
 UNTUNED = [Setting("Adam", 1e-3)]
-"""What most people start with: the row that an optimizer without a rate must beat first."""
+"""The usual first choice: the row that an optimizer without a rate must beat first."""

@@ -26,10 +26,10 @@ class Cifar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
     batch norm and ReLU, and a readout.
 
     Args:
-        half: Of the training photos; to meta-train on one and judge on the other.
+        half: Half of the training photos: meta-train on one and judge on the other.
         labels: Classes that are kept, as the net's outputs in this order; CIFAR-5 and CIFAR-2 keep five and two.
-        side: Of the photos, in pixels; smaller ones are means of neighbours, and cost less.
-        channels: Of each convolution.
+        side: Side of the photos in pixels; smaller photos are means of neighbours, and cost less.
+        channels: Channels of each convolution.
         kernel: Side of the convolutions' kernels, odd.
         dense: Units of each dense layer before the readout.
         batch: Photos in a minibatch, drawn with replacement.
@@ -37,7 +37,7 @@ class Cifar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
         problems: Nets side by side, P.
 
     References:
-        Andrychowicz et al. 2016, arXiv:1606.04474, section 3.3; sizes of the convolutions are those of DeepMind's code.
+        Andrychowicz et al. 2016, arXiv:1606.04474, section 3.3; sizes of the convolutions as in DeepMind's code.
     """
 
     half: Literal["first", "second"] = "first"
@@ -51,10 +51,10 @@ class Cifar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
     problems: Count = 1
 
     def __post_init__(self) -> None:
-        """Refuse what no net can be made of.
+        """Refuse options that make no net.
 
         Raises:
-            ValueError: If a class is named twice, fewer than two are, or the kernel's side is even.
+            ValueError: If a class is named twice, fewer than two are named, or the kernel's side is even.
         """
         if len(set(self.labels)) < max(len(self.labels), 2):
             raise ValueError(f"labels must name at least two different classes, got {list(self.labels)}")
@@ -135,7 +135,7 @@ class Cifar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
         x = x.transpose(0, 1).flatten(1, 2).contiguous(memory_format=torch.channels_last)
         for layer in range(len(self.channels)):
             x = F.conv2d(x, params[f"conv{layer}.weight"].flatten(0, 1), padding=self.kernel // 2, groups=problems)
-            # The larger of two is the same before ReLU as behind it, but there are fewer to take it of.
+            # Max-pooling and ReLU commute; pooling first leaves ReLU fewer numbers.
             x = F.max_pool2d(_normalise(x, params, f"conv{layer}"), 2).relu()
         x = x.reshape(batch, problems, -1).transpose(0, 1)
         for layer in range(len(self.dense)):
@@ -156,7 +156,7 @@ def _normalise(x: Tensor, params: Params, layer: str) -> Tensor:
 
 @functools.cache
 def _photos(half: str, labels: Labels, side: int, data: Path | None) -> tuple[Tensor, Tensor]:
-    """Read the photos of some classes in one half of what there is, at a size, and their positions among the classes."""
+    """Read the photos of some classes in one half of the data, at a size, and their positions among the classes."""
     images, classes = read_images(CIFAR10, data, "train")
     matches = classes.unsqueeze(1) == torch.tensor(labels)
     kept = matches.any(1)

@@ -36,18 +36,18 @@ class Mnist(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
 
     Args:
         hidden: Units of each hidden layer.
-        activation: Between layers.
-        half: Of the training images; to meta-train on one and judge on the other.
-        batch: Images in a minibatch, drawn with replacement; or the least and the most of them, drawn log-uniformly.
-        initial_std: Size of the Gaussians that a ``"gaussian"`` start draws weights and biases from.
+        activation: Activation between layers.
+        half: Half of the training images: meta-train on one and judge on the other.
+        batch: Images in a minibatch, drawn with replacement; or the least and the most of a log-uniform draw.
+        initial_std: Standard deviation of weights and biases at a ``"gaussian"`` start.
         problems: Nets side by side, P, each with an initialisation and minibatches of its own.
-        pixels: ``"unit"`` leaves them from 0 to 1, ``"standard"`` subtracts the mean of all and divides by their standard
+        pixels: ``"unit"`` leaves pixels from 0 to 1, ``"standard"`` subtracts the mean of all and divides by their standard
             deviation (0.1307 and 0.3081), ``"centred"`` subtracts each pixel's own mean.
         start: ``"gaussian"``, as the paper's code starts, or ``"pytorch"``, as ``nn.Linear`` does.
-        units: The least and the most units of every hidden layer, drawn log-uniformly in place of those of ``hidden``.
+        units: The least and the most units of every hidden layer, drawn log-uniformly in place of ``hidden``'s.
 
     References:
-        Andrychowicz et al. 2016, arXiv:1606.04474, section 3.2; the ``"gaussian"`` start is that of DeepMind's code.
+        Andrychowicz et al. 2016, arXiv:1606.04474, section 3.2; the ``"gaussian"`` start as in DeepMind's code.
     """
 
     hidden: tuple[Count, ...] = (20,)
@@ -132,7 +132,7 @@ def _between(ends: tuple[int, ...], generator: torch.Generator) -> int:
 
 
 def _normalisation(pixels: Pixels, images: Tensor) -> tuple[Tensor | float, float]:
-    """Return what is subtracted from pixels between 0 and 1, and the factor after it."""
+    """Return the number to subtract from pixels between 0 and 1, and the factor after that."""
     if pixels == "unit":
         return 0.0, 1.0
     return (_mean_image(images), 1.0) if pixels == "centred" else (0.1307, 1 / 0.3081)

@@ -1,8 +1,8 @@
 """Small models of many kinds, each holding P independent copies that run side by side.
 
 Every parameter has a leading dimension P and every input is ``(P, B, ...)``, so that one batched matmul serves all copies:
-``torch.func.vmap`` over ordinary modules computes the same and costs several times more at these sizes. Initialisation is
-that of the torch module of the same name, each copy its own, from torch's global generator.
+``torch.func.vmap`` over ordinary modules computes the same and costs several times more at these sizes. Each copy is
+initialised by itself, like the torch module of the same name, from torch's global generator.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class ConvNet(nn.Module):
             problems, batch, side = x.shape[:3]
             if index:
                 side //= 2
-                # A mean over two dimensions, and what then follows its gradient, take twice as long.
+                # A mean over two dimensions, with its gradient, takes twice as long.
                 x = F.avg_pool2d(x.flatten(0, 1).movedim(3, 1), 2).movedim(1, 3).unflatten(0, (problems, batch))
             x = self.activation(norm(conv(_patches(x).view(problems, batch * side * side, -1))))
             x = x.view(problems, batch, side, side, -1)
@@ -151,7 +151,7 @@ class ConvNet(nn.Module):
 
 def _patches(x: Tensor) -> Tensor:
     """Gather each pixel's 3x3 neighbourhood: ``(P, B, S, S, C)`` to ``(P, B, S, S, 9 * C)``, zeros outside."""
-    # By one lookup: nine slices, and the gradient of each, take three times as long.
+    # One lookup: nine slices, with the gradient of each, take three times as long.
     problems, batch, side, _, channels = x.shape
     pixels = F.pad(x.reshape(problems * batch, side * side, channels), (0, 0, 0, 1))
     return pixels.index_select(1, _neighbours(side)).view(problems, batch, side, side, 9 * channels)
@@ -159,7 +159,7 @@ def _patches(x: Tensor) -> Tensor:
 
 @functools.cache
 def _neighbours(side: int) -> Tensor:
-    """Return the numbers of each pixel's neighbours, row by row; outside lies pixel ``side * side``."""
+    """Return the numbers of each pixel's neighbours, row by row; pixel ``side * side`` stands for the outside."""
     framed = F.pad(torch.arange(side * side).view(1, side, side), (1, 1, 1, 1), value=side * side)[0]
     windows = [framed[i : i + side, j : j + side] for i in range(3) for j in range(3)]
     return torch.stack(windows, -1).flatten()
@@ -192,7 +192,7 @@ class TransformerBlock(nn.Module):
         problems: P.
         width: Model size.
         heads: Attention heads.
-        causal: Attend to what came before only.
+        causal: Attend only to earlier positions.
     """
 
     def __init__(self, problems: int, width: int, heads: int, causal: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""The modules that rules are judged on: ordinary PyTorch, of the sizes people try things out with."""
+"""The modules that rules are judged on: ordinary PyTorch, in sizes for quick experiments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def mlp(sizes: Sequence[int], activation: Callable[[], nn.Module], norm: bool = False) -> nn.Sequential:
-    """Return dense layers with an activation, and a layer norm before it if asked, between them."""
+    """Return dense layers with an activation between them, and with ``norm`` a layer norm before it."""
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(sizes[:-1]):
         layers += [nn.Linear(inputs, outputs), *([nn.LayerNorm(outputs)] if norm else []), activation()]
@@ -34,7 +34,7 @@ class ResidualBlock(nn.Module):
     Args:
         inputs: Channels in.
         outputs: Channels out.
-        stride: Of the first convolution and of the shortcut.
+        stride: Stride of the first convolution and of the shortcut.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -65,7 +65,7 @@ class Block(nn.Module):
     Args:
         width: Model size.
         heads: Attention heads.
-        causal: Look only back.
+        causal: Attend only to earlier positions.
     """
 
     def __init__(self, width: int, heads: int, causal: bool) -> None:
@@ -114,7 +114,7 @@ class VisionTransformer(nn.Module):
 
     Args:
         side: Height and width of the image.
-        channels: Of the image.
+        channels: Channels of the image.
         patch: Side of a patch.
         width: Model size.
         depth: Blocks.

@@ -20,7 +20,7 @@ from meta_train.tasks.task import Count, LossFunction, NotNegative, Optimizee, P
 
 Split = Literal["train", "validation", "tuning", "test"]
 SPLITS: dict[int, Split] = {0: "test", 1: "tuning", 2: "validation"}
-"""Of every ten photos, in the order of their names, one goes to each of these; the others to ``"train"``."""
+"""Each of these gets one of every ten photos, in the order of their names; ``"train"`` gets the others."""
 
 
 class NeuralArt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="name", tag="neural-art"):
@@ -43,10 +43,10 @@ class NeuralArt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fie
         content_weight: Weight of the content.
         style_weight: Weight of the style.
         smooth: Weight of the total variation.
-        stiffness: Smallest and largest factor on the loss of a content, drawn log-uniformly for each. A rule on raw
-            gradients that has seen one factor alone knows one step size, and another painting may need smaller steps.
-        network: Where features come from.
-        network_file: Its weights, in the folder of the data.
+        stiffness: Smallest and largest factor on the loss of a content, drawn log-uniformly for each. With one
+            factor alone a rule on raw gradients learns one step size, and another painting may need smaller steps.
+        network: The network that gives the features.
+        network_file: Weights of the network, in the folder of the data.
 
     References:
         Andrychowicz et al. 2016, arXiv:1606.04474, section 3.4; Gatys et al. 2015, arXiv:1508.06576. Departures: SqueezeNet
@@ -74,10 +74,10 @@ class NeuralArt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fie
             raise ValueError(f"stiffness must be [smallest, largest], got {list(self.stiffness)}")
 
     def sample(self, seed: int) -> Optimizee:
-        """Refuse: pictures are needed first.
+        """Refuse: the task needs pictures first.
 
         Args:
-            seed: Of the optimizee.
+            seed: Seed of the optimizee.
 
         Raises:
             ValueError: Always.
@@ -138,7 +138,7 @@ def gram(features: Tensor) -> Tensor:
 
 
 def _relative(value: Tensor, target: Tensor) -> Tensor:
-    """Return the squared distance in units of the target, one for each of the leading dimension."""
+    """Return the squared distance in units of the target, one for each entry of the leading dimension."""
     target = target.to(value)
     return (value - target).square().flatten(1).sum(1) / target.square().flatten(1).sum(1)
 
@@ -190,7 +190,7 @@ class _Studio:
         self.extract = feature_extractor(task.network, folder / task.network_file)
 
     def __repr__(self) -> str:
-        """Name all that decides what is sampled: finished runs are kept under it."""
+        """Name everything that decides a sample: finished runs are kept under this name."""
         return f"{self.task!r} in {self.folder!r}"
 
     def sample(self, seed: int) -> Optimizee:

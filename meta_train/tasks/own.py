@@ -25,7 +25,7 @@ class OwnTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
     """A task of a user's own code, which has not been imported.
 
     Reading a recipe makes one of these. It cannot be sampled: a recipe may come from a weight file, and no weight file may
-    make code run. :meth:`imported` imports, and is called only where the user named the task or gave the recipe file.
+    make code run. :meth:`imported` imports it; call that only where the user named the task or gave the recipe file.
 
     Args:
         path: ``"package.module:Class"``.
@@ -59,7 +59,7 @@ class OwnTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
         """Refuse: nothing has been imported.
 
         Args:
-            seed: Of any optimizee.
+            seed: Seed of any optimizee.
 
         Raises:
             NotNamedError: Always.
@@ -68,7 +68,7 @@ class OwnTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
 
 
 class NotNamedError(ValueError):
-    """Only a weight file names an own task, which is therefore not imported.
+    """Only a weight file names the user's own task, so the task is not imported.
 
     Args:
         path: ``"package.module:Class"``.
@@ -89,8 +89,8 @@ class ImportedTask:
         path: ``"package.module:Class"``.
         options: Keyword arguments of the class.
         code: Digest of the module's source: finished runs are not taken for those of changed code.
-        task: The object.
-        data: Whether it was given a directory of real data.
+        task: The user's object.
+        data: Whether the task has a directory of real data.
     """
 
     path: str
@@ -106,10 +106,10 @@ class ImportedTask:
             seed: Decides everything random.
 
         Returns:
-            What the user's task returns.
+            The optimizee that the user's task returns.
 
         Raises:
-            ValueError: If that is no optimizee.
+            ValueError: If the user's task returns anything else.
         """
         optimizee = self.task.sample(seed)
         if not isinstance(optimizee, Optimizee):
@@ -123,7 +123,7 @@ class ImportedTask:
 
 
 def is_path(name: object) -> bool:
-    """Return whether a name of a task is the path of an own one."""
+    """Return whether a task's name is the path of a user's own task."""
     return isinstance(name, str) and ":" in name
 
 
@@ -133,11 +133,11 @@ def _class_of(path: str) -> tuple[Callable[..., Any], str]:
     module_name, _, name = path.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), name)):
         raise ValueError(f"{path!r} names no task; write it as package.module:Class")
-    if not {"", os.getcwd()} & set(sys.path):  # A script, unlike `python -m`, does not look where it was started.
+    if not {"", os.getcwd()} & set(sys.path):  # A script, unlike `python -m`, does not search the current directory.
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # Whatever the user's code raises.
+    except Exception as error:  # The user's code may raise anything.
         raise ValueError(
             f"the task {path} cannot be imported: {type(error).__name__}: {error}; "
             "start from the directory that holds its package, or put that on PYTHONPATH"

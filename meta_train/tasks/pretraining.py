@@ -24,11 +24,11 @@ def pretrained(
     """Train a model with AdamW, whose rate of 3e-3 decays along a cosine.
 
     Args:
-        make_module: Builds and initialises it, from torch's global generator, which is left as it was.
-        loss: From module and minibatch to a 0-dim loss.
+        make_module: Builds and initialises it, from torch's global generator, whose state is restored afterwards.
+        loss: Maps module and minibatch to a 0-dim loss.
         next_batch: Draws a minibatch.
         seed: Decides initialisation and minibatches.
-        steps: Of training.
+        steps: Training steps.
 
     Returns:
         The model's state.

@@ -1,4 +1,4 @@
-"""What a task is: something that samples optimizees. Any ``nn.Module`` with any loss can be one."""
+"""A task is something that samples optimizees. Any ``nn.Module`` with any loss can be an optimizee."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torch.func import functional_call, stack_module_state, vmap
 Count = Annotated[int, msgspec.Meta(ge=1, le=10**9)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
-"""Numbers of a recipe; beside these every number must be finite."""
+"""Numbers of a recipe, with these bounds; every number must be finite too."""
 
 Params = dict[str, Tensor]
 """Optimizee parameters by name, each ``(P, *shape)``: P independent problems side by side."""
 
 LossFunction = Callable[[Params], Tensor]
-"""From parameters to one loss for each problem, ``(P,)``; draws its own next minibatch."""
+"""Maps parameters to one loss for each problem, ``(P,)``; draws its own next minibatch."""
 
 
 class Optimizee:
@@ -78,7 +78,7 @@ class Task(Protocol):
 
 @runtime_checkable
 class OnData(Protocol):
-    """A task of real data, which its recipe does not say the place of."""
+    """A task of real data; its recipe does not say where the data are."""
 
     def on(self, data: Path) -> Task:
         """Return the task with the data of a directory."""
@@ -93,7 +93,7 @@ def with_data(task: Task, data: Path | None) -> Task:
         data: Directory of the data; ignored by a task that needs none.
 
     Returns:
-        A task that can be sampled; without a directory, the one given.
+        A task that can be sampled; without a directory, the given task.
     """
     return task.on(data) if data and isinstance(task, OnData) else task
 
@@ -118,20 +118,20 @@ def module_optimizee(
 ) -> Optimizee:
     """Make optimizees out of an ordinary ``nn.Module`` and an ordinary loss.
 
-    One problem (P = 1) works with any module. More run side by side under ``torch.func.vmap``, each copy with an
+    One problem (P = 1) works with any module. Several run side by side under ``torch.func.vmap``, each copy with an
     initialisation of its own, as long as vmap can batch the module (no batch-norm running statistics, no ``nn.LSTM``).
 
     Args:
         make_module: Builds and initialises one module, from torch's global generator.
         loss: ``loss(module, batch)`` returns a 0-dim tensor.
         next_batch: Draws a minibatch from a generator; every tensor has a leading dimension P.
-        seed: Decides initialisations and minibatches, which are drawn from the streams of ``seed`` and ``seed + 1``: draw
-            what else belongs to a problem, such as its data, from another, or it is correlated with its initial weights.
+        seed: Decides initialisations and minibatches, which are drawn from the streams of ``seed`` and ``seed + 1``. Draw
+            the rest of a problem, such as its data, from another stream, or it is correlated with its initial weights.
         num_problems: Problems side by side, P.
 
     Returns:
         An optimizee whose parameters are the stacked parameters of the modules that require gradients. Frozen ones stay as
-        they are. Dropout and whatever else draws from torch's global generator follows from ``seed``, too.
+        they are. Dropout, and everything else that draws from torch's global generator, follows from ``seed`` too.
 
     Raises:
         ValueError: If no parameter requires gradients.
@@ -156,7 +156,7 @@ def module_optimizee(
     def losses(values: Params) -> Tensor:
         before = generator.get_state()
         batch = next_batch(generator)
-        if torch.equal(generator.get_state(), before):  # The noise of the next call must be another.
+        if torch.equal(generator.get_state(), before):  # The next call must draw other noise.
             torch.rand((), generator=generator)
         with _global_generator_after(generator):
             if num_problems > 1:
