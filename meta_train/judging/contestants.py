@@ -31,11 +31,11 @@ class Learned:
     """A learned rule with a factor on its update.
 
     Args:
-        name: In tables.
-        fingerprint: Of the weights; fingerprints of several parts are joined by ``+``.
+        name: Name in tables.
+        fingerprint: Fingerprint of the weights; ``+`` joins the fingerprints of several parts.
         lr: Factor on the update.
-        weights: By the beginning of the names of the parameters that they move; ``""`` where one moves them all.
-        decay: Schedule of the rate, of :data:`DECAYS`, or none.
+        weights: Weights by the prefix of the parameters that they move; ``""`` where one rule moves all.
+        decay: Schedule of the rate, out of :data:`DECAYS`, or none.
     """
 
     name: str
@@ -56,29 +56,29 @@ class Learned:
 
     @property
     def names(self) -> str:
-        """The names of all weights, as the command line takes them."""
+        """Names of all weights, as the command line takes them."""
         return "+".join(weights.name for weights in self.weights.values())
 
     @property
     def identity(self) -> str:
-        """What decides its runs, beside the rate."""
+        """Everything that decides the runs of this rule, beside the rate."""
         return f"{self.fingerprint} {self.decay}" if self.decay else self.fingerprint
 
     @property
     def label(self) -> str:
-        """Its name in tables."""
+        """Name in tables."""
         return f"{LEARNED} ({self.name})" + (f", lr={self.lr:g}" if self.lr != 1 else "")
 
     @property
     def text(self) -> str:
-        """Its hyperparameters in tables: none."""
+        """Hyperparameters, for tables: none."""
         return ""
 
     def make(self, params: ParamsT) -> Optimizer:
         """Build the shipped optimizer, with a group for each part of a model.
 
         Args:
-            params: Parameters; named ones where there are several parts.
+            params: Parameters, with names where there are several parts.
 
         Returns:
             The optimizer.
@@ -99,7 +99,7 @@ def learned(weights: Weights | str, lr: float = 1.0) -> Learned:
     """Make weights a contestant.
 
     Args:
-        weights: Weights of a whole model, or the bundled name, file or Hub id of such.
+        weights: Weights of a whole model, or their bundled name, file or Hub id.
         lr: Factor on the update.
 
     Returns:
@@ -118,14 +118,14 @@ def load_contestants(names: Sequence[str], lrs: Sequence[float] = (1.0,)) -> lis
     """Load weights under short names.
 
     Args:
-        names: Bundled names, files or Hub ids; the names of a model's parts are joined by ``+``.
+        names: Bundled names, files or Hub ids; ``+`` joins the names of a model's parts.
         lrs: Factors on the update.
 
     Returns:
         One contestant for each name and factor.
 
     Raises:
-        ValueError: If two have the same name or factor, or one that moves a whole model is joined with others.
+        ValueError: If two have the same name or factor, or ``+`` joins weights of a whole model with others.
     """
     if len(set(lrs)) < len(lrs):
         raise ValueError(f"--lr needs different factors, got {', '.join(f'{lr:g}' for lr in lrs)}")

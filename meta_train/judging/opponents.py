@@ -16,7 +16,7 @@ from learned_optim import LearnedOptimizer
 from learned_optim.weights import Weights, resolve_weights
 
 _EMBEDDINGS = ("embed", "position")
-"""Last parts of a name, without ``weight``, that embeddings have in the models that are judged."""
+"""Last parts of the names of embeddings, without ``weight``, in the models of the judging tasks."""
 
 
 class MuonAndAdamW(Optimizer):
@@ -24,11 +24,11 @@ class MuonAndAdamW(Optimizer):
 
     Muon's authors advise this split. Muon moves tensors with two or more dimensions; convolutions are flattened to
     ``(out, rest)``. AdamW moves vectors, embeddings, which are known by their names, and the readout layer, the last
-    matrix. Updates of Muon are scaled to the root mean square of AdamW's (``adjust_lr_fn="match_rms_adamw"``), so one rate
+    matrix. Updates of Muon are scaled to AdamW's root mean square (``adjust_lr_fn="match_rms_adamw"``), so one rate
     serves both.
 
     Args:
-        params: Parameters in the order of the model, named or not; without names no embedding is known.
+        params: Parameters in the order of the model, named or not; without names no embedding is recognised.
         lr: Rate.
     """
 
@@ -55,7 +55,7 @@ class MuonAndAdamW(Optimizer):
             closure: Computes the loss and its gradients anew.
 
         Returns:
-            What the closure returned.
+            The closure's result.
         """
         loss = None
         if closure:
@@ -76,7 +76,7 @@ def _is_embedding(name: str) -> bool:
 
 @functools.cache
 def nominal_rule() -> Weights:
-    """Return the bundled ``default`` with every meta-parameter zero: its nominal step, matrix stage included, no LSTM."""
+    """Return the bundled ``default`` with zero meta-parameters: its nominal step and matrix stage, without the LSTM."""
     weights = resolve_weights("default")
     rule = copy.deepcopy(weights.rule)
     for parameter in rule.parameters():
@@ -88,7 +88,7 @@ def nominal(params: ParamsT, lr: float) -> Optimizer:
     """Build the optimizer of :func:`nominal_rule`.
 
     Args:
-        params: What it will optimize.
+        params: The parameters to optimize.
         lr: Factor on the nominal step.
 
     Returns:

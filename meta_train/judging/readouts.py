@@ -1,4 +1,4 @@
-"""What a run would ship: losses of a case at its last and at its averaged weights, in evaluation mode."""
+"""Results that a run would ship: losses of a case at its last and at its averaged weights, in evaluation mode."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ MINIBATCHES = 64
 
 
 class Readout:
-    """Looks at a case while something trains it.
+    """Measure a case while an optimizer trains it.
 
     Both training losses are means over the same :data:`MINIBATCHES` minibatches, which no step of the run has drawn. The
     module is in evaluation mode. Batch norm takes the running statistics of the run at the last weights, and statistics
     computed anew on those minibatches at the averaged weights.
 
     Args:
-        case: What is trained.
-        seed: Of the run; it decides the minibatches.
+        case: The case that is trained.
+        seed: Seed of the run; it decides the minibatches.
     """
 
     def __init__(self, case: Case, seed: int) -> None:
@@ -35,7 +35,7 @@ class Readout:
         self.average = AveragedWeights(case.module.parameters())
 
     def after_step(self) -> None:
-        """Let the average follow."""
+        """Move the average towards the weights."""
         self.average.update()
 
     def start(self) -> float:
@@ -43,13 +43,13 @@ class Readout:
         return self._training_loss(_evaluating(self.case.module))
 
     def look(self, optimizer: Optimizer) -> dict[str, float]:
-        """Measure the losses at the weights of now.
+        """Measure the losses at the current weights.
 
         Args:
-            optimizer: What trains the case. A schedule-free one evaluates at another point than it trains.
+            optimizer: The optimizer of the case. A schedule-free one evaluates at other weights than it trains.
 
         Returns:
-            ``final_loss`` and ``averaged_loss``, and of a case with held-out examples ``held_out`` and
+            ``final_loss`` and ``averaged_loss``, and with held-out examples also ``held_out`` and
             ``averaged_held_out``.
         """
         to_evaluation = getattr(optimizer, "eval", None)
@@ -89,5 +89,5 @@ class Readout:
 
 
 def _evaluating(module: nn.Module) -> nn.Module:
-    """Return a copy in evaluation mode: measuring leaves no trace in what is trained."""
+    """Return a copy in evaluation mode, so that measuring leaves no trace in the trained module."""
     return copy.deepcopy(module).eval()

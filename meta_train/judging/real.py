@@ -20,7 +20,7 @@ def real_tasks(data: Tensors, fingerprint: str) -> tuple[JudgingTask, ...]:
 
     Args:
         data: From :func:`~meta_train.judging.real_data.prepared`.
-        fingerprint: Of the data.
+        fingerprint: Fingerprint of the data.
 
     Returns:
         Thirteen tasks; three of them run to 20,000 steps.
@@ -126,15 +126,15 @@ def case_of_set(
     loss: Callable[[nn.Module, Batch], Tensor],
     batch_of: Callable[[Tensor, Tensor], Batch],
 ) -> Case:
-    """Make a case of examples that are drawn with replacement.
+    """Make a case whose examples are drawn with replacement.
 
     Args:
         data: Tensors by name.
-        name: Of the set: ``NAME_x`` and ``NAME_y``, and the same with ``_held_out``.
+        name: Name of the set: ``NAME_x`` and ``NAME_y``, and the same with ``_held_out``.
         batch: Examples in a minibatch.
         module: Freshly initialised.
-        loss: From module and minibatch to a 0-dim loss.
-        batch_of: From stored examples to a minibatch.
+        loss: Maps module and minibatch to a 0-dim loss.
+        batch_of: Maps stored examples to a minibatch.
 
     Returns:
         The case.
@@ -150,7 +150,7 @@ def case_of_set(
 
 
 def case_of_text(data: Tensors, batch: int, length: int, module: nn.Module) -> Case:
-    """Make a case of next symbols in windows of ``text``; 256 windows of ``text_held_out`` are held out.
+    """Make a case that predicts the next symbol in windows of ``text``; 256 windows of ``text_held_out`` are held out.
 
     Args:
         data: Tensors by name.

@@ -36,7 +36,7 @@ def prepared(cache: Path, data: Path | None) -> tuple[Tensors, str]:
 
     Args:
         cache: Where the decoded file is kept.
-        data: The directory described above; only needed where nothing is cached yet.
+        data: The directory described above; needed only where nothing is cached yet.
 
     Returns:
         Tensors by name (``mnist_x`` uint8, ``mnist_y``, ``mnist_x_held_out`` and so on), and their fingerprint.
@@ -72,7 +72,7 @@ def _text(folder: Path) -> Tensors:
     symbols = {symbol: index for index, symbol in enumerate(sorted(set(text)))}
     encoded = torch.tensor([symbols[symbol] for symbol in text], dtype=torch.uint8)
     cut = len(encoded) * 9 // 10
-    # Another text, in the symbols of the first: Python's own description of its language.
+    # A second text in the symbols of the first: Python's own description of its language.
     words = " ".join("".join(s if s in symbols else " " for s in text) for _, text in sorted(topics.items())).split()
     other = torch.tensor([symbols[symbol] for symbol in " ".join(words)[: sum(OTHER_TEXT)]], dtype=torch.uint8)
     return {

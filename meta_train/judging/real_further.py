@@ -16,7 +16,7 @@ from meta_train.tasks.pretraining import fine_tuned, pretrained
 FINE, SHORT = (100, 400), (200, 1000)
 PRETRAINING_SEED, PRETRAINING_STEPS = 77, 1500
 OLD_CLASSES = 7
-"""Classes of CIFAR-10 that a net is pretrained on; it is tuned on 2,000 images of the other three."""
+"""Classes of CIFAR-10 for pretraining a net; fine-tuning uses 2,000 images of the other three."""
 NEW_IMAGES = 2000
 SLOW = ("SGD", "NAG", "RMSprop")
 """Baselines that are not worth hours on large models."""
@@ -27,7 +27,7 @@ def judging_tasks(data: Tensors, fingerprint: str) -> tuple[JudgingTask, ...]:
 
     Args:
         data: From :func:`~meta_train.judging.real_data.prepared`.
-        fingerprint: Of the data.
+        fingerprint: Fingerprint of the data.
 
     Returns:
         The thirteen of :func:`~meta_train.judging.real.real_tasks`, six more, and two with a schedule on learned rules.
@@ -119,7 +119,7 @@ def _fine_tuning(data: Tensors, fingerprint: str) -> tuple[JudgingTask, ...]:
 
 
 def _split_by_class(data: Tensors) -> tuple[Tensors, Tensors]:
-    """Return images of the first classes, and some of the others with labels from 0."""
+    """Return images of the first classes, and some images of the others, with labels from 0."""
     old, new = dict[str, Tensor](), dict[str, Tensor]()
     for suffix in ("", "_held_out"):
         x, y = data[f"cifar_x{suffix}"], data[f"cifar_y{suffix}"]

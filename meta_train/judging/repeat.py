@@ -24,18 +24,18 @@ The optimizees are the same as in the committed tables. With the same torch, pro
 the last digit. Elsewhere rounding differs; expect agreement within two standard errors."""
 
 TOLERANCE = 0.03
-"""Share of a figure that rounding may change: optimizees are the same everywhere, their last digits are not, and thousands
-of steps magnify those. Between two processors the figures of ``default`` differed by 0.3 and 1.0 per cent."""
+"""Share of a figure that rounding may change: optimizees are the same everywhere except for their last digits, and thousands
+of steps magnify these. Between two processors the figures of ``default`` differed by 0.3 and 1.0 per cent."""
 
 
 @dataclass(frozen=True)
 class Repeated:
-    """A validation figure, as it was and as it is.
+    """A validation figure, as published and as repeated.
 
     Args:
         name: As in the weights' metadata: ``"validation"`` or ``"final_validation"``.
-        kept: What the weights carry, to six digits.
-        now: What was found.
+        kept: The figure that the weights carry, to six digits.
+        now: The figure of the repeated validation.
     """
 
     name: str
@@ -44,19 +44,19 @@ class Repeated:
 
     @property
     def agrees(self) -> bool:
-        """Return whether the two differ by no more than rounding may explain."""
+        """Return whether the figures differ by no more than rounding may explain."""
         return abs(self.now - float(self.kept)) <= TOLERANCE * abs(float(self.kept))
 
     @property
     def verdict(self) -> str:
-        """Return how the two compare, in words."""
+        """Return in words how the figures compare."""
         if f"{self.now:.6g}" == self.kept:
             return "equal"
         return f"{'agrees within' if self.agrees else 'DIFFERS by more than'} {TOLERANCE:.0%}"
 
 
 def repeat_validation(weights: Learned, data: Path | None = None, each: Each = map, own: str = "") -> Iterator[Repeated]:
-    """Validate weights as their run did, over each set of horizons of which they carry a figure.
+    """Validate weights as their run did, over each set of horizons for which they carry a figure.
 
     Nothing that a weight file names is imported, unless ``own`` names it too.
 
@@ -70,7 +70,7 @@ def repeat_validation(weights: Learned, data: Path | None = None, each: Each = m
         Each figure, as soon as it is known.
 
     Raises:
-        ValueError: If the weights carry no recipe or no figure, or only some parts of a model are there.
+        ValueError: If the weights carry no recipe or no figure, or some parts of a model are missing.
     """
     one = weights.first
     if not one.recipe or "validation" not in one.metadata:
@@ -88,7 +88,7 @@ def repeat_validation(weights: Learned, data: Path | None = None, each: Each = m
 
 
 def _recipe_and_task(weights: Weights, own: str) -> tuple[Recipe, Task | None]:
-    """Return the recipe in weights with what may be imported of it; and the task, where the recipe's is not the true one."""
+    """Return the recipe in weights, with its allowed imports; and the task, where it is not the recipe's."""
     recipe = parse_recipe(weights.recipe)
     named = read_recipe(own).own_tasks if own.endswith(".toml") else (own,) if own else ()
     if given := weights.metadata.get("task"):

@@ -1,4 +1,4 @@
-"""Tables of a judgement: what each contestant reached, and learned rules against every baseline."""
+"""Tables of a judgement: each contestant's results, and learned rules against every baseline."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class Report:
     """Everything one judgement found, as rows of tables.
 
     Args:
-        results: Each contestant on each task at each horizon; infinite where a seed diverged, and a held-out loss too.
+        results: Each contestant on each task at each horizon; losses, held-out ones too, are infinite where a seed diverged.
         ratios: Each learned rule against each baseline on each task at each horizon; below 1 the rule is better. NaN where
             the baseline diverged.
         summary: Geometric means of the ratios over the tasks, wins and the worst task; and on how many tasks the rule
-            ``diverged``. Tasks on which the baseline did are left out of all but that: ``baseline_diverged`` counts them,
-            if there is any.
+            ``diverged``. Tasks on which the baseline diverged are left out of all else; ``baseline_diverged`` counts
+            them, if there are any.
         sweep: Every setting tried while tuning.
         curves: Training loss over inner steps, for figures.
         shipped: What each contestant ships on each task at each horizon (:mod:`meta_train.judging.shipped`).
-        shipped_summary: Learned rules against every opponent in that.
+        shipped_summary: Learned rules against every opponent, by ``shipped``.
     """
 
     results: Rows = field(default_factory=list)
@@ -58,8 +58,8 @@ def judge_suite(
     Args:
         runner: Holds suite, cache and workers.
         rules: Learned contestants; none is tuned.
-        seeds: Of the runs that are reported.
-        baselines: Take theirs from here (:func:`read_baselines`) and run the learned rules alone.
+        seeds: Seeds of the runs that are reported.
+        baselines: Take the baselines' rows from here (:func:`read_baselines`) and run the learned rules alone.
 
     Returns:
         The tables.
@@ -69,7 +69,7 @@ def judge_suite(
     """
     fixed: list[Contestant] = [*rules] if baselines else [*rules, *runner.suite.untuned]
     for one in fixed:
-        if isinstance(one, Setting):  # A package that is missing is missed before hours of tuning.
+        if isinstance(one, Setting):  # A missing package is an error here, before hours of tuning.
             one.make([torch.nn.Parameter(torch.zeros(1))])
     tuned = {} if baselines else runner.tune()
     runner.complete(run for task in runner.tasks.values() for one in fixed for run in runner.runs_of(one, task, seeds))
@@ -129,7 +129,7 @@ def evaluate(request: Request, out: Path) -> Iterator[str]:
 
 
 def read_baselines(results: Path) -> Report:
-    """Read what an earlier judgement found of the optimizers that are not learned.
+    """Read an earlier judgement's rows of the optimizers that are not learned.
 
     Args:
         results: Directory of its tables.
@@ -184,12 +184,12 @@ def _averaged(runner: SuiteRunner, task: str, horizon: int) -> list[tuple[str, C
 def _results(
     contestants: dict[str, Contestant], outcomes: dict[str, list[Outcome]], task: str, horizon: int, has_held_out: bool
 ) -> Iterable[Row]:
-    """Return a row for each contestant; held-out losses are looked for where anyone has one, or others are known to."""
+    """Return a row for each contestant; held-out losses have a column where any contestant is known to have one."""
     has_held_out |= any(horizon in one.held_out for of_one in outcomes.values() for one in of_one)
     for name, contestant in contestants.items():
         finals = torch.stack([smoothed_final(one.losses, horizon) for one in outcomes[name]])
         areas = torch.stack([one.losses[:horizon].double().mean() for one in outcomes[name]])
-        # A run that diverged never came to its held-out examples: the mean of the others would hide it.
+        # A run that diverged never reached its held-out examples: the mean of the other runs would hide it.
         held_out = [one.held_out.get(horizon, math.inf) for one in outcomes[name]]
         held_out = [value if math.isfinite(value) else math.inf for value in held_out]
         yield {
@@ -225,7 +225,7 @@ def _ratios(results: Rows) -> Iterable[Row]:
 
 
 def _over(ours: float, theirs: float) -> float:
-    """Return a ratio of losses: NaN where theirs is no figure to be better than."""
+    """Return a ratio of losses, or NaN where the opponent's loss allows no comparison."""
     if not math.isfinite(theirs):
         return math.nan
     if theirs == 0:

@@ -1,4 +1,4 @@
-"""What the command line asks of a judgement, for arenas and suites alike."""
+"""The command line's request for a judgement, for arenas and suites alike."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Request:
 
     Args:
         kind: ``"task"`` or ``"suite"``.
-        name: Of the arena or suite.
+        name: Name of the arena or suite.
         rules: Learned contestants; none is tuned.
         cache: Directory of finished runs.
         data: Directory of real data.
@@ -27,7 +27,7 @@ class Request:
         horizon: Leave out longer horizons.
         tasks: Names of the tasks to judge on; empty for all.
         each: Goes over the runs.
-        progress: Shows how far a list of runs is.
+        progress: Shows the progress through a list of runs.
     """
 
     kind: str
@@ -42,7 +42,7 @@ class Request:
     progress: Progress = field(default=lambda runs, total: runs)
 
     def about(self, used: Iterable[Path]) -> dict[str, Any]:
-        """Say for ``environment.json`` how to make the tables again, and where kept runs were made if not here.
+        """Return for ``environment.json`` how to repeat the tables, and where kept runs were made if not here.
 
         Args:
             used: Files of the runs that the tables are made of.

@@ -1,7 +1,7 @@
 """The only engine of the judging: it makes every run once, keeps it in a file, and tunes baselines.
 
-The name of a file is a hash of all that decides the run, so an interrupted judgement goes on where it stopped, and a change
-of one contestant repeats the runs of that contestant alone.
+The name of a file is a hash of everything that decides the run. So an interrupted judgement goes on where it stopped, and a
+change of one contestant repeats the runs of that contestant alone.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from meta_train.tasks.case import JudgingTask
 from meta_train.workers import Each
 
 MEASURES = 2
-"""Goes up when runs of cases are measured or seeded in another way, so that no run of before is taken."""
+"""Version of how runs of cases are measured and seeded: a new number keeps old runs from being used."""
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
-"""Wraps an iterable of known length, to show how far it is."""
+"""Wraps an iterable of known length, to show its progress."""
 
 
 class Trials(Protocol):
@@ -44,7 +44,7 @@ class Trials(Protocol):
         ...
 
     def file(self, contestant: Contestant, horizon: int, seed: int) -> str:
-        """Name the file of a finished run by all that decides it."""
+        """Name the file of a finished run by everything that decides it."""
         ...
 
 
@@ -53,7 +53,7 @@ class OptimizeeTrials:
     """Optimizees of a task; the seed is their index.
 
     Args:
-        task: Samples them; its ``repr`` says all that decides it.
+        task: Samples them; its ``repr`` names everything that decides it.
         purpose: ``"tuning"`` or ``"evaluation"``.
     """
 
@@ -76,14 +76,14 @@ class CaseTrials:
 
     Args:
         task: Makes them.
-        again: A call that finds these trials in another process: functions do not travel.
+        again: A call that finds these trials in another process, since functions cannot be pickled.
     """
 
     task: JudgingTask
     again: tuple[Callable[..., CaseTrials], tuple[Any, ...]] | None = None
 
     def __reduce__(self) -> Any:
-        """Travel as the call that finds them."""
+        """Pickle these trials as the call that finds them."""
         if self.again is None:
             raise TypeError(f"the task {self.task.name!r} belongs to no registered suite and cannot leave its process")
         return self.again
@@ -95,7 +95,7 @@ class CaseTrials:
     def file(self, contestant: Contestant, horizon: int, seed: int) -> str:
         """Name the file of a finished run."""
         task = self.task
-        name = task.name.removesuffix(f", {task.decay}")  # Only learned rules know of the decay, and say so themselves.
+        name = task.name.removesuffix(f", {task.decay}")  # Only learned rules have the decay, and their own names say so.
         what = [name, task.about, task.data, contestant.identity, contestant.lr, horizon, seed]
         text = json.dumps([*what, task.horizons, MEASURES])
         return f"{re.sub('[^a-z0-9.]+', '-', name)}-{_digest(text)}.safetensors"
@@ -132,8 +132,8 @@ class Runner:
 
     Args:
         cache: Directory of outcomes; None keeps them in memory alone.
-        each: Goes over the runs: ``map``, or the method of that name of :class:`~meta_train.workers.Workers`.
-        progress: Shows how far a list of runs is.
+        each: Goes over the runs: ``map``, or the method ``map`` of :class:`~meta_train.workers.Workers`.
+        progress: Shows the progress through a list of runs.
     """
 
     def __init__(self, cache: Path | None = None, each: Each = map, progress: Progress = lambda runs, total: runs) -> None:
@@ -150,7 +150,7 @@ class Runner:
             self._known[run] = outcome
 
     def outcome(self, run: Run) -> Outcome:
-        """Return the outcome of a run, which is made if it is missing; its file is one of those ``used``."""
+        """Return the outcome of a run, made if it is missing, and add its file to ``used``."""
         if self.cache:
             self.used.add(self.cache / run.file)
         if run not in self._known:
@@ -178,7 +178,7 @@ def write_outcome(path: Path, outcome: Outcome, about: Mapping[str, str]) -> Non
     Args:
         path: The file.
         outcome: Any.
-        about: What else the metadata say: where the run was made.
+        about: Further metadata: where the run was made.
     """
     measures = {one.name: json.dumps(getattr(outcome, one.name)) for one in fields(Outcome) if one.name != "losses"}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +203,7 @@ def read_outcome(path: Path) -> Outcome:
 
 Look = TypeVar("Look", bound=Hashable)
 AtEdge = Callable[[Setting, Sequence[Setting]], Iterable[Setting]]
-"""What tuning does with the best setting of a group: returns further settings to try, or raises."""
+"""Takes the best setting of a group, and returns further settings to try, or raises."""
 
 
 def tune(
@@ -213,14 +213,14 @@ def tune(
     at_edge: AtEdge,
     usable: Callable[[Setting, Look], bool] = lambda setting, look: True,
 ) -> tuple[dict[Look, Setting], list[Setting]]:
-    """Choose the best setting of one baseline for each look, and say what else to try first.
+    """Choose the best setting of one baseline for each look, and name further settings to try first.
 
     Args:
         group: The settings that were tried.
-        looks: For instance horizons, or criteria at horizons.
+        looks: Points of view, for instance horizons, or criteria at horizons.
         scores: Score of a setting in tuning; NaN or infinite where it diverged.
         at_edge: :func:`refuse_edge` or :func:`extend_edge`.
-        usable: Whether a chosen setting may stand; the next best one is chosen where it may not.
+        usable: Whether a chosen setting may stand; where it may not, the next best one is chosen.
 
     Returns:
         Settings by look, and missing settings; with any, try them and call again.
@@ -257,7 +257,7 @@ def refuse_edge(best: Setting, group: Sequence[Setting]) -> list[Setting]:
         Nothing more to try.
 
     Raises:
-        ValueError: At the edge.
+        ValueError: If the best setting lies at the edge.
     """
     lrs, momenta = [setting.lr for setting in group], [setting.momentum for setting in group]
     edges = {"rate": (best.lr, (min(lrs), max(lrs))), "momentum": (best.momentum, (max(momenta) or None,))}

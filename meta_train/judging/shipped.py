@@ -14,24 +14,24 @@ from meta_train.judging.trial import early_loss, spike
 from meta_train.rows import Row, Rows, is_learned, rounded
 
 MEASURES = {"last": ("final_loss", "held_out"), "averaged": ("averaged_loss", "averaged_held_out")}
-"""Training and held-out loss, by the weights that are shipped."""
+"""Names of training and held-out loss, by the weights that are shipped."""
 DIGITS = 5
 
 
 def shipped_rows(
     runner: SuiteRunner, named: Iterable[tuple[str, Contestant, str]], task: str, horizon: int, seeds: Sequence[int]
 ) -> Rows:
-    """Return what contestants ship.
+    """Return rows of the losses that contestants ship.
 
     Args:
-        runner: Has their runs.
+        runner: Holds the contestants' runs.
         named: Names in tables, contestants, and the weights that they ship: a key of :data:`MEASURES`.
         task: Name of the task.
         horizon: Inner steps.
-        seeds: Of the runs.
+        seeds: Seeds of the runs.
 
     Returns:
-        A row for each: losses, the highest spike of any seed, and the mean loss of steps 5 to 15 over the one at the start.
+        A row for each: losses, the highest spike of any seed, and the mean loss of steps 5 to 15 over the initial loss.
     """
     return [_shipped(runner, name, one, weights, task, horizon, seeds) for name, one, weights in named]
 
@@ -134,5 +134,5 @@ def _squared_error(mine: Row, theirs: Row) -> float | None:
 
 
 def ships(contestant: Contestant) -> tuple[str, ...]:
-    """Return the weights at which an untuned contestant is looked at: a learned rule at both, tuned to neither."""
+    """Return the weights at which an untuned contestant is measured: both for a learned rule, which is tuned to neither."""
     return ("last", "averaged") if isinstance(contestant, Learned) else ("last",)

@@ -20,7 +20,7 @@ _BASES = ("wide-mlp", "conv-bn", "vit")
 
 
 def stress_tasks() -> tuple[JudgingTask, ...]:
-    """Return held-out kinds with their loss or their inputs in other units, a model of ten million parameters, a long run.
+    """Return held-out kinds with losses or inputs in other units, a model of ten million parameters, and a long run.
 
     Returns:
         Fourteen tasks.

@@ -27,7 +27,7 @@ SEEDS = (0, 1, 2)
 
 
 NOMINAL_RATE = 3.0
-"""Rate of our rule without its LSTM: of its sweep on held-out kinds, the one with the lowest geometric mean."""
+"""Rate of our rule without its LSTM: the one with the lowest geometric mean in a sweep on held-out kinds."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Suite:
     """A named list of tasks and how baselines are tuned on them.
 
     Args:
-        name: On the command line.
+        name: Name on the command line.
         tasks: Makes the tasks from the cache directory and ``--data``.
-        grids: First rates tried of each tuned baseline; extended where the best lies at an end.
+        grids: First rates to try for each tuned baseline; a grid is extended where the best rate lies at an end.
         horizon_limits: Longest horizon of a baseline that is not worth running to the end.
-        untuned: Settings that are reported as they are.
-        averaged: Tuned baselines whose averaged weights are an opponent too, at the rate that is best for those.
+        untuned: Settings that are reported without tuning.
+        averaged: Tuned baselines whose averaged weights are an opponent too, at the best rate for averaged weights.
     """
 
     name: str
@@ -96,7 +96,7 @@ class SuiteRunner(Runner):
         data: Directory of real data, for suites that need it.
         horizon: Leave out longer horizons, and tasks that have no others.
         each: Goes over the runs.
-        progress: Shows how far a list of runs is.
+        progress: Shows the progress through a list of runs.
         only: Names of the tasks to judge on; empty for all.
 
     Raises:
@@ -135,7 +135,7 @@ class SuiteRunner(Runner):
         self.trials = {name: CaseTrials(every[name], (_again, (suite.name, directory, data, name))) for name in self.tasks}
 
     def horizons_of(self, contestant: Contestant, task: JudgingTask) -> list[int]:
-        """Return the horizons at which a contestant is looked at."""
+        """Return the horizons at which a contestant is measured."""
         limits = self.suite.horizon_limits
         if isinstance(contestant, Setting) and contestant.optimizer in task.without:
             return []
@@ -143,7 +143,7 @@ class SuiteRunner(Runner):
         return [end for end in task.horizons if end <= limit]
 
     def runs_of(self, contestant: Contestant, task: JudgingTask, seeds: Sequence[int]) -> list[Run]:
-        """Return the runs that give a contestant's result at every horizon: a schedule needs one for each."""
+        """Return the runs that give a contestant's result at every horizon: a schedule needs a run for each horizon."""
         if isinstance(contestant, Learned) and task.decay:
             contestant = replace(contestant, decay=task.decay)
         horizons = self.horizons_of(contestant, task)
@@ -151,7 +151,7 @@ class SuiteRunner(Runner):
         return [Run(self.trials[task.name], contestant, end, seed) for end in chosen for seed in seeds]
 
     def outcomes(self, contestant: Contestant, task: str, horizon: int, seeds: Sequence[int]) -> list[Outcome]:
-        """Return a contestant's outcomes for a horizon; where no schedule depends on it, of a longer run."""
+        """Return a contestant's outcomes for a horizon, from a longer run where no schedule depends on the horizon."""
         runs = self.runs_of(contestant, self.tasks[task], seeds)
         return [self.outcome(run) for run in runs if run.horizon == horizon or not run.contestant.schedule]
 
@@ -163,10 +163,10 @@ class SuiteRunner(Runner):
         """Return a measure of each seed at the weights that are shipped; infinite where the run diverged.
 
         Args:
-            contestant: Any.
+            contestant: Any contestant.
             task: Name of the task.
             horizon: Inner steps.
-            seeds: Of the runs.
+            seeds: Seeds of the runs.
             measure: Name of a field of :class:`~meta_train.judging.trial.Outcome` that holds values by horizon.
 
         Returns:
@@ -179,7 +179,7 @@ class SuiteRunner(Runner):
         """Tune every baseline on every task for every horizon, extending grids until no best rate lies at an end.
 
         The best rate has the lowest training loss at the last weights. Where averaged weights are an opponent,
-        ``best_averaged`` holds the settings with the lowest loss at those.
+        ``best_averaged`` holds the settings with the lowest loss at averaged weights.
 
         Returns:
             Settings by task, baseline and horizon.
@@ -228,5 +228,5 @@ def _tasks(suite: str, directory: Path, data: Path | None) -> dict[str, JudgingT
 
 @functools.cache
 def _again(suite: str, directory: Path, data: Path | None, name: str) -> CaseTrials:
-    """Find the trials of a task again, in another process."""
+    """Find the trials of a task in another process."""
     return CaseTrials(_tasks(suite, directory, data)[name])

@@ -25,8 +25,8 @@ class Outcome:
         losses: Training loss of the minibatch before each inner step, and for an optimizee after the last too: ``(T,)`` or
             ``(T + 1,)`` in float64; infinite from the step where the run diverged.
         held_out: Held-out loss after each horizon that the run reached, by horizon.
-        final_loss: Training loss at those weights on fresh minibatches (:mod:`meta_train.judging.readouts`); at 0 the one
-            at the initial weights.
+        final_loss: Training loss after each horizon on fresh minibatches (:mod:`meta_train.judging.readouts`), and at the
+            initial weights for horizon 0.
         averaged_loss: The same at averaged weights.
         averaged_held_out: Held-out loss at averaged weights.
     """
@@ -47,7 +47,7 @@ class Problem:
         loss: Draws the next minibatch and returns its 0-dim loss.
         ends_with_loss: Whether the loss after the last step belongs to the losses.
         readout: Measures what the run would ship.
-        horizons: Inner steps after which it does.
+        horizons: Inner steps after which the readout measures.
     """
 
     params: ParamsT
@@ -62,9 +62,9 @@ def train(problem: Problem, make_optimizer: MakeOptimizer, horizon: int, schedul
 
     Args:
         problem: Freshly initialised.
-        make_optimizer: From parameters to optimizer.
+        make_optimizer: Maps parameters to an optimizer.
         horizon: Inner steps, T.
-        schedule: From optimizer and horizon to a schedule of the rate.
+        schedule: Maps optimizer and horizon to a schedule of the rate.
 
     Returns:
         Losses and further measures.
@@ -113,7 +113,7 @@ def problem_of_optimizee(optimizee: Optimizee) -> Problem:
         The problem; its parameters have names.
 
     Raises:
-        ValueError: If the optimizee holds several problems, which would share what an optimizer knows of a tensor.
+        ValueError: If the optimizee holds several problems, whose parameters would share an optimizer's state for a tensor.
     """
     if optimizee.num_problems != 1:
         raise ValueError(f"evaluate one problem at a time, got {optimizee.num_problems} side by side")
@@ -172,7 +172,7 @@ def curves(task: Task, make_optimizer: MakeOptimizer, horizon: int, purpose: str
 
 
 def measure(criterion: str, losses: Tensor, horizon: int, last: int = 1) -> Tensor:
-    """Reduce curves to one number each.
+    """Reduce each curve to one number.
 
     Args:
         criterion: ``"sum"`` or ``"final"``.
