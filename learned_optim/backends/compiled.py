@@ -194,7 +194,7 @@ def compile_graph(graph: fx.GraphModule, fakes: Sequence[Tensor]) -> Callable[..
 def advance_in_blocks(rule: UpdateRule, inputs: Tensor, carry: Carry, active: Tensor) -> tuple[Tensor, Carry]:
     """Run the LSTM for one inner step, like :meth:`learned_optim.rules.UpdateRule.advance`, coordinates side by side.
 
-    Where units lie side by side, a vector of the processor holds those of one coordinate: half a vector if they are eight.
+    Where units lie side by side, a processor's vector holds the units of one coordinate: eight units fill half a vector.
 
     Args:
         rule: Any.

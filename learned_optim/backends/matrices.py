@@ -142,7 +142,7 @@ def apply_updates(params: Sequence[Tensor], updates: Tensor, options: StepOption
 
 
 def loads(items: Sequence[StepItem], element_size: int) -> Iterator[list[list[StepItem]]]:
-    """Yield batches of equal matrices; as many together, for one call of a backend, as the bound on memory allows."""
+    """Yield batches of equal matrices, for one backend call each, as large as the bound on memory allows."""
     kinds: dict[Any, list[StepItem]] = {}
     for item in items:
         whole: Any = item.matrix

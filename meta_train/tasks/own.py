@@ -88,7 +88,7 @@ class ImportedTask:
     Args:
         path: ``"package.module:Class"``.
         options: Keyword arguments of the class.
-        code: Digest of the module's source: finished runs are not taken for those of changed code.
+        code: Digest of the module's source: finished runs do not serve changed code.
         task: The user's object.
         data: Whether the task has a directory of real data.
     """

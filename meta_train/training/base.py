@@ -16,7 +16,7 @@ else:
 def with_base(values: dict[str, Any]) -> dict[str, Any]:
     """Put in what ``base = "default"`` in ``[rule]`` stands for.
 
-    ``[rule]`` and ``[use]`` are those of the recipe in the bundled weights, and ``start`` is their name. What the recipe
+    ``[rule]`` and ``[use]`` come from the recipe in the bundled weights, and ``start`` is their name. What the recipe
     itself says stands before them.
 
     Args:

@@ -22,7 +22,7 @@ def publish(
 
     Args:
         run: A run directory.
-        name: What the weights are called from now on.
+        name: New name of the weights.
         to: Where to put them, a directory that is made if missing; by default among those bundled with the package.
         license: SPDX identifier of their licence; by default none is stated.
         title: How their card calls them; by default by their name.

@@ -36,7 +36,7 @@ def with_seed(text: str, seed: int) -> str:
 
 
 def pinned(text: str) -> str:
-    """Return the text of a recipe with the fingerprint of the bundled weights that it goes on from.
+    """Return the text of a recipe with the fingerprint of the bundled weights that it starts from.
 
     A later version may bundle other weights under the same name. Comments and everything else stay.
 

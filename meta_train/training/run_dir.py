@@ -151,7 +151,7 @@ class RunDir:
             write_weights(self.path / of_part(file, part), Weights(one, name, self.recipe_text, about))
 
     def checkpoint(self) -> None:
-        """Keep the whole state, so that the run goes on from here, and the best weights."""
+        """Save the whole state, so that the run can resume from here, and the best weights."""
         # Weights first: if the run is killed in between, the older checkpoint makes them again.
         best = self.run.best
         if math.isfinite(best.validation):

@@ -117,8 +117,8 @@ def shape(updates: Tensor, momentum: Tensor | None, stage: MatrixStage) -> Tenso
 
     Args:
         updates: ``(B, m, n)``, float32, with sides that :func:`takes_sides` accepts.
-        momentum: Of the same shape, or None.
-        stage: How.
+        momentum: A tensor of the same shape, or None.
+        stage: How to shape them.
 
     Returns:
         New updates.

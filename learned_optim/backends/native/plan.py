@@ -252,7 +252,7 @@ def make_plan(groups: Sequence[PlannedGroup], state: dict[Tensor, Any]) -> Plan 
 
 
 def _loads(group: PlannedGroup, state: dict[Tensor, Any]) -> list[list[list[StepItem]]]:
-    """Return the matrices of a group in batches, as many together as the bound on memory allows."""
+    """Return the matrices of a group in batches, each as large as the bound on memory allows."""
     if group.options.matrix is None:
         return []
     items = []

@@ -30,7 +30,7 @@ UNROLLED_WEIGHTS = 1500
 """Up to this many weights the LSTM is unrolled, beyond it is tiled: each is an instruction, and 2,000 fill a cache."""
 
 KEPT_TABLES = 16
-"""Tables kept for one first parameter: as many choices of who has a gradient may take turns, and no table is made again."""
+"""Tables kept for one first parameter: this many sets of parameters with a gradient may take turns without a new table."""
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -107,7 +107,7 @@ def apply_step(rule: UpdateRule, items: Sequence[StepItem], options: StepOptions
     """Apply one inner step in place, like :func:`learned_optim.backends.reference.apply_step`.
 
     Args:
-        rule: One that :func:`supports` accepts, frozen.
+        rule: A frozen rule that :func:`supports` accepts.
         items: Parameters that share the rule and its device.
         options: How updates are applied.
     """
@@ -363,7 +363,7 @@ def _constants(rule: UpdateRule) -> PaperConstants | AdamConstants:
 def _scaled_layers(rule: UpdateRule) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield each layer's input weights ``(4, H, K)``, hidden weights ``(4, H, H)`` and biases ``(4, H)``.
 
-    Those of the sigmoids come times ``-log2 e`` and those of the tanh times twice that, so that one ``exp2`` follows.
+    Rows of the sigmoids are scaled by ``-log2 e`` and rows of the tanh by ``-2 log2 e``, so each gate needs one ``exp2``.
     """
     factors = rule.readout.weight.new_tensor([-1.0, -1.0, -2.0, -1.0]).view(4, 1, 1) / math.log(2.0)
     for weight_ih, weight_hh, bias_ih, bias_hh in rule.lstm_weights.all_weights:
