@@ -173,5 +173,5 @@ def test_images_are_read_once_from_a_directory_in_the_layout_of_the_hub(
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"reading ylecun/mnist needs datasets: pip install 'learned-optim\[judge\]'"):
+    with pytest.raises(ValueError, match=r"reading ylecun/mnist needs datasets: pip install -e '.\[judge\]' in the clone"):
         read_images(MNIST, Path("nowhere"), "train")
